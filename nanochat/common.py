@@ -25,6 +25,7 @@ import yaml
 # %% ../nbs/00_common.ipynb #6d9f74fa
 class UserError(Exception):
     "What was wrong, the value, and what to do: one sentence that the command line prints without a traceback."
+    def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]
 
 # %% ../nbs/00_common.ipynb #89a34105
 _said = set()
@@ -225,12 +226,17 @@ STAGES = { # stage: (the notebook that runs it, the sections of the configuratio
     "report":    ("7_report",    ()),
 }
 
+def _what_matters(config: dict) -> dict:
+    "A configuration without what may change when a run moves to another machine."
+    return {key: {k: v for k, v in value.items() if k != "device_batch"} if isinstance(value, dict) else value
+            for key, value in config.items() if key != "hardware"}
+
 def fingerprint(
     config: dict, # a run's configuration
     stage: str, # one of `STAGES`
 ) -> str: # 16 hexadecimal digits
     "What a stage depends on: its sections of the configuration and those of all stages before it."
-    h = ""
+    h, config = "", _what_matters(config)
     for name, (_, sections) in STAGES.items():
         h = sha256_json([h, name, {s: config.get(s) for s in sections}])
         if name == stage: return h[:16]
@@ -272,9 +278,8 @@ class Run:
         dir = cls._dir(name)
         if (dir/"config.yaml").exists():
             old = cls.open(name).config
-            strip = lambda c: {k: v for k, v in c.items() if k != "hardware"}
             # a round trip through YAML, so that tuples and lists compare equal
-            if diff := _differences(strip(old), strip(yaml.safe_load(yaml.safe_dump(config)))):
+            if diff := _differences(_what_matters(old), _what_matters(yaml.safe_load(yaml.safe_dump(config)))):
                 raise UserError(f"run {name!r} was made with another configuration ({'; '.join(diff[:3])}"
                                 f"{'; …' if len(diff) > 3 else ''}): choose another name with --run, or delete {dir}.")
         atomic_write(dir/"config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -354,10 +359,9 @@ def progress_bar(
     desc: str = "", # what is going on
     unit: str = "step", # what is counted
 ): # -> tqdm.tqdm
-    "A `tqdm` bar on rank 0, silent on the other ranks and when `NANOCHAT_QUIET` is set."
+    "A `tqdm` bar on rank 0, silent on the others, redrawn once a second."
     from tqdm import tqdm
-    quiet = rank_and_world()[0] != 0 or bool(os.environ.get("NANOCHAT_QUIET"))
-    return tqdm(total=total, initial=initial, desc=desc, unit=unit, disable=quiet, mininterval=0.5, dynamic_ncols=True, file=sys.stdout)
+    return tqdm(total=total, initial=initial, desc=desc, unit=unit, disable=rank_and_world()[0] != 0, mininterval=1, dynamic_ncols=True, file=sys.stdout)
 
 # %% ../nbs/00_common.ipynb #195de225
 def environment() -> dict:

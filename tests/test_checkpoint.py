@@ -1,0 +1,42 @@
+"""A process that is killed while it saves leaves whole checkpoints or none, wherever the kill falls."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nanochat.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+
+SAVER = """
+import itertools, sys, torch
+from nanochat.checkpoint import save_checkpoint
+for step in itertools.count(1):
+    value = torch.full((300_000,), float(step))
+    save_checkpoint(sys.argv[1], step, {"w": value}, {"w/exp_avg": value}, {"step": step})
+    if step == 2: print("saving", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.parametrize("trial", range(3))
+def test_kill_at_any_moment(tmp_path, trial):
+    process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"saving\n"
+    time.sleep(random.Random(trial).uniform(0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    found = sorted(p for p in tmp_path.iterdir() if not p.name.startswith("."))
+    assert len(found) >= 2 # the newest and the one before it, at every moment
+    for path in found:
+        weights, state, meta = load_checkpoint(path)
+        assert path.name == f"step_{meta['step']:06d}"
+        assert torch.equal(weights["w"], torch.full((300_000,), float(meta["step"]))) and torch.equal(weights["w"], state["w/exp_avg"])
+
+    step = load_checkpoint(latest_checkpoint(tmp_path))[2]["step"] + 1
+    save_checkpoint(tmp_path, step, weights, None, {"step": step})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step_{step - 1:06d}", f"step_{step:06d}"] # leftovers are gone
