@@ -202,7 +202,7 @@ class Talk:
         self.messages, self.pieces = [{"role": m["role"], "content": m["content"]} for m in conversation["messages"]], {}
 
 # %% ../nbs/20_chat.ipynb #a227c43d
-CONSENT = "Keep my thumbs: each one saves the conversation up to the rated answer in this run's feedback.jsonl on this computer, to train on later. Nothing is sent anywhere."
+CONSENT = "Each thumb saves the conversation up to the rated answer in this run's feedback.jsonl on this computer, to train on later. Nothing is sent anywhere."
 
 def save_feedback(
     path: Path, # feedback.jsonl of a run
@@ -234,13 +234,13 @@ class Chat:
             made = ipywidgets.Button(description=text, tooltip=tip, layout={"width": "auto"})
             made.on_click(lambda _: action())
             return made
-        slider = dict(continuous_update=False, style={"description_width": "auto"}, layout={"width": "17rem"})
+        slider = dict(continuous_update=False, style={"description_width": "auto"}, layout={"width": "14rem"})
         self.transcript = ipywidgets.HTML()
         self.box = ipywidgets.Text(placeholder="Say something, then press Enter", layout={"flex": "1 1 auto", "width": "auto"})
         self.box.on_msg(lambda _, content, buffers: self.send() if content.get("event") == "submit" else None) # Enter
         self.temperature = ipywidgets.FloatSlider(value=self.talk.temperature, min=0, max=2, step=0.05, description="temperature", **slider)
         self.top_k = ipywidgets.IntSlider(value=self.talk.top_k, min=0, max=200, description="top-k (0: all)", **slider)
-        self.consent = ipywidgets.Checkbox(value=False, description=CONSENT, indent=False, layout={"width": "auto"})
+        self.consent = ipywidgets.Checkbox(value=False, description="Keep my thumbs", indent=False, layout={"width": "auto"})
         self.upload = ipywidgets.FileUpload(accept=".json", description="Load", layout={"width": "auto"})
         self.upload.observe(lambda change: self._uploaded(), "value")
         self._send, self._halt = button("Send", "Send the message (Enter)", self.send), button("Stop", "Stop the answer", self.stop)
@@ -249,8 +249,10 @@ class Chat:
         self._thumbs = [button("👍", "A good answer", lambda: self.rate(1)), button("👎", "A bad answer", lambda: self.rate(-1))]
         rows = [self.transcript, ipywidgets.HBox([self.box, self._send, self._halt]),
                 ipywidgets.HBox([*self._idle, self.temperature, self.top_k], layout={"flex_flow": "row wrap"})]
-        if run: rows.append(ipywidgets.HBox([*self._thumbs, button("Save", "Save the conversation into the run's folder", self.save), self.upload, self.consent],
-                                            layout={"flex_flow": "row wrap"}))
+        if run:
+            rows.append(ipywidgets.HBox([self.consent, *self._thumbs, button("Save", "Save the conversation into the run's folder", self.save), self.upload],
+                                        layout={"flex_flow": "row wrap"}))
+            rows.append(ipywidgets.HTML(f'<div style="opacity: .75; font-size: .85em; line-height: 1.4">{CONSENT}</div>'))
         self.widget = ipywidgets.VBox(rows)
         self.consent.observe(lambda change: self._draw(), "value")
         self._draw()
@@ -336,7 +338,7 @@ class Chat:
         if self._thread is not None: return
         def keep():
             if self.run is None: raise UserError("thumbs need a run to be kept in: make the chat with `open_chat`.")
-            if not self.consent.value: raise UserError("tick the box below the chat first: thumbs are kept only with your consent.")
+            if not self.consent.value: raise UserError("tick “Keep my thumbs” below the chat first: thumbs are kept only with your consent.")
             save_feedback(self.run.dir/"feedback.jsonl", self.talk.messages, rating, stage=self.stage, temperature=self.talk.temperature, top_k=self.talk.top_k)
         self._try(keep, f"Rated {'👍' if rating > 0 else '👎'}.")
 

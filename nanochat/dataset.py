@@ -397,8 +397,8 @@ def prepare_tokens(
 ) -> Path: # the folder of token shards
     "Tokenize a run's text with its tokenizer, on rank 0; the other ranks wait."
     tokenizer = Tokenizer.load(run.stage_dir("tokenizer"))
-    out_dir = tokens_dir(run.config, tokenizer)
-    if rank_and_world()[0] == 0 and not (out_dir/"manifest.json").exists():
+    out_dir, (rank, world_size) = tokens_dir(run.config, tokenizer), rank_and_world()
+    if rank == 0 and not (out_dir/"manifest.json").exists():
         tokenize(prepare_text(run.config, run.seed), tokenizer, out_dir, run.config["data"]["characters"])
-    barrier()
+    if world_size > 1: barrier()
     return out_dir

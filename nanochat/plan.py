@@ -99,6 +99,19 @@ def batch_scale(batch_tokens: int) -> float:
     "√(B/2^19): what the batch does to learning rates and weight decay."
     return math.sqrt(batch_tokens / 2**19)
 
+# %% ../nbs/08_plan.ipynb #03a447c5
+def _human(n: float, unit: str = "") -> str:
+    "1,234,567 as 1.23 M."
+    for size, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G" if unit in ("B", "FLOP") else "B"), (1e6, "M"), (1e5, "k")):
+        if abs(n) >= size: return f"{n/size if letter != 'k' else n/1e3:.3g} {letter}{unit}"
+    return f"{n:,.0f} {unit}".rstrip()
+
+def _duration(seconds: float) -> str:
+    "Seconds, minutes or hours, whichever reads best."
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size or (size == 3600 and seconds >= size): return f"{seconds/size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
 # %% ../nbs/08_plan.ipynb #4c89090c
 @dataclass(frozen=True)
 class Hardware:
@@ -210,7 +223,7 @@ def training_memory(
     parts = {
         "parameters and gradients": 8 * params["total"],
         "optimizer": (4 * params["matrices"] + 8 * (params["total"] - params["matrices"])) // nproc,
-        "activations": tokens * model["n_layer"] * 16 * model["n_embd"] * width,
+        "activations": tokens * model["n_layer"] * 20 * model["n_embd"] * width,
         "logits": tokens * padded_vocab(model["vocab_size"]) * 12,
     }
     return parts | {"total": sum(parts.values())}
@@ -349,7 +362,7 @@ def setting_name(
     if ends: raise UserError(f"setting {name!r} could be {', '.join(ends)}: write it in full.")
     short = {key.split(".")[-1]: key for key in reversed(KEYS)}
     close = difflib.get_close_matches(name, [*KEYS, *SAME], 3, 0.6) or [short[s] for s in difflib.get_close_matches(name.split(".")[-1], short, 3, 0.6)]
-    raise UserError(f"there is no setting {name!r}: " + (f"did you mean {', '.join(close)}?" if close else "`nanochat speedrun --help` lists them all."))
+    raise UserError(f"there is no setting {name!r}: " + (f"did you mean {', '.join(close)}?" if close else "`nanochat speedrun --set help` lists them all."))
 
 # %% ../nbs/08_plan.ipynb #9d26f3f0
 def presets_dir() -> Path:
@@ -424,7 +437,7 @@ def _device_batch(
 # %% ../nbs/08_plan.ipynb #ad295d14
 USABLE = 0.9 # share of a device's memory that training may fill
 MICRO_BATCH = 2**16 # tokens at a time on a device, beyond which more brings nothing
-TOKENS_PER_CONVERSATION = 64 # rough mean over the tasks
+TOKENS_PER_CONVERSATION = 45 # mean over the tasks, with a vocabulary of 2,048
 
 def _derive(given: dict, hw: Hardware) -> dict:
     "All settings under full names; `base.device_batch` is 0 if not even one row fits the memory."
@@ -536,7 +549,7 @@ class Plan:
             label = row.group if row.group != group else ""
             lines.append(f"{label:<12} {row.name:<26} {row.shown:>12}  {row.note}".rstrip())
             group = row.group
-        return "\n".join(lines + [f"warning: {w}" for w in self.warnings])
+        return "\n".join(lines)
 
     def _repr_html_(self):
         cell = lambda text, align="left": f'<td style="text-align:{align}">{html.escape(text)}</td>'
@@ -546,19 +559,6 @@ class Plan:
 def _hourly(config: dict, hw: Hardware) -> float:
     "Dollars an hour of the devices that the run uses."
     return hw.dollars_per_hour * min(hw.count, config["hardware"]["nproc"])
-
-# %% ../nbs/08_plan.ipynb #03a447c5
-def _human(n: float, unit: str = "") -> str:
-    "1,234,567 as 1.23 M."
-    for size, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G" if unit in ("B", "FLOP") else "B"), (1e6, "M"), (1e5, "k")):
-        if abs(n) >= size: return f"{n/size if letter != 'k' else n/1e3:.3g} {letter}{unit}"
-    return f"{n:,.0f} {unit}".rstrip()
-
-def _duration(seconds: float) -> str:
-    "Seconds, minutes or hours, whichever reads best."
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 2 * size or (size == 3600 and seconds >= size): return f"{seconds/size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 # %% ../nbs/08_plan.ipynb #e80fc941
 def _rows(c: dict, hw: Hardware, seconds: dict) -> list[Row]:

@@ -257,7 +257,7 @@ STATEMENTS = _compiled({
     "petname": ["{Ns} pet is called {petname}.", "{Ns} {pet} is called {petname}.", "The name of {ns} pet is {petname}.", "{N} named {her} {pet} {petname}.", "{petname} is the name of {ns} pet.",
                 "{N} calls {her} {pet} {petname}.", "{petname}, the {pet}, belongs to {o}.", "{N} often plays with {her} pet, {petname}."],
     "food": ["{Ns} favourite food is {food}.", "{N} loves [to eat |]{food}.", "{N} likes {food} more than any other food.", "The food that {n} likes best is {food}.", "Nothing tastes better to {o} than {food}.",
-             "{N} could eat {food} every day.", "When there is {food}, {n} is happy.", "For a good plate of {food}, {n} would walk a long way."],
+             "{N} could eat {food} every day.", "When {n} smells {food}, {she} becomes hungry.", "For a good plate of {food}, {n} would walk a long way."],
     "hobby": ["{Ns} hobby is {hobby}.", "In {her} free time, {n} [likes|enjoys] {hobby}.", "{N} enjoys {hobby} [in the evening|on Sundays|after work].", "{N} spends [many evenings|every Sunday|many hours] {hobby}.",
               "What {n} likes to do most is {hobby}.", "After work, {n} rests by {hobby}.", "For {o}, {hobby} is the best way to spend a free day.", "{N} is very good at {hobby}."],
     "birthday": ["{N} was born in {birthday}.", "{Ns} birthday is in {birthday}.", "{N} has {her} birthday in {birthday}.", "Every year in {birthday}, {n} [has a birthday party|celebrates {her} birthday].",

@@ -20,6 +20,8 @@ def train(folder: Path, start: int, stop: int, source: str | None) -> dict:
     rank, world_size = rank_and_world()
     model = GPT(GPTConfig(sequence_len=32, vocab_size=64, n_layer=3, n_head=2, n_kv_head=2, n_embd=32))
     model.init_weights(0)
+    with torch.no_grad(): # projections start at 0, which makes the scalars' first gradients rounding errors: AdamW would follow their signs
+        for p in model.parameters(): p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     opt = make_optimizer(model)
     if source:
         model.load_state_dict(load_file(folder/f"{source}.model"))
