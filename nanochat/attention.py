@@ -71,17 +71,14 @@ def sdpa_attention(
     return torch.cat(chunks, dim=1)
 
 # %% ../nbs/05_attention.ipynb #001707ff
-@functools.cache
-def _flex_kernel(compiled: bool):
-    "FlexAttention, imported late because it brings the compiler with it."
-    from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention) if compiled else flex_attention
+_compiled = functools.cache(torch.compile)
 
 @functools.lru_cache(maxsize=32)
 def _flex_mask(T: int, window: int, device: torch.device):
     "Which tiles of the T×T square hold anything visible."
     from torch.nn.attention.flex_attention import create_block_mask
-    return create_block_mask(lambda b, h, i, j: (i - j >= 0) & (i - j <= window), None, None, T, T, device=device)
+    with torch.inference_mode(False): # it is kept, and training may come after an evaluation
+        return create_block_mask(lambda b, h, i, j: (i - j >= 0) & (i - j <= window), None, None, T, T, device=device)
 
 def flex_attention(
     q: torch.Tensor, # (B, T, n_head, head_dim)
@@ -92,8 +89,10 @@ def flex_attention(
     scale: float | None = None, # of the scores; 1/√head_dim unless given
 ) -> torch.Tensor: # (B, T, n_head, head_dim)
     "Windowed causal attention by FlexAttention; compiled on CUDA."
-    out = _flex_kernel(q.is_cuda)(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale,
-                                  block_mask=_flex_mask(q.size(1), window, q.device), enable_gqa=q.size(2) != k.size(2))
+    from torch.nn.attention.flex_attention import flex_attention as kernel # late: it brings the compiler with it
+    if q.is_cuda and not torch.compiler.is_compiling(): kernel = _compiled(kernel)
+    out = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale,
+                 block_mask=_flex_mask(q.size(1), window, q.device), enable_gqa=q.size(2) != k.size(2))
     return out.transpose(1, 2)
 
 # %% ../nbs/05_attention.ipynb #df8b0819

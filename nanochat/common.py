@@ -321,7 +321,8 @@ class Run:
                **info, # counts, seconds, final metrics: whatever a report may want
                ) -> dict:
         "Write the stage's manifest: its last act, on rank 0."
-        manifest = {"stage": stage, "fingerprint": fingerprint(self.config, stage), "finished": round(time.time(), 3), **info}
+        manifest = {"stage": stage, "fingerprint": fingerprint(self.config, stage), "finished": round(time.time(), 3), **info,
+                    "environment": environment()}
         if rank_and_world()[0] == 0: atomic_write(self.stage_dir(stage)/"manifest.json", json.dumps(manifest, indent=1))
         barrier()
         return manifest

@@ -62,12 +62,14 @@ class Engine:
     def __init__(self,
                  model: GPT,  # on its device
                  tokenizer: Tokenizer,  # the one that the model was trained with
-                 dtype: torch.dtype = torch.float32,  # of the matrix products and of the cache
+                 dtype: torch.dtype = torch.float32,  # of the matrix products and of the cache; float32 on a CPU
                  ):
         if tokenizer.vocab_size != model.config.vocab_size:
             raise UserError(f"the model has {model.config.vocab_size} tokens and the tokenizer {tokenizer.vocab_size}: "
                             "load the tokenizer that the model was trained with.")
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+        # on a CPU, converting all weights for each new token costs more than faster products save
+        if next(model.parameters()).device.type == "cpu": self.dtype = torch.float32
         self.context = model.config.sequence_len
         special = tokenizer.special
         self.stop_ids = {special("<|assistant_end|>"), tokenizer.bos_id}

@@ -27,7 +27,7 @@ class GPTConfig:
     n_kv_head: int = 6 # heads of keys and values; fewer make a smaller cache
     n_embd: int = 768 # channels of the stream, the width
     window_pattern: str = "SSSL" # tiled over the layers: S sees a quarter of the context, L all of it
-    rope_base: float = 100000.0 # the slowest rotation's period, in tokens over 2π
+    rope_base: float = 100000.0 # RoPE's base: the slowest rotation turns about once in 2π·base tokens
     qk_scale: float = 1.2 # of queries and keys after their norm; above 1 lets attention be sharper
     value_embeds: bool = True # tokens speak directly to the values of every other layer
     resid_lambdas: bool = True # learned scales of the stream and of the embedding in every layer
@@ -81,7 +81,7 @@ def norm(
 def rope_tables(
     length: int, # positions, from 0
     head_dim: int, # channels of a head
-    base: float, # the slowest rotation's period, in tokens over 2π
+    base: float, # the slowest rotation turns about once in 2π·base tokens
 ) -> tuple[torch.Tensor, torch.Tensor]: # [cos, cos] and [sin, -sin], each (length, head_dim) float32
     "The rotations of every position."
     # on the CPU even inside `with torch.device("meta")`: a model that is built without memory can still be given weights

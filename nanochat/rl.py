@@ -170,7 +170,7 @@ def reinforce(engine: Engine,
             started = time.perf_counter()
             answers = rollout(engine, task, step, seed, prompts_per_step=prompts_per_step, samples_per_prompt=samples_per_prompt,
                               max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad()
             loss, n_useful = policy_gradient(model, answers, micro_tokens, dtype)
             if not math.isfinite(loss):
                 raise UserError(f"the RL loss became {loss} at step {step + 1}: lower rl.lr_scale and use another --run; the last checkpoint is untouched.")

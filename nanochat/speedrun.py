@@ -241,7 +241,8 @@ def execute_notebook(
     thread.start()
     try:
         pm.execute_notebook(notebooks_dir()/f"{notebook}.ipynb", target, parameters={"run_name": run.name, "preset": run.config["preset"]},
-                            cwd=str(run.dir), progress_bar=False, kernel_name="python3")
+                            cwd=str(run.dir), progress_bar=False, kernel_name="python3",
+                            extra_arguments=["--IPKernelApp.log_level=40"]) # its warnings would run into the bar
     except pm.PapermillExecutionError as e:
         if e.ename == "UserError": raise UserError(e.evalue) from None
         raise RuntimeError(f"{notebook}.ipynb failed with {e.ename}: {e.evalue} (the executed copy is {target})") from None

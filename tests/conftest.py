@@ -1,0 +1,120 @@
+"""What the tests share: nanochat in processes of its own, one finished smoke run, copies of it, and how an error has to look."""
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import yaml
+
+from nanochat.common import STAGES, Run, read_metrics
+
+# without cached bytecode, every kernel, rank and command would spend five seconds on importing torch instead of two
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def environment(base):
+    "The environment of a process whose files all go below `base`."
+    return os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def nanochat(base, *args, timeout=600):
+    "Run the `nanochat` command to its end."
+    return subprocess.run([sys.executable, "-m", "nanochat.speedrun", *map(str, args)], env=environment(base), stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=timeout)
+
+
+def start(base, *command):
+    "Start a Python process in a session of its own; what it prints goes to `base/output.txt`."
+    with open(base/"output.txt", "ab") as output:
+        return subprocess.Popen([sys.executable, *map(str, command)], env=environment(base), stdin=subprocess.DEVNULL,
+                                stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def family(process):
+    "A process and everything that it has started so far."
+    parent = psutil.Process(process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def kill_tree(process):
+    "What a power cut does to a process and everything that it started."
+    members = family(process)
+    for member in members:
+        try: member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess: pass
+    process.wait(30)
+    assert not psutil.wait_procs(members, 30)[1]
+
+
+def wait_for(condition, process, seconds=180):
+    "Wait until a condition holds while a process works. Fails if the process ends first."
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the process ended too early"
+        assert time.monotonic() < until, f"waited {seconds} s in vain"
+        time.sleep(0.003)
+
+
+def between_checkpoints(run, stage):
+    "Whether a stage has a checkpoint, and has taken steps since."
+    saved = [int(path.name.split("_")[1]) for path in (run/stage/"checkpoints").glob("step_*")]
+    return bool(saved) and max((row["step"] for row in read_metrics(run/"metrics.jsonl", stage)), default=0) > max(saved)
+
+
+def contents(folder, *but):
+    "Every file below a folder, except those of these names: path → SHA-256."
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (".lock", *but)}
+
+
+def edit_config(run, **sections):
+    "Change settings of a run that the stages done so far do not depend on."
+    config = yaml.safe_load((run/"config.yaml").read_text())
+    for name, values in sections.items(): config[name] |= values
+    (run/"config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def assert_user_error(done, *words):
+    "An error that is the user's: exit code 2, one sentence on stderr that says these words, and no traceback."
+    assert done.returncode == 2, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("nanochat: "), done.stderr[-3000:]
+    assert "Traceback" not in done.stdout, done.stdout[-3000:]
+    for word in words: assert word in lines[0], (word, lines[0])
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    "The undisturbed smoke run, which other tests copy and compare with."
+    base = tmp_path_factory.mktemp("smoke")
+    started = time.perf_counter()
+    done = nanochat(base, "speedrun", "--preset", "smoke")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return SimpleNamespace(base=base, run=base/"runs"/"smoke", done=done, seconds=time.perf_counter() - started)
+
+
+@pytest.fixture
+def copy(smoke, tmp_path):
+    "Makes a copy of the smoke run's base folder in which a given stage is the last that has run."
+    def make(last, name="copy"):
+        base = tmp_path/name
+        shutil.copytree(smoke.base, base)
+        run, stages = base/"runs"/"smoke", list(STAGES)
+        after = stages[stages.index(last) + 1:]
+        for stage in after:
+            shutil.rmtree(run/stage)
+            (run/"notebooks"/f"{STAGES[stage][0]}.ipynb").unlink()
+        (run/"notebooks"/"8_chat.ipynb").unlink()
+        for stage in after: Run(run, {}).metrics(stage) # drops the stage's lines
+        if last == "data": shutil.rmtree(base/"tokens")
+        return SimpleNamespace(base=base, run=run)
+    return make

@@ -1,0 +1,86 @@
+"""The notebooks are the source: they run, the package is what they export, and they are clean."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+LIBRARY = sorted((REPO/"nbs").glob("*.ipynb"))
+STAGE_NOTEBOOKS = sorted((REPO/"nbs"/"speedrun").glob("*.ipynb"))
+OTHERS = sorted((REPO/"lessons").rglob("*.ipynb"))
+
+
+def test_every_notebook_runs(tmp_path):
+    "Through nbdev's own test runner, two at a time, with nothing outside of a folder of its own."
+    from conftest import environment
+    done = subprocess.run([sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test(n_workers=2, do_print=True, timing=True)"],
+                          cwd=REPO, env=environment(tmp_path), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    print(done.stdout[-2000:])
+    completed = set(re.findall(r"- Completed (.*)", done.stdout))
+    assert {str(path) for path in LIBRARY} <= completed
+    assert subprocess.run(["git", "status", "--porcelain", "--ignored", "nbs"], cwd=REPO, capture_output=True, text=True).stdout.count(".ipynb_checkpoints") == 0
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    "A copy of the notebooks, exported and cleaned afresh."
+    copy = tmp_path_factory.mktemp("copy")
+    for folder in ("nbs", "lessons"):
+        if (REPO/folder).exists(): shutil.copytree(REPO/folder, copy/folder, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "_*"))
+    (copy/"nanochat").mkdir()
+    for file in ("settings.ini", "pyproject.toml", "nanochat/__init__.py"): shutil.copy(REPO/file, copy/file)
+    subprocess.run([sys.executable, "-c", "from nbdev.export import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()"],
+                   cwd=copy, check=True, capture_output=True, timeout=300)
+    return copy
+
+
+def test_the_package_is_what_the_notebooks_export(exported):
+    theirs, ours = ({path.name: path.read_text() for path in (root/"nanochat").glob("*.py")} for root in (exported, REPO))
+    assert ours.keys() == theirs.keys() # _modidx.py is one of them
+    assert [name for name in theirs if ours[name] != theirs[name]] == [], "run nbdev_export"
+
+
+@pytest.mark.parametrize("path", LIBRARY + STAGE_NOTEBOOKS + OTHERS, ids=lambda path: path.stem)
+def test_clean(exported, path):
+    assert path.read_bytes() == (exported/path.relative_to(REPO)).read_bytes(), "run nbdev_clean"
+    notebook = json.loads(path.read_text())
+    assert "widgets" not in notebook["metadata"]
+    homes = [str(Path.home()), str(REPO.parent), tempfile.gettempdir(), "/tmp/", "/home/", "/Users/"]
+    for cell in notebook["cells"]:
+        assert cell.get("execution_count") is None
+        for output in cell.get("outputs", []):
+            assert output["output_type"] != "error", "".join(cell["source"])
+            data = output.get("data", {})
+            assert len(data.get("image/png", "")) < 100_000 * 4 / 3, "an image of more than 100 kB"
+            text = json.dumps([output.get("text"), {kind: value for kind, value in data.items() if not kind.startswith("image/")}])
+            text = re.sub(r"base64,[A-Za-z0-9+/=]*", "", text)
+            for place in homes: assert place not in text, f"the path of a machine in the output of: {''.join(cell['source'])}"
+
+
+@pytest.mark.parametrize("path", STAGE_NOTEBOOKS, ids=lambda path: path.stem)
+def test_stage_notebook_has_parameters(path):
+    cells = json.loads(path.read_text())["cells"]
+    tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    namespace = {}
+    exec(tagged[0], namespace) # nothing but plain values
+    assert namespace["run_name"] == "" and namespace["preset"] == ""
+
+
+def test_stage_notebooks_are_all_there():
+    assert [path.stem for path in STAGE_NOTEBOOKS] == ["1_data", "2_tokenizer", "3_pretrain", "4_midtrain", "5_sft", "6_rl", "7_report", "8_chat"]
+
+
+def test_a_notebook_imports_only_from_those_before_it():
+    number = {path.stem[3:]: int(path.stem[:2]) for path in LIBRARY}
+    for name in number:
+        module = REPO/"nanochat"/f"{name}.py"
+        if not module.exists(): continue
+        imports = re.findall(r"^from (?:nanochat)?\.(\w+) import", module.read_text(), re.M) + re.findall(r"^(?:import|from) nanochat\.(\w+)", module.read_text(), re.M)
+        for used in set(imports) & number.keys(): assert number[used] < number[name], f"{name} imports {used}"

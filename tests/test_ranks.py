@@ -1,0 +1,118 @@
+"""Two ranks on one processor, over gloo: the same losses as one rank, and nothing left running when they are stopped."""
+import signal
+
+import psutil
+import pytest
+from conftest import edit_config, family, nanochat, start, wait_for
+
+from nanochat.checkpoint import latest_checkpoint, load_checkpoint
+from nanochat.common import STAGES, read_metrics
+
+TRAINED = ("base", "mid", "sft", "rl")
+LONG = {"steps": 100_000, "tokens": 100_000 * 2048, "eval_every": 100_000, "device_batch": 8} # ends only when it is stopped
+
+
+def rows(run, stage):
+    "A stage's metrics, one dictionary for each step."
+    steps = {}
+    for row in read_metrics(run/"metrics.jsonl", stage): steps.setdefault(row["step"], {}).update(row)
+    return steps
+
+
+def test_two_ranks_agree_with_one(smoke, copy):
+    two = copy("tokenizer")
+    done = nanochat(two.base, "speedrun", "--preset", "smoke", "--nproc", 2)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for stage in STAGES: assert (two.run/stage/"manifest.json").exists()
+    for stage in TRAINED: assert "starting 2 processes" in (two.run/"notebooks"/f"{STAGES[stage][0]}.ipynb").read_text()
+
+    one, two = ({stage: rows(run, stage) for stage in TRAINED} for run in (smoke.run, two.run))
+    for stage in ("base", "mid", "sft"):
+        assert two[stage].keys() == one[stage].keys() # the same number of steps
+        # sums are taken in another order, which is the only difference; it grows as training goes on
+        for step, tolerance in ((1, 1e-3), (3, 5e-3), (max(one[stage]), 0.1)):
+            assert two[stage][step]["loss"] == pytest.approx(one[stage][step]["loss"], rel=tolerance)
+            assert two[stage][step]["targets"] == one[stage][step]["targets"] # the global batch
+        last = max(one[stage])
+        assert two[stage][last]["bits_per_byte"] == pytest.approx(one[stage][last]["bits_per_byte"], rel=0.05)
+    assert two["rl"].keys() == one["rl"].keys() and two["rl"][1]["length"] == pytest.approx(one["rl"][1]["length"], rel=0.3)
+
+
+def gone(processes, seconds=60):
+    "Whether processes end within some time."
+    return not psutil.wait_procs(processes, seconds)[1]
+
+
+def training(run):
+    "Whether pretraining has taken some steps."
+    return len(read_metrics(run/"metrics.jsonl", "base")) > 5
+
+
+CELL = "from nanochat.common import Run; from nanochat.speedrun import run_stage; run_stage(Run.open('smoke'), 'base')"
+
+
+def start_cell(run):
+    "What a cell of the stage notebook does, in a process that can be signalled as a kernel is; returns it with all its ranks."
+    edit_config(run.run, hardware={"nproc": 2}, base=LONG)
+    process = start(run.base, "-c", CELL)
+    wait_for(lambda: training(run.run), process)
+    members = family(process)
+    ranks = [p for p in members if "stage" in p.cmdline() and "torch.distributed.run" not in p.cmdline()]
+    assert len(ranks) == 2
+    return process, members
+
+
+def saved_step(run):
+    "The step of the latest checkpoint, after a look at the whole of it; it must be the last step that was taken."
+    step = load_checkpoint(latest_checkpoint(run/"base"/"checkpoints"))[2]["step"]
+    assert step == max(rows(run, "base"))
+    return step
+
+
+def test_interrupting_the_cell_stops_every_rank_and_saves(copy):
+    mine = copy("tokenizer")
+    process, members = start_cell(mine)
+    process.send_signal(signal.SIGINT) # what Jupyter's stop button sends to the kernel
+    process.wait(90)
+    assert gone(members)
+    assert "KeyboardInterrupt" in (mine.base/"output.txt").read_text()
+    saved = saved_step(mine.run)
+    assert not (mine.run/"base"/"manifest.json").exists()
+
+    # the same cell goes on from there, on one process instead of two
+    edit_config(mine.run, hardware={"nproc": 1}, base={"steps": saved + 3, "tokens": (saved + 3) * 2048, "eval_tokens": 2048})
+    done = nanochat(mine.base, "stage", "base", "--run", "smoke")
+    assert done.returncode == 0 and f"going on from step {saved} of {saved + 3}" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_kernel_that_dies_takes_its_ranks_along(copy):
+    mine = copy("tokenizer")
+    process, members = start_cell(mine)
+    process.kill() # nothing is passed on: the ranks notice by themselves
+    process.wait()
+    assert gone(members)
+    saved_step(mine.run)
+
+
+def test_sigterm_to_the_launcher_saves(copy):
+    mine = copy("tokenizer")
+    process, members = start_cell(mine)
+    launcher = next(p for p in members if "torch.distributed.run" in p.cmdline())
+    launcher.send_signal(signal.SIGTERM) # what a cluster sends before it takes the machine back
+    process.wait(90)
+    assert gone(members)
+    saved_step(mine.run)
+
+
+def test_ctrl_c_in_the_terminal_stops_every_rank(copy):
+    mine = copy("tokenizer")
+    process = start(mine.base, "-m", "nanochat.speedrun", "speedrun", "--preset", "smoke", "--nproc", 2)
+    wait_for(lambda: training(mine.run), process)
+    members = family(process)
+    assert len(members) >= 5 # driver, kernel, launcher, two ranks
+    process.send_signal(signal.SIGINT)
+    process.wait(90)
+    assert process.returncode != 0 and gone(members)
+    # whatever was saved is whole
+    path = latest_checkpoint(mine.run/"base"/"checkpoints")
+    if path: load_checkpoint(path)
