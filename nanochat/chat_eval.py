@@ -104,7 +104,7 @@ def evaluate_stage(run: Run,
         for name in TASKS:
             results[name] = evaluate_task(engine, make_task(name, "test", run.seed, world), section["questions"],
                                           max_new_tokens=section["max_new_tokens"], batch=section["batch"])
-            bar.set_postfix_str(f"{name} {results[name]['accuracy']:.0%}")
+            bar.set_postfix_str(f"{name} {results[name]['accuracy']:.0%}", refresh=False)
             bar.update()
     score = world_score(list(results.values()))
     for result in results.values(): del result["items"][SAMPLES:]

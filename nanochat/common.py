@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'UserError', 'say', 'rank_and_world', 'pick_device', 'pick_dtype', 'distributed', 'barrier', 'derive_seed',
            'seed_everything', 'fsync_dir', 'atomic_file', 'atomic_write', 'sha256_file', 'sha256_json', 'read_json',
-           'read_metrics', 'Metrics', 'base_dir', 'runs_dir', 'fingerprint', 'Run', 'StopSignal', 'progress_bar',
-           'environment']
+           'read_metrics', 'Metrics', 'environment', 'base_dir', 'runs_dir', 'fingerprint', 'Run', 'StopSignal',
+           'progress_bar']
 
 # %% ../nbs/00_common.ipynb #05da6210
 import hashlib
@@ -206,6 +206,19 @@ class Metrics:
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}) + "\n")
 
+# %% ../nbs/00_common.ipynb #195de225
+def environment() -> dict:
+    "The software and hardware of this process: what the head of a report needs."
+    import platform
+
+    import psutil
+    import torch
+    info = {"python": platform.python_version(), "torch": torch.__version__, "system": f"{platform.system()} {platform.machine()}",
+            "cpu_cores": os.cpu_count(), "cpu_threads": torch.get_num_threads(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1)}
+    if torch.cuda.is_available():
+        info |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
+    return info
+
 # %% ../nbs/00_common.ipynb #fcfc5b67
 def base_dir() -> Path:
     "The folder for everything that is downloaded or trained: `$NANOCHAT_BASE_DIR`, or `~/.cache/nanochat`."
@@ -363,16 +376,3 @@ def progress_bar(
     "A `tqdm` bar on rank 0, silent on the others, redrawn once a second."
     from tqdm import tqdm
     return tqdm(total=total, initial=initial, desc=desc, unit=unit, disable=rank_and_world()[0] != 0, mininterval=1, dynamic_ncols=True, file=sys.stdout)
-
-# %% ../nbs/00_common.ipynb #195de225
-def environment() -> dict:
-    "The software and hardware of this process: what the head of a report needs."
-    import platform
-
-    import psutil
-    import torch
-    info = {"python": platform.python_version(), "torch": torch.__version__, "system": f"{platform.system()} {platform.machine()}",
-            "cpu_cores": os.cpu_count(), "cpu_threads": torch.get_num_threads(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1)}
-    if torch.cuda.is_available():
-        info |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
-    return info

@@ -22,7 +22,7 @@ from .common import (Metrics, Run, StopSignal, UserError, barrier, derive_seed, 
 from .engine import Completion, Engine
 from .model import GPT
 from .tasks import TASKS, make_task
-from .train import all_reduce_sum, autocast, optimizer_for
+from .train import agree, all_reduce_sum, autocast, optimizer_for
 
 # %% ../nbs/17_rl.ipynb #b2165cdd
 def advantages(rewards: torch.Tensor,  # (prompts, samples) float
@@ -110,10 +110,6 @@ def rollout(engine: Engine,
     return [Answer(p, c, r, a) for p, c, r, a in zip(prompts, completions, rewards, advantage)]
 
 # %% ../nbs/17_rl.ipynb #693aaafd
-def _agree(wish: bool, device: torch.device) -> bool:
-    "Whether any rank wishes it: clocks and signals differ between ranks, decisions must not."
-    return bool(all_reduce_sum(torch.tensor(float(wish), device=device)) > 0)
-
 def reinforce(engine: Engine,
               optimizer,  # `MuonAdamW` over the engine's model
               task,  # gives problems and rewards
@@ -165,7 +161,7 @@ def reinforce(engine: Engine,
     with StopSignal() as stop, progress_bar(steps, step, "RL") as bar:
         # a kill may have come between a checkpoint and the evaluation after it
         seen = any(row["step"] == step and "heldout_accuracy" in row for row in read_metrics(log.path, log.stage))
-        if _agree(log.writes and not seen and (step % eval_every == 0 or step == steps), device): evaluate()
+        if agree(log.writes and not seen and (step % eval_every == 0 or step == steps), device=device)[0]: evaluate()
         while step < steps:
             started = time.perf_counter()
             answers = rollout(engine, task, step, seed, prompts_per_step=prompts_per_step, samples_per_prompt=samples_per_prompt,
@@ -186,12 +182,12 @@ def reinforce(engine: Engine,
             rate = n_tokens / (time.perf_counter() - started)
             log.log(step, steps=steps, reward=reward / n_answers, loss=loss, entropy=surprise / n_sampled, length=n_tokens / n_answers,
                     useful=n_useful / n_answers, lr=lr, tokens_per_second=round(rate, 1))
-            bar.set_postfix_str(f"reward {reward / n_answers:.2f}, {rate:,.0f} tokens/s")
+            bar.set_postfix_str(f"reward {reward / n_answers:.2f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()
 
-            want_stop = _agree(stop.requested, device)
+            want_stop, want_save = agree(stop.requested, time.perf_counter() - saved_at > save_minutes * 60, device=device)
             due = step == steps or step % eval_every == 0
-            if due or want_stop or _agree(time.perf_counter() - saved_at > save_minutes * 60, device): save()
+            if due or want_stop or want_save: save()
             if want_stop and step < steps:
                 raise UserError(f"stopped by SIGTERM after step {step} of {steps}, which is saved: the same command goes on from there.")
             if due: evaluate()

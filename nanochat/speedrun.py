@@ -111,7 +111,7 @@ class Follower:
         self.bar.update(max(0, row["step"] - self.bar.n))
         facts = [f"{name} {row[key]:.3f}" for key, name in (("loss", "loss"), ("reward", "reward"), ("bits_per_byte", "bpb")) if key in row]
         if "tokens_per_second" in row: facts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
-        if facts: self.bar.set_postfix_str(", ".join(facts))
+        if facts: self.bar.set_postfix_str(", ".join(facts), refresh=False)
 
     def close(self):
         "Take the last lines in, and end the bar."
@@ -139,8 +139,9 @@ def launch(
     folder.mkdir(parents=True, exist_ok=True)
     error_file, log_file = folder/"error.txt", folder/"ranks.log"
     error_file.unlink(missing_ok=True)
+    # behind "--", or the launcher would take --run for an option of its own
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}",
-               "-m", "nanochat.speedrun", "stage", stage, "--run", run.name]
+               "-m", "--", "nanochat.speedrun", "stage", stage, "--run", run.name]
     follower = Follower(run, stage)
     env = os.environ | {"NANOCHAT_PARENT": str(os.getpid()), "NANOCHAT_ERROR_FILE": str(error_file)}
     say(f"{stage}: starting {nproc} processes; their output is in {stage}/{log_file.name} of the run.")
@@ -242,7 +243,7 @@ def execute_notebook(
     try:
         pm.execute_notebook(notebooks_dir()/f"{notebook}.ipynb", target, parameters={"run_name": run.name, "preset": run.config["preset"]},
                             cwd=str(run.dir), progress_bar=False, kernel_name="python3",
-                            extra_arguments=["--IPKernelApp.log_level=40"]) # its warnings would run into the bar
+                            extra_arguments=["--log-level=50"]) # a kernel's warnings would run into the bar
     except pm.PapermillExecutionError as e:
         if e.ename == "UserError": raise UserError(e.evalue) from None
         raise RuntimeError(f"{notebook}.ipynb failed with {e.ename}: {e.evalue} (the executed copy is {target})") from None
