@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'UserError', 'say', 'rank_and_world', 'pick_device', 'pick_dtype', 'distributed', 'barrier', 'derive_seed',
            'seed_everything', 'fsync_dir', 'atomic_file', 'atomic_write', 'sha256_file', 'sha256_json', 'read_json',
-           'read_metrics', 'Metrics', 'environment', 'base_dir', 'runs_dir', 'fingerprint', 'Run', 'StopSignal',
-           'progress_bar']
+           'read_metrics', 'Metrics', 'cpu_name', 'environment', 'base_dir', 'runs_dir', 'fingerprint', 'Run',
+           'StopSignal', 'progress_bar']
 
 # %% ../nbs/00_common.ipynb #05da6210
 import hashlib
@@ -207,13 +207,20 @@ class Metrics:
             f.write(json.dumps({"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}) + "\n")
 
 # %% ../nbs/00_common.ipynb #195de225
+def cpu_name() -> str:
+    "The processor's name, as the system gives it."
+    import platform
+    try:
+        with open("/proc/cpuinfo") as f: return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration): return platform.processor() or platform.machine()
+
 def environment() -> dict:
     "The software and hardware of this process: what the head of a report needs."
     import platform
 
     import psutil
     import torch
-    info = {"python": platform.python_version(), "torch": torch.__version__, "system": f"{platform.system()} {platform.machine()}",
+    info = {"processor": cpu_name(), "python": platform.python_version(), "torch": torch.__version__, "system": f"{platform.system()} {platform.machine()}",
             "cpu_cores": os.cpu_count(), "cpu_threads": torch.get_num_threads(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1)}
     if torch.cuda.is_available():
         info |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}

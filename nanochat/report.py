@@ -6,14 +6,13 @@
 __all__ = ['TRAINED', 'PANELS', 'COLOURS', 'INK', 'REPORT_CSS', 'Record', 'read_run', 'last_figures', 'stage_status',
            'stage_seconds', 'show_time', 'show_number', 'smooth', 'curves', 'show_curves', 'show_score', 'task_names',
            'score_picture', 'Heading', 'Prose', 'Table', 'Picture', 'Sample', 'markdown_text', 'to_markdown',
-           'figure_svg', 'figure_png', 'to_html', 'machine', 'hourly_price', 'cpu_name', 'outcome', 'happened',
-           'scores', 'readable_answer', 'samples', 'training', 'code_commit', 'origin', 'Report', 'write_report']
+           'figure_svg', 'figure_png', 'to_html', 'machine', 'hourly_price', 'outcome', 'happened', 'scores',
+           'readable_answer', 'samples', 'training', 'code_commit', 'origin', 'Report', 'write_report']
 
 # %% ../nbs/19_report.ipynb #1832dbb5
 import html
 import io
 import math
-import platform
 import re
 import subprocess
 from dataclasses import dataclass, field
@@ -342,7 +341,7 @@ def machine(
 ) -> dict: # what: value
     "The machine that the run's last stage trained on, if that was written down, otherwise this one."
     known = [m["environment"] for m in record.manifests.values() if "environment" in m]
-    return known[-1] if known else {"processor": cpu_name()} | environment()
+    return known[-1] if known else environment()
 
 def hourly_price(
     record: Record,
@@ -351,12 +350,6 @@ def hourly_price(
     gpu = machine(record).get("gpu")
     try: return named_hardware(gpu).dollars_per_hour * record.config.get("hardware", {}).get("nproc", 1) if gpu else 0.0
     except UserError: return 0.0
-
-def cpu_name() -> str:
-    "The processor's name, as the system gives it."
-    try:
-        with open("/proc/cpuinfo") as f: return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
 
 # %% ../nbs/19_report.ipynb #2aae6ca9
 def outcome(

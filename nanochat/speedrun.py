@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['data_stage', 'tokenizer_stage', 'stage_function', 'report_stage', 'run_stage', 'Follower', 'launch', 'run_name',
-           'default_preset', 'open_run', 'notebooks_dir', 'run_lock', 'execute_notebook', 'speedrun', 'cli',
-           'speedrun_command', 'chat_command', 'report_command', 'last_run', 'stage_command', 'main']
+           'default_preset', 'open_run', 'notebooks_dir', 'run_lock', 'last_lines', 'tidy_outputs', 'execute_notebook',
+           'speedrun', 'cli', 'speedrun_command', 'chat_command', 'report_command', 'last_run', 'stage_command', 'main']
 
 # %% ../nbs/23_speedrun.ipynb #ab164c1b
 import json
@@ -223,6 +223,27 @@ def run_lock(run: Run):
         yield
 
 # %% ../nbs/23_speedrun.ipynb #99735a09
+def last_lines(
+    text: str, # what a program printed, carriage returns included
+) -> str:
+    "What a terminal would show of it in the end."
+    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
+
+def tidy_outputs(path: Path):
+    "Rewrite an executed notebook without the earlier states of its progress bars."
+    notebook = json.loads(path.read_text("utf-8"))
+    for cell in notebook["cells"]:
+        outputs = []
+        for output in cell.get("outputs", []):
+            text = "".join(output.get("text", ""))
+            if outputs and text and outputs[-1].get("name") == output.get("name"): outputs[-1]["text"] += text
+            else: outputs.append(output | {"text": text} if text else output)
+        for output in outputs:
+            if "text" in output: output["text"] = last_lines(output["text"])
+        if outputs: cell["outputs"] = outputs
+    atomic_write(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+
+# %% ../nbs/23_speedrun.ipynb #956e7002
 def execute_notebook(
     run: Run, # the run
     stage: str, # the stage that the notebook computes; "chat" for the last one
@@ -251,6 +272,7 @@ def execute_notebook(
         over.set()
         thread.join()
         follower.close()
+        if target.exists(): tidy_outputs(target)
 
 # %% ../nbs/23_speedrun.ipynb #6ceb03c1
 def speedrun(

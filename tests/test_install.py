@@ -57,41 +57,48 @@ def test_what_needs_no_torch_does_not_import_it(module):
 
 
 def readme_commands():
-    "Every line of the README's shell blocks, without comments and prompts."
-    blocks = re.findall(r"^```(?:bash|sh|shell|console)?\n(.*?)^```", README, re.M | re.S) + re.findall(r"(?:^(?: {4}|\t)\S.*\n)+", README, re.M)
-    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    "What the README tells people to type, in blocks and in the text: lists of words."
+    blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", README, re.M | re.S)
+    spans = re.findall(r"`((?:uv run|nanochat|papermill) [^`\n]+)`", README)
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()] + spans
+    commands = [words for line in lines if (words := shlex.split(line, comments=True))]
+    return [words[2:] if words[:2] == ["uv", "run"] else words for words in commands]
 
 
 def nanochat_commands():
     "The arguments of every `nanochat …` in the README."
-    return [words[words.index("nanochat") + 1:] for words in readme_commands() if "nanochat" in words[:3]]
+    return [words[1:] for words in readme_commands() if words[0] == "nanochat"]
 
 
 def test_readme_is_short_and_says_how_to_begin():
     assert len(README.splitlines()) < 150
-    starts = [" ".join(words[:4]) for words in readme_commands()]
-    assert any(s.startswith("uv run nanochat speedrun") for s in starts) and any(s.startswith("uv run pytest") for s in starts), starts
-    assert nanochat_commands()
+    for command in ("uv run nanochat speedrun", "uv run pytest"): assert re.search(rf"^{command}\b", README, re.M), command
+
+
+def test_readme_commands_exist():
+    for program in {words[0] for words in readme_commands()}: assert (Path(sys.executable).parent/program).exists() or shutil.which(program), program
 
 
 def test_readme_commands_parse():
+    assert len(nanochat_commands()) >= 3
     for name, *arguments in nanochat_commands():
-        if name in ("--help", "--version"): continue
         assert name in cli.commands, name
         given = cli.commands[name].make_context(name, list(arguments)).params # exits for an option that is not there
         if preset := given.get("preset"): assert preset in known_presets()
         for pair in given.get("settings") or (): assert pair == "help" or setting_name(pair.split("=")[0])
 
 
-def test_readme_names_only_what_is_there():
+def test_readme_papermill_commands_name_real_parameters():
     for words in readme_commands():
-        for word in words:
-            if word.startswith(("nbs/", "tests/", "rustbpe/", "lessons/", ".ci/")): assert (REPO/word).exists(), word
-        if "papermill" in words[:3]:
-            notebook = json.loads((REPO/next(word for word in words if word.startswith("nbs/"))).read_text())
-            parameters = next("".join(cell["source"]) for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
-            for flag, name in zip(words, words[1:]):
-                if flag == "-p": assert re.search(rf"^{name} = ", parameters, re.M), name
-    for target in re.findall(r"\]\(([^)#\s]+)", README):
-        if "://" not in target: assert (REPO/target).exists(), target
+        if words[0] != "papermill": continue
+        cells = json.loads((REPO/words[1]).read_text())["cells"]
+        parameters = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+        for flag, name in zip(words, words[1:]):
+            if flag == "-p": assert re.search(rf"^{name} = ", parameters, re.M), name
+
+
+def test_readme_names_only_files_that_are_there():
+    spans = re.findall(r"`((?:nbs|tests|rustbpe|lessons|nanochat|\.ci)/[\w./-]*)`", README)
+    folders = [line.split()[0] for line in README.splitlines() if re.match(r"[\w/]+/ ", line) and "(to come)" not in line] # the map
+    assert len(folders) > 3
+    for path in spans + folders + re.findall(r"\]\(([^)#:\s]+)\)", README): assert (REPO/path).exists(), path
