@@ -35,8 +35,9 @@ def nanochat(base, *args, timeout=600):
 def start(base, *command):
     "Start a Python process in a session of its own; what it prints goes to `base/output.txt`."
     with open(base/"output.txt", "ab") as output:
-        return subprocess.Popen([sys.executable, *map(str, command)], env=environment(base), stdin=subprocess.DEVNULL,
-                                stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        # a shell starts what it puts into the background with SIGINT ignored, and that is inherited; here it must be heard
+        return subprocess.Popen([sys.executable, *map(str, command)], env=environment(base), stdin=subprocess.DEVNULL, stdout=output,
+                                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def family(process):
