@@ -118,4 +118,8 @@ def copy(smoke, tmp_path):
         for stage in after: Run(run, {}).metrics(stage) # drops the stage's lines
         if last == "data": shutil.rmtree(base/"tokens")
         return SimpleNamespace(base=base, run=run)
-    return make
+    yield make
+    for process in psutil.process_iter(): # what a test that failed has left behind
+        try:
+            if process.environ().get("NANOCHAT_BASE_DIR", "").startswith(str(tmp_path)): process.kill()
+        except psutil.Error: pass

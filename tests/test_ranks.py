@@ -9,7 +9,7 @@ from nanochat.checkpoint import latest_checkpoint, load_checkpoint
 from nanochat.common import STAGES, read_metrics
 
 TRAINED = ("base", "mid", "sft", "rl")
-LONG = {"steps": 100_000, "tokens": 100_000 * 2048, "eval_every": 100_000, "device_batch": 8} # ends only when it is stopped
+LONG = {"steps": 999, "tokens": 999 * 2048, "eval_every": 999, "device_batch": 8} # will not end by itself before it is stopped
 
 
 def rows(run, stage):
