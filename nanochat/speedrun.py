@@ -330,11 +330,16 @@ def speedrun_command(preset, name, data, depth, nproc, settings, hardware, plan_
     overrides = _settings(settings)
     if nproc is not None: overrides["hardware.nproc"] = nproc
     preset = preset or default_preset()
+    name = name or run_name(preset, data, depth)
     plan = make_plan(preset, overrides, hardware=named_hardware(hardware) if hardware else None, depth=depth, data=data)
+    if (runs_dir()/name/"config.yaml").exists() and not {"hardware.dtype", "dtype"} & set(overrides):
+        # a processor's dtype is chosen by measuring; a run that goes on must not change it because of a busy moment
+        before = Run.open(name).config.get("hardware", {})
+        if before.get("device") == plan.config["hardware"]["device"]: plan.config["hardware"]["dtype"] = before["dtype"]
     click.echo(plan)
     for warning in plan.warnings: click.echo(f"note: {warning}")
     if plan_only: return
-    run = Run.create(name or run_name(preset, data, depth), plan.config)
+    run = Run.create(name, plan.config)
     click.echo(f"\nrun {run.name} in {run.dir}")
     started = time.perf_counter()
     if speedrun(run): click.echo(f"finished in {(time.perf_counter() - started) / 60:.1f} minutes")

@@ -17,13 +17,15 @@ from nanochat.common import STAGES, Run, read_metrics
 
 # without cached bytecode, every kernel, rank and command would spend five seconds on importing torch instead of two
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# matrices this small gain nothing from threads, which only wait for each other where cores are few
+os.environ["OMP_NUM_THREADS"] = "1"
 
 REPO = Path(__file__).resolve().parent.parent
 
 
 def environment(base):
     "The environment of a process whose files all go below `base`."
-    return os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return os.environ | {"NANOCHAT_BASE_DIR": str(base), "PYTHONUNBUFFERED": "1"}
 
 
 def nanochat(base, *args, timeout=600):
@@ -121,5 +123,5 @@ def copy(smoke, tmp_path):
     yield make
     for process in psutil.process_iter(): # what a test that failed has left behind
         try:
-            if process.environ().get("NANOCHAT_BASE_DIR", "").startswith(str(tmp_path)): process.kill()
+            if process.environ().get("NANOCHAT_BASE_DIR", "").startswith(f"{tmp_path}/"): process.kill()
         except psutil.Error: pass
