@@ -30,7 +30,7 @@ def wilson_interval(right: int,  # how many answers were right
     p, shrink = right / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # it holds p, whatever rounding says
 
 # %% ../nbs/15_chat_eval.ipynb #a14d0677
 CHANCE = {"choice": 0.25}  # how often guessing is right, where there is something to guess from

@@ -214,7 +214,7 @@ def score_picture(
             found = [(i, evals[stage]["tasks"][n]) for i, n in enumerate(names) if n in evals.get(stage, {"tasks": {}})["tasks"]]
             if not found: continue
             x = [t["accuracy"] for _, t in found]
-            whiskers = [[t["accuracy"] - t["ci95"][0] for _, t in found], [t["ci95"][1] - t["accuracy"] for _, t in found]]
+            whiskers = [[max(0, sign * (t["accuracy"] - t["ci95"][end])) for _, t in found] for end, sign in ((0, 1), (1, -1))]
             ax.errorbar(x, [i + 0.17 * (k - 1.5) for i, _ in found], xerr=whiskers, fmt="o", ms=4, lw=1.2, color=colour, label=stage.upper())
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)

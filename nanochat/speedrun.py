@@ -387,7 +387,7 @@ def stage_command(stage, name):
 
 def main():
     "The `nanochat` command."
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # for the threads of every process that starts here
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000") # for the threads of every process that starts here
     try: cli()
     except UserError as e:
         click.echo(f"nanochat: {e}", err=True)
