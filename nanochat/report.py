@@ -420,8 +420,9 @@ def samples(
         asked = {}
         for stage in TRAINED:
             for item in record.evals.get(stage, {"tasks": {}})["tasks"].get(name, {"items": []})["items"]:
-                asked.setdefault(item["prompt"], []).append((stage, readable_answer(item["answer"]), item["right"]))
-        for prompt, answers in list(asked.items())[:per_task]: blocks.append(Sample(name, prompt, answers))
+                # conversations may end in the same question: the first one stands for all
+                asked.setdefault(item["prompt"], {}).setdefault(stage, (stage, readable_answer(item["answer"]), item["right"]))
+        for prompt, answers in list(asked.items())[:per_task]: blocks.append(Sample(name, prompt, list(answers.values())))
     return [Heading("Samples"), *blocks] if blocks else []
 
 # %% ../nbs/19_report.ipynb #a8ad6363
