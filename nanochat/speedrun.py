@@ -350,7 +350,7 @@ def speedrun_command(preset, name, data, depth, nproc, settings, hardware, plan_
 @click.option("--run", "name", help="Which run's model; without it, the run that was trained last.")
 @click.option("--stage", default="latest", show_default=True, help="base, mid, sft, rl, or the latest that is done.")
 @click.option("-p", "--prompt", help="Answer this one question and exit.")
-@click.option("--temperature", type=click.FloatRange(0, 5), default=0.6, show_default=True, help="0 always takes the likeliest token.")
+@click.option("--temperature", type=click.FloatRange(0, 5), default=0.3, show_default=True, help="0 always takes the likeliest token.")
 @click.option("--top-k", type=click.IntRange(1), default=50, show_default=True, help="Sample among this many tokens.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def chat_command(name, stage, prompt, temperature, top_k, seed):
