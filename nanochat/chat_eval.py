@@ -14,7 +14,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from .common import Run, UserError, atomic_write, derive_seed, progress_bar
+from .common import Run, UserError, atomic_write, derive_seed, group_rank_and_world, progress_bar
 from .engine import Engine
 from .model import GPT
 from .tasks import TASKS, make_task
@@ -34,10 +34,6 @@ def wilson_interval(right: int,  # how many answers were right
 
 # %% ../nbs/15_chat_eval.ipynb #a14d0677
 CHANCE = {"choice": 0.25}  # how often guessing is right, where there is something to guess from
-
-def _ranks() -> tuple[int, int]:
-    "Rank and world size of the process group, (0, 1) where there is none."
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def _gather(mine: list) -> list:
     "Every rank's list, joined."
@@ -64,7 +60,7 @@ def evaluate_task(engine: Engine,
     "Ask a task's first n questions and count the right answers; on all ranks together, and all get the result."
     if n < 1: raise UserError(f"{n} questions cannot measure {task.name!r}: ask at least 1.")
     start, n = time.perf_counter(), min(n, len(task))
-    rank, world_size = _ranks()
+    rank, world_size = group_rank_and_world()
     mine = range(rank, n, world_size)
     items = []
     for at in range(0, len(mine), batch):
@@ -109,7 +105,7 @@ def evaluate_stage(run: Run,
     score = world_score(list(results.values()))
     for result in results.values(): del result["items"][SAMPLES:]
     summary = {"stage": stage, "step": step, "tasks": results, "world_score": score}
-    if _ranks()[0] == 0:
+    if group_rank_and_world()[0] == 0:
         atomic_write(run.stage_dir(stage)/"eval.json", json.dumps(summary, indent=1, ensure_ascii=False))
         run.metrics(stage, resume_step=sys.maxsize).log(step, world_score=score, **{f"eval/{name}": r["accuracy"] for name, r in results.items()})
     return summary

@@ -22,6 +22,7 @@ from .optim import lr_multiplier
 from .tasks import make_task
 from .tokenizer import Tokenizer
 from .train import bits_per_byte, grad_accum_steps, optimizer_for, prepare_model, train
+from .world import World
 
 # %% ../nbs/16_finetune.ipynb #89f5b476
 def mix(
@@ -30,9 +31,9 @@ def mix(
     seed: int, # the run's seed
 ) -> list[dict]: # conversations
     "The conversations of a mixture in shuffled order. Raises `UserError` for an unknown task or a mixture without conversations."
-    chosen = []
+    chosen, world = [], World(seed)
     for name, n in mixture.items():
-        task = make_task(name, split, seed)
+        task = make_task(name, split, seed, world)
         chosen += [(task, i % len(task)) for i in range(n)]
     if not chosen: raise UserError(f"the mixture {mixture} holds no conversations: give at least one task a number above zero.")
     order = np.random.default_rng(derive_seed(seed, "mix", split)).permutation(len(chosen))
@@ -138,7 +139,7 @@ def finetune(
     with distributed(device):
         rank, world_size = rank_and_world()
         seed_everything(derive_seed(run.seed, stage))
-        model, tokenizer, before = load_model(run, BEFORE[stage], device)
+        model, tokenizer, _ = load_model(run, BEFORE[stage], device)
         model = prepare_model(model, config, device)
         T, B = model.config.sequence_len, section["device_batch"]
         packed = {split: pack_conversations(mix(mixture, split, run.seed), tokenizer, T)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 # %% ../nbs/07_optim.ipynb #b8007e54
-from .common import UserError
+from .common import UserError, group_rank_and_world
 
 # %% ../nbs/07_optim.ipynb #0a15aa35
 POLAR_EXPRESS = ( # (a, b, c) for each step: Amsel et al. 2025, arXiv 2505.16932
@@ -146,8 +146,7 @@ class MuonAdamW:
     def __init__(self,
                  groups: list[dict], # each: name, kind ("muon" or "adamw"), params, names, lr, weight_decay; for adamw also betas and eps
                  ):
-        joined = dist.is_available() and dist.is_initialized()
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        self.rank, self.world_size = group_rank_and_world()
         self.updates = 0 # so far
         self.param_groups = groups
         for group in groups:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from .chat_eval import evaluate_stage, evaluate_task
 from .checkpoint import latest_checkpoint, load_checkpoint, load_model, rng_state, save_checkpoint, set_rng_state
-from .common import (Metrics, Run, StopSignal, UserError, barrier, derive_seed, distributed, pick_device, pick_dtype, progress_bar,
+from .common import (Metrics, Run, StopSignal, UserError, barrier, derive_seed, distributed, group_rank_and_world, pick_device, pick_dtype, progress_bar,
                              rank_and_world, read_metrics, say, seed_everything)
 from .engine import Completion, Engine
 from .model import GPT
@@ -77,7 +76,7 @@ def policy_gradient(model: GPT,
                     ) -> tuple[float, int]:  # loss, number of answers with a signal, both over all ranks
     "Add the gradient of the policy loss to `.grad`."
     device = next(model.parameters()).device
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    _, world_size = group_rank_and_world()
     useful = [a for a in answers if a.advantage != 0]
     counts = torch.tensor([sum(sum(a.completion.mask) for a in answers), len(useful)], dtype=torch.float32, device=device)
     n_tokens, n_useful = all_reduce_sum(counts).tolist()
@@ -98,7 +97,7 @@ def rollout(engine: Engine,
             prompts_per_step: int, samples_per_prompt: int, max_new_tokens: int, temperature: float, top_k: int | None,
             ) -> list[Answer]:  # this rank's, samples of a prompt side by side
     "Answer this rank's share of a step's problems, several times each, and judge the answers."
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = group_rank_and_world()
     mine = range(rank, prompts_per_step, world_size)
     conversations = [task[derive_seed(seed, "rl problem", step, j) % len(task)] for j in mine]
     prompts = [engine.tokenizer.render_for_completion(c) for c in conversations for _ in range(samples_per_prompt)]

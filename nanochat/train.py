@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 # %% ../nbs/10_train.ipynb #0c173349
 from .checkpoint import latest_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from .common import (Run, StopSignal, UserError, barrier, derive_seed, distributed, pick_device, pick_dtype, progress_bar,
+from .common import (Run, StopSignal, UserError, barrier, derive_seed, distributed, group_rank_and_world, pick_device, pick_dtype, progress_bar,
                              rank_and_world, say, seed_everything)
 from .dataloader import PackedLoader
 from .dataset import prepare_tokens
@@ -67,7 +67,7 @@ def accumulate_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]: # mean loss over all ranks, number of targets over all ranks (both scalars)
     "Add the gradient of the mean loss over all targets of all micro-batches and ranks to `.grad`."
     # The optimizer averages gradients over ranks, so each rank scales its share up by their number.
-    _, world_size = rank_and_world() if dist.is_initialized() else (0, 1)
+    _, world_size = group_rank_and_world()
     n_targets = all_reduce_sum(torch.stack([(y >= 0).sum() for _, y in batches]).sum().float()).clamp(min=1)
     total = torch.zeros((), device=n_targets.device)
     for x, y in batches:
@@ -142,7 +142,7 @@ def train(
             settings = schedule(step)
             grad_norm = optimizer.step(**settings)
             step += 1
-            tokens += sum(x.numel() for x, _ in batches) * (rank_and_world()[1] if dist.is_initialized() else 1)
+            tokens += sum(x.numel() for x, _ in batches) * group_rank_and_world()[1]
             bar.update()
 
             want_save = time.perf_counter() - saved_at > save_minutes * 60
