@@ -7,11 +7,15 @@ pub enum Error {
     Pattern(String),
     /// The vocabulary is smaller than the 256 bytes, or absurdly large.
     VocabSize(usize),
-    /// A list of merges that no training could have made.
-    Merges(String),
+    /// Tokens or merges that no training could have made.
+    Tokens(String),
+    /// A file that is not what its name says.
+    File(String),
     /// An id that the vocabulary does not have.
     Id { id: u32, vocab_size: usize },
-    /// `train` was told to stop.
+    /// The training text has too many different pieces.
+    TooManyPieces,
+    /// Training was told to stop.
     Interrupted,
 }
 
@@ -26,10 +30,14 @@ impl fmt::Display for Error {
                 "vocab_size must be from 256 (the bytes) to {}, not {size}",
                 crate::MAX_VOCAB_SIZE
             ),
-            Error::Merges(why) => write!(f, "{why}"),
+            Error::Tokens(why) | Error::File(why) => write!(f, "{why}"),
             Error::Id { id, vocab_size } => {
                 write!(f, "id {id} is outside the vocabulary of {vocab_size}")
             }
+            Error::TooManyPieces => write!(
+                f,
+                "the text has more than four billion bytes of different pieces: train on less of it"
+            ),
             Error::Interrupted => write!(f, "training was interrupted"),
         }
     }

@@ -1,17 +1,34 @@
 //! Byte-pair encoding: training, encoding and decoding.
 //!
-//! A text is split into pieces by a regular expression ([`Splitter`]), and pairs of neighbouring
-//! ids are merged inside the pieces only. Ids 0..=255 are the bytes; merge `k` makes id `256 + k`.
+//! A text is cut into pieces by a pattern ([`Splitter`]), and pairs of neighbouring ids are merged
+//! inside the pieces only. In the order in which a reader meets them: `unicode` and `scan` (what a
+//! piece is), `count` and `train` (which pairs to merge), `pairs`, `merge` and `vocab` (merging a
+//! piece), `key` and `encode` (whole texts, fast), `files` (what is kept on disk).
+//!
 //! The modules know nothing of Python; the bindings (feature `python`) are one thin file.
 
-mod bpe;
+#![forbid(unsafe_code)]
+
+mod count;
+mod encode;
 mod error;
+pub mod files;
+mod key;
+mod merge;
+mod pairs;
 #[cfg(feature = "python")]
 mod python;
+mod scan;
 mod split;
 mod train;
+mod unicode;
+mod unicode_table;
+mod vocab;
 
-pub use bpe::{Bpe, Pair, MAX_TOKEN_BYTES, MAX_VOCAB_SIZE};
+pub use count::{Counter, Counts};
+pub use encode::{Batch, Encoder, Ids};
 pub use error::Error;
-pub use split::{Splitter, PATTERN};
-pub use train::{count_pieces, train, PieceCounts};
+pub use scan::{GPT2_PATTERN, GPT4_PATTERN, PATTERN};
+pub use split::Splitter;
+pub use train::train;
+pub use vocab::{Pair, Vocab, MAX_TOKEN_BYTES, MAX_VOCAB_SIZE};

@@ -1,21 +1,24 @@
-//! The Python class `RustBPE`. Python's lock is released while counting, merging and encoding.
+//! The Python class `RustBPE`. Python's lock is released while counting, merging, encoding and decoding.
 
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{sync_channel, SyncSender, TrySendError};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use pyo3::exceptions::{PyOverflowError, PyValueError};
+use pyo3::buffer::{Element, PyBuffer};
+use pyo3::exceptions::{PyOverflowError, PyRuntimeError, PyTypeError, PyUserWarning, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
+use pyo3::types::{PyByteArray, PyBytes, PyList, PyString};
 
-use crate::{
-    count_pieces, train, Bpe, Error, Pair, PieceCounts, Splitter, MAX_VOCAB_SIZE, PATTERN,
-};
+use crate::{files, train, Counter, Counts, Encoder, Error, Ids, Pair, Splitter, Vocab};
+use crate::{GPT2_PATTERN, GPT4_PATTERN, MAX_VOCAB_SIZE, PATTERN};
 
-/// Texts are counted in batches of about this many bytes.
-const BATCH_BYTES: usize = 1 << 23;
-/// How long Ctrl-C may have to wait.
-const SIGNALS_EVERY: Duration = Duration::from_millis(100);
+/// Texts go to the counting threads in batches of about this many bytes.
+const BATCH_BYTES: usize = 1 << 20;
+/// How often Ctrl-C is looked for and progress is told.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 const MAX_THREADS: usize = 1024;
 
 impl From<Error> for PyErr {
@@ -24,102 +27,62 @@ impl From<Error> for PyErr {
     }
 }
 
-/// A byte-pair encoder: `RustBPE(vocab_size).train(texts)`, then `encode` and `decode`.
+/// A byte-pair encoder: made by `train`, `from_merges`, `from_ranks` or `from_json`, and never changed.
 #[pyclass(frozen, module = "nanochat.rustbpe")]
 struct RustBPE {
-    target: usize,
-    bpe: Mutex<Arc<Bpe>>,
+    encoder: Encoder,
 }
 
 impl RustBPE {
-    fn current(&self) -> Arc<Bpe> {
-        Arc::clone(&self.bpe.lock().unwrap_or_else(PoisonError::into_inner))
+    fn new(splitter: Splitter, vocab: Vocab) -> Self {
+        Self {
+            encoder: Encoder::new(splitter, vocab),
+        }
+    }
+
+    fn vocab(&self) -> &Vocab {
+        self.encoder.vocab()
     }
 }
 
 #[pymethods]
 impl RustBPE {
-    /// `vocab_size`: how many ids training may use, the 256 bytes included.
-    /// `pattern`: the regular expression that cuts text into pieces; nanochat's without it.
-    #[new]
-    #[pyo3(signature = (vocab_size, pattern=None))]
-    fn new(vocab_size: &Bound<'_, PyAny>, pattern: Option<&str>) -> PyResult<Self> {
-        let target = natural(vocab_size, "vocab_size")?;
-        if !(256..=MAX_VOCAB_SIZE).contains(&target) {
-            return Err(Error::VocabSize(target).into());
-        }
-        let splitter = Splitter::new(pattern.unwrap_or(PATTERN))?;
-        let bpe = Mutex::new(Arc::new(Bpe::new(splitter, Vec::new())?));
-        Ok(Self { target, bpe })
-    }
-
-    /// The encoder that these merges describe; merge `k` makes id `256 + k`.
-    #[staticmethod]
-    #[pyo3(signature = (merges, pattern=None))]
-    fn from_merges(
-        py: Python<'_>,
-        merges: &Bound<'_, PyAny>,
-        pattern: Option<&str>,
-    ) -> PyResult<Self> {
-        let merges = merges
-            .try_iter()?
-            .map(|pair| {
-                let (left, right): (Bound<'_, PyAny>, Bound<'_, PyAny>) = pair?.extract()?;
-                Ok((id(&left)?, id(&right)?))
-            })
-            .collect::<PyResult<Vec<Pair>>>()?;
-        let splitter = Splitter::new(pattern.unwrap_or(PATTERN))?;
-        let bpe = py.detach(|| Bpe::new(splitter, merges))?;
-        Ok(Self {
-            target: bpe.vocab_size(),
-            bpe: Mutex::new(Arc::new(bpe)),
-        })
-    }
-
     /// Learns merges from an iterable of texts, which is read once and never held whole.
-    #[pyo3(signature = (texts, verbose=false))]
-    fn train(&self, py: Python<'_>, texts: &Bound<'_, PyAny>, verbose: bool) -> PyResult<()> {
-        let splitter = self.current().splitter().clone();
-        let mut counts = PieceCounts::default();
-        let mut texts = texts.try_iter()?;
-        loop {
-            let mut batch: Vec<PyBackedStr> = Vec::new();
-            let mut bytes = 0;
-            while bytes < BATCH_BYTES {
-                let Some(text) = texts.next() else { break };
-                let text: PyBackedStr = text?.extract()?;
-                bytes += text.len();
-                batch.push(text);
-            }
-            if batch.is_empty() {
-                break;
-            }
-            py.check_signals()?;
-            for (piece, count) in py.detach(|| count_pieces(&splitter, &batch)) {
-                *counts.entry(piece).or_insert(0) += count;
-            }
+    ///
+    /// `vocab_size` counts the 256 bytes and the merges; it may come out smaller where no pair occurs twice
+    /// any more. `progress(phase, done, total)` is called about ten times a second: "bytes read", of which
+    /// the total is not known (0), then "merges".
+    #[staticmethod]
+    #[pyo3(signature = (texts, vocab_size, pattern=PATTERN, special_tokens=vec![], num_threads=None, progress=None))]
+    fn train(
+        py: Python<'_>,
+        texts: &Bound<'_, PyAny>,
+        vocab_size: &Bound<'_, PyAny>,
+        pattern: &str,
+        special_tokens: Vec<String>,
+        num_threads: Option<&Bound<'_, PyAny>>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let vocab_size: usize = in_range(vocab_size, "vocab_size")?;
+        if !(256..=MAX_VOCAB_SIZE).contains(&vocab_size) {
+            return Err(Error::VocabSize(vocab_size).into());
         }
-        if verbose {
-            say(py, format!("{} distinct pieces", counts.len()))?;
-        }
-
-        let started = Instant::now();
-        let mut asked = started;
-        let mut said = started;
+        let threads = threads(num_threads)?;
+        let splitter = splitter(py, pattern)?;
+        let mut watch = Watch::new(progress);
+        let counts = count(py, texts, &splitter, threads, &mut watch)?;
         let mut raised = None;
+        let watch = watch.unbind();
         let learned = py.detach(|| {
-            train(&counts, self.target, &mut |done| {
-                if asked.elapsed() < SIGNALS_EVERY {
+            let mut looked = Instant::now();
+            train(counts, vocab_size, &mut |done| {
+                if looked.elapsed() < LOOK_EVERY {
                     return ControlFlow::Continue(());
                 }
-                asked = Instant::now();
+                looked = Instant::now();
                 let result = Python::attach(|py| {
                     py.check_signals()?;
-                    if verbose && said.elapsed() > Duration::from_secs(5) {
-                        said = Instant::now();
-                        say(py, format!("{done} of {} merges", self.target - 256))?;
-                    }
-                    Ok(())
+                    watch.tell(py, "merges", done, vocab_size - 256)
                 });
                 match result {
                     Ok(()) => ControlFlow::Continue(()),
@@ -133,78 +96,354 @@ impl RustBPE {
         if let Some(error) = raised {
             return Err(error);
         }
-        let bpe = py.detach(|| Bpe::new(splitter, learned?))?;
-        if verbose {
-            let seconds = started.elapsed().as_secs_f64();
-            say(
-                py,
-                format!("{} merges in {seconds:.1} s", bpe.merges().len()),
-            )?;
-        }
-        *self.bpe.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(bpe);
-        Ok(())
+        let merges = learned?;
+        watch.tell(py, "merges", merges.len(), merges.len())?;
+        let vocab = py.detach(|| Vocab::from_merges(&merges, &special_tokens))?;
+        Ok(Self::new(splitter, vocab))
     }
 
-    /// The ids of a text.
-    fn encode(&self, py: Python<'_>, text: PyBackedStr) -> Vec<u32> {
-        let bpe = self.current();
-        py.detach(|| bpe.encode(&text))
-    }
-
-    /// The ids of many texts, encoded on `num_threads` threads (all cores without it).
-    #[pyo3(signature = (texts, num_threads=None))]
-    fn encode_batch(
-        &self,
+    /// The encoder of these merges: byte `b` is id `b`, and merge `k` makes id `256 + k`.
+    #[staticmethod]
+    #[pyo3(signature = (merges, pattern=PATTERN, special_tokens=vec![]))]
+    fn from_merges(
         py: Python<'_>,
-        texts: Vec<PyBackedStr>,
-        num_threads: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<Vec<Vec<u32>>> {
-        let bpe = self.current();
-        let Some(num_threads) = num_threads else {
-            return Ok(py.detach(|| bpe.encode_batch(&texts)));
+        merges: &Bound<'_, PyAny>,
+        pattern: &str,
+        special_tokens: Vec<String>,
+    ) -> PyResult<Self> {
+        let pair = |pair: PyResult<Bound<'_, PyAny>>| -> PyResult<Pair> {
+            let (left, right): (Bound<'_, PyAny>, Bound<'_, PyAny>) = pair?.extract()?;
+            Ok((in_range(&left, "id")?, in_range(&right, "id")?))
         };
-        let threads = natural(num_threads, "num_threads")?;
-        if !(1..=MAX_THREADS).contains(&threads) {
-            let message = format!("num_threads must be from 1 to {MAX_THREADS}, not {threads}");
-            return Err(PyValueError::new_err(message));
-        }
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .map_err(|e| PyValueError::new_err(format!("{threads} threads do not start: {e}")))?;
-        Ok(py.detach(|| pool.install(|| bpe.encode_batch(&texts))))
+        let merges: Vec<Pair> = merges.try_iter()?.map(pair).collect::<PyResult<_>>()?;
+        let splitter = splitter(py, pattern)?;
+        let vocab = py.detach(|| Vocab::from_merges(&merges, &special_tokens))?;
+        Ok(Self::new(splitter, vocab))
+    }
+
+    /// The encoder of a tiktoken rank file's content; special tokens come behind its ranks.
+    #[staticmethod]
+    #[pyo3(signature = (data, pattern, special_tokens=vec![]))]
+    fn from_ranks(
+        py: Python<'_>,
+        data: &[u8],
+        pattern: &str,
+        special_tokens: Vec<String>,
+    ) -> PyResult<Self> {
+        let splitter = splitter(py, pattern)?;
+        let vocab = py.detach(|| files::from_ranks(data, &special_tokens))?;
+        Ok(Self::new(splitter, vocab))
+    }
+
+    /// The encoder of a `tokenizer.json`'s content, which must be as `to_json` writes it.
+    #[staticmethod]
+    fn from_json(py: Python<'_>, data: &[u8]) -> PyResult<Self> {
+        let (vocab, splitter) = py.detach(|| files::from_json(data))?;
+        warn_if_slow(py, &splitter)?;
+        Ok(Self::new(splitter, vocab))
+    }
+
+    /// The content of `tokenizer.json`, in the format of Hugging Face's tokenizers.
+    fn to_json(&self, py: Python<'_>) -> String {
+        py.detach(|| files::to_json(self.vocab(), self.encoder.splitter().pattern()))
+    }
+
+    /// The content of a tiktoken rank file: without the pattern, and without special tokens.
+    fn to_ranks<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let ranks = py.detach(|| files::to_ranks(self.vocab()));
+        PyBytes::new(py, ranks.as_bytes())
+    }
+
+    /// The ids of a text; what looks like a special token in it is text like any other.
+    fn encode(&self, py: Python<'_>, text: PyBackedStr) -> Vec<u32> {
+        py.detach(|| self.encoder.encode(&text))
+    }
+
+    /// The ids of many texts on `num_threads` threads (all cores without it), each behind the id `prepend`.
+    ///
+    /// Three values: the ids end to end, as the bytes of native integers; where each text begins and the
+    /// last one ends, as the bytes of int64; and how many bytes an id has (2 or 4). With `cache=False`
+    /// every piece is merged anew.
+    #[pyo3(signature = (texts, num_threads=None, prepend=None, cache=true))]
+    #[allow(clippy::type_complexity)]
+    fn encode_batch<'py>(
+        &self,
+        py: Python<'py>,
+        texts: &Bound<'py, PyAny>,
+        num_threads: Option<&Bound<'py, PyAny>>,
+        prepend: Option<&Bound<'py, PyAny>>,
+        cache: bool,
+    ) -> PyResult<(Bound<'py, PyByteArray>, Bound<'py, PyByteArray>, usize)> {
+        let threads = threads(num_threads)?;
+        let prepend = prepend.map(|id| in_range(id, "id")).transpose()?;
+        let texts: Vec<PyBackedStr> = iterate(texts)?
+            .enumerate()
+            .map(|(i, text)| string(i, &text?))
+            .collect::<PyResult<_>>()?;
+        let batch = py.detach(|| self.encoder.encode_batch(&texts, threads, prepend, cache))?;
+        let width = self.encoder.id_bytes();
+        let n: usize = batch.lengths.iter().sum();
+        let ids = PyByteArray::new_with(py, n * width, |mut bytes| {
+            for chunk in batch.chunks {
+                let length = match &chunk {
+                    Ids::U16(ids) => store(bytes, ids, |id| id.to_ne_bytes()),
+                    Ids::U32(ids) => store(bytes, ids, |id| id.to_ne_bytes()),
+                };
+                bytes = &mut bytes[length..];
+            }
+            Ok(())
+        })?;
+        let mut offsets = vec![0i64];
+        let mut end = 0;
+        offsets.extend(batch.lengths.iter().map(|n| {
+            end += *n as i64;
+            end
+        }));
+        let offsets = PyByteArray::new_with(py, offsets.len() * 8, |bytes| {
+            store(bytes, &offsets, |offset| offset.to_ne_bytes());
+            Ok(())
+        })?;
+        Ok((ids, offsets, width))
+    }
+
+    /// The bytes of the ids: a list, a numpy array, or anything else that yields integers.
+    fn decode_bytes<'py>(
+        &self,
+        py: Python<'py>,
+        ids: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let bytes = self.bytes_of(py, ids)?;
+        Ok(PyBytes::new(py, &bytes))
     }
 
     /// The text of the ids; bytes that are not UTF-8 become U+FFFD.
-    fn decode(&self, ids: &Bound<'_, PyAny>) -> PyResult<String> {
-        Ok(self.current().decode(&all_ids(ids)?)?)
+    fn decode<'py>(
+        &self,
+        py: Python<'py>,
+        ids: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyString>> {
+        let bytes = self.bytes_of(py, ids)?;
+        Ok(PyString::new(py, &String::from_utf8_lossy(&bytes)))
     }
 
-    /// The bytes of the ids.
-    fn decode_bytes(&self, ids: &Bound<'_, PyAny>) -> PyResult<std::borrow::Cow<'static, [u8]>> {
-        Ok(self.current().decode_bytes(&all_ids(ids)?)?.into())
+    /// The texts of many rows of ids.
+    fn decode_batch<'py>(
+        &self,
+        py: Python<'py>,
+        rows: &Bound<'py, PyAny>,
+    ) -> PyResult<Vec<Bound<'py, PyString>>> {
+        rows.try_iter()?.map(|ids| self.decode(py, &ids?)).collect()
     }
 
-    /// The merges in the order in which they were learned.
-    fn merges(&self) -> Vec<Pair> {
-        self.current().merges().to_vec()
+    /// The bytes of every id in order, special tokens included.
+    fn tokens<'py>(&self, py: Python<'py>) -> Vec<Bound<'py, PyBytes>> {
+        let ids = 0..self.vocab().size() as u32;
+        ids.map(|id| PyBytes::new(py, self.vocab().token(id))).collect()
     }
 
-    /// How many ids there are now: 256 before training.
+    /// For every id of more than one byte the two ids that it is merged from, in order; None where no merges reach it.
+    fn merges(&self) -> Vec<Option<Pair>> {
+        let merges = self.vocab().merges().iter().enumerate();
+        let merged = merges.filter(|&(id, _)| self.vocab().token(id as u32).len() > 1);
+        merged.map(|(_, &pair)| pair).collect()
+    }
+
+    /// The ids of the 256 bytes.
+    fn byte_ids(&self) -> Vec<u32> {
+        self.vocab().byte_ids().to_vec()
+    }
+
+    /// How many ids there are, special tokens included.
     #[getter]
     fn vocab_size(&self) -> usize {
-        self.current().vocab_size()
+        self.vocab().size()
+    }
+
+    /// The names of the special tokens, whose ids are the last.
+    #[getter]
+    fn special_tokens(&self) -> Vec<String> {
+        self.vocab().special_tokens().collect()
     }
 
     /// The regular expression that cuts text into pieces.
     #[getter]
-    fn pattern(&self) -> String {
-        self.current().splitter().pattern().to_owned()
+    fn pattern(&self) -> &str {
+        self.encoder.splitter().pattern()
     }
 
     fn __repr__(&self) -> String {
         format!("RustBPE(vocab_size={})", self.vocab_size())
     }
+}
+
+impl RustBPE {
+    fn bytes_of(&self, py: Python<'_>, ids: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+        let ids = all_ids(ids)?;
+        let mut bytes = Vec::with_capacity(ids.len() * 5);
+        py.detach(|| self.vocab().decode(&ids, &mut bytes))?;
+        Ok(bytes)
+    }
+}
+
+/// Counts the pieces of the texts on threads, while this one goes on reading texts.
+fn count(
+    py: Python<'_>,
+    texts: &Bound<'_, PyAny>,
+    splitter: &Splitter,
+    threads: usize,
+    watch: &mut Watch<'_, '_>,
+) -> PyResult<Counts> {
+    let counts = Counts::new();
+    let (sender, receiver) = sync_channel::<TextBatch>(2 * threads);
+    let receiver = Mutex::new(receiver);
+    let worker = || {
+        let splitter = splitter.clone();
+        let mut counter = Counter::new(&counts);
+        let receive = || receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        while let Ok(batch) = receive() {
+            let mut start = 0;
+            for end in batch.ends {
+                counter.count(&splitter, &batch.text[start..end]);
+                start = end;
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+        let fed = feed(py, texts, splitter, sender, watch);
+        let join = || workers.into_iter().all(|worker| worker.join().is_ok());
+        match (fed, py.detach(join)) {
+            (fed, true) => fed,
+            (_, false) => Err(PyRuntimeError::new_err("a thread that counts pieces failed")),
+        }
+    })?;
+    Ok(counts)
+}
+
+/// Texts end to end, and where each ends.
+#[derive(Default)]
+struct TextBatch {
+    text: String,
+    ends: Vec<usize>,
+}
+
+fn feed(
+    py: Python<'_>,
+    texts: &Bound<'_, PyAny>,
+    splitter: &Splitter,
+    sender: SyncSender<TextBatch>,
+    watch: &mut Watch<'_, '_>,
+) -> PyResult<()> {
+    let mut batch = TextBatch::default();
+    let mut read = 0;
+    let mut send = |batch: TextBatch| {
+        read += batch.text.len();
+        let mut waiting = batch;
+        loop {
+            watch.look(py, "bytes read", read, 0)?;
+            match sender.try_send(waiting) {
+                Ok(()) => return Ok(()),
+                Err(TrySendError::Full(batch)) => waiting = batch,
+                Err(TrySendError::Disconnected(_)) => {
+                    return Err(PyRuntimeError::new_err("no thread counts any more"))
+                }
+            }
+            py.detach(|| thread::sleep(Duration::from_millis(1)));
+        }
+    };
+    for (i, text) in iterate(texts)?.enumerate() {
+        let text = string(i, &text?)?;
+        let mut start = 0;
+        while start < text.len() {
+            let mut end = text.len();
+            if end - start > 2 * BATCH_BYTES {
+                end = splitter.safe_cut(&text, start + BATCH_BYTES);
+            }
+            batch.text.push_str(&text[start..end]);
+            batch.ends.push(batch.text.len());
+            start = end;
+            if batch.text.len() >= BATCH_BYTES {
+                send(std::mem::take(&mut batch))?;
+            }
+        }
+    }
+    send(batch)
+}
+
+/// Looks for Ctrl-C and tells progress, but not too often.
+struct Watch<'a, 'py> {
+    progress: Option<&'a Bound<'py, PyAny>>,
+    looked: Instant,
+}
+
+/// The same without Python's lock.
+struct Teller(Option<Py<PyAny>>);
+
+impl<'a, 'py> Watch<'a, 'py> {
+    fn new(progress: Option<&'a Bound<'py, PyAny>>) -> Self {
+        Self {
+            progress,
+            looked: Instant::now(),
+        }
+    }
+
+    fn look(&mut self, py: Python<'_>, phase: &str, done: usize, total: usize) -> PyResult<()> {
+        if self.looked.elapsed() < LOOK_EVERY {
+            return Ok(());
+        }
+        self.looked = Instant::now();
+        py.check_signals()?;
+        match self.progress {
+            Some(progress) => progress.call1((phase, done, total)).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    fn unbind(self) -> Teller {
+        Teller(self.progress.map(|progress| progress.clone().unbind()))
+    }
+}
+
+impl Teller {
+    fn tell(&self, py: Python<'_>, phase: &str, done: usize, total: usize) -> PyResult<()> {
+        match &self.0 {
+            Some(progress) => progress.call1(py, (phase, done, total)).map(drop),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The splitter for a pattern, with a warning where that is a regex engine.
+fn splitter(py: Python<'_>, pattern: &str) -> PyResult<Splitter> {
+    let splitter = Splitter::new(pattern)?;
+    warn_if_slow(py, &splitter)?;
+    Ok(splitter)
+}
+
+fn warn_if_slow(py: Python<'_>, splitter: &Splitter) -> PyResult<()> {
+    if splitter.is_scanner() {
+        return Ok(());
+    }
+    let message = c"this split pattern has no scanner, so it goes through a regex engine, several times slower: PATTERN, GPT2_PATTERN and GPT4_PATTERN have one";
+    PyErr::warn(py, &py.get_type::<PyUserWarning>(), message, 1)
+}
+
+fn iterate<'py>(
+    texts: &Bound<'py, PyAny>,
+) -> PyResult<impl Iterator<Item = PyResult<Bound<'py, PyAny>>>> {
+    if texts.is_instance_of::<PyString>() {
+        let message = "the texts must be an iterable of strings, not one string: put it into a list";
+        return Err(PyTypeError::new_err(message));
+    }
+    texts.try_iter()
+}
+
+fn string(i: usize, text: &Bound<'_, PyAny>) -> PyResult<PyBackedStr> {
+    let Ok(string) = text.cast::<PyString>() else {
+        let kind = text.get_type().name()?;
+        return Err(PyTypeError::new_err(format!("text {i} must be a string, not {kind}")));
+    };
+    string.clone().try_into()
 }
 
 /// A Python integer that an unsigned type cannot hold is a `ValueError` like any other bad value.
@@ -221,26 +460,63 @@ where
     })
 }
 
-fn natural(value: &Bound<'_, PyAny>, name: &str) -> PyResult<usize> {
-    in_range(value, name)
+fn threads(num_threads: Option<&Bound<'_, PyAny>>) -> PyResult<usize> {
+    let Some(num_threads) = num_threads else {
+        return Ok(thread::available_parallelism().map_or(1, usize::from));
+    };
+    let threads = in_range(num_threads, "num_threads")?;
+    if !(1..=MAX_THREADS).contains(&threads) {
+        let message = format!("num_threads must be from 1 to {MAX_THREADS}, not {threads}");
+        return Err(PyValueError::new_err(message));
+    }
+    Ok(threads)
 }
 
-fn id(value: &Bound<'_, PyAny>) -> PyResult<u32> {
-    in_range(value, "id")
-}
-
+/// The ids in a list, in a buffer of integers such as a numpy array, or in any other iterable.
 fn all_ids(ids: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
-    ids.try_iter()?.map(|value| id(&value?)).collect()
+    if let Ok(list) = ids.cast::<PyList>() {
+        return list.iter().map(|id| in_range(&id, "id")).collect();
+    }
+    let buffered = None
+        .or_else(|| from_buffer::<u16>(ids))
+        .or_else(|| from_buffer::<u32>(ids))
+        .or_else(|| from_buffer::<i64>(ids))
+        .or_else(|| from_buffer::<i32>(ids));
+    buffered.unwrap_or_else(|| ids.try_iter()?.map(|id| in_range(&id?, "id")).collect())
 }
 
-fn say(py: Python<'_>, message: String) -> PyResult<()> {
-    py.import("builtins")?
-        .call_method1("print", (format!("rustbpe: {message}"),))?;
-    Ok(())
+/// The ids in a buffer of this type of integers; None if it is no such buffer.
+fn from_buffer<T>(ids: &Bound<'_, PyAny>) -> Option<PyResult<Vec<u32>>>
+where
+    T: Element + std::fmt::Display,
+    u32: TryFrom<T>,
+{
+    let buffer = PyBuffer::<T>::get(ids).ok()?;
+    Some(buffer.to_vec(ids.py()).and_then(|values| {
+        let id = |value: T| {
+            u32::try_from(value)
+                .map_err(|_| PyValueError::new_err(format!("id {value} is out of range")))
+        };
+        values.into_iter().map(id).collect()
+    }))
+}
+
+/// Writes numbers into the front of some bytes, and says how many bytes they take.
+fn store<T: Copy, const N: usize>(
+    bytes: &mut [u8],
+    numbers: &[T],
+    to_bytes: impl Fn(T) -> [u8; N],
+) -> usize {
+    for (target, &number) in bytes.chunks_exact_mut(N).zip(numbers) {
+        target.copy_from_slice(&to_bytes(number));
+    }
+    numbers.len() * N
 }
 
 #[pymodule]
 fn rustbpe(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("PATTERN", PATTERN)?;
+    m.add("GPT2_PATTERN", GPT2_PATTERN)?;
+    m.add("GPT4_PATTERN", GPT4_PATTERN)?;
     m.add_class::<RustBPE>()
 }
