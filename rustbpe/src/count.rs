@@ -4,12 +4,12 @@
 //! pieces stay, and hands the others on to one large table, which holds every piece once.
 
 use std::hash::Hasher;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use rustc_hash::FxHasher;
 
 use crate::key::Key;
-use crate::Splitter;
+use crate::{lock, Splitter};
 
 /// The large table's parts, so that threads seldom wait for one another. A power of two.
 const SHARDS: usize = 64;
@@ -77,10 +77,6 @@ impl Default for Counts {
     fn default() -> Self {
         Self::new()
     }
-}
-
-fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
-    shard.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shard {
@@ -247,7 +243,15 @@ mod tests {
     fn counts_may_exceed_32_bits() {
         let counts = Counts::new();
         let mut expected = 0;
-        for count in [1, u64::from(u32::MAX), 1 << 32, (1 << 40) - 1, 1, 3 << 32, 5] {
+        for count in [
+            1,
+            u64::from(u32::MAX),
+            1 << 32,
+            (1 << 40) - 1,
+            1,
+            3 << 32,
+            5,
+        ] {
             counts.add(b"ab", count);
             counts.add(b"cd", 1);
             expected += count;

@@ -1,47 +1,109 @@
 //! Encoding: text to ids, with a cache from piece to ids, on any number of threads.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::key::Key;
-use crate::{Error, Splitter, Vocab};
+use crate::merge::Merger;
+use crate::{lock, Error, Splitter, Vocab};
 
-/// Entries of a cache: two megabytes, of which a processor's second-level cache holds a good part.
-const CACHE_ENTRIES: usize = 1 << 16;
+/// Places of a cache, with two entries each: eight megabytes. What is looked up often stays near the
+/// processor by itself.
+const CACHE_PLACES: usize = 1 << 17;
 /// A cached piece has at most this many ids; nearly all have one.
 const CACHED_IDS: usize = 3;
+/// Pieces that are looked up together.
+const TOGETHER: usize = 64;
 /// Threads are given about this many bytes of text at a time.
 const CHUNK_BYTES: usize = 1 << 17;
 
-/// What a piece was encoded to when it was last seen. Pieces that share an entry replace one
-/// another, so the cache is never full and its size is a constant.
+/// What a piece was encoded to when it was last seen.
 #[derive(Debug, Clone, Copy, Default)]
-#[repr(align(32))]
 struct Entry {
     key: Key,
     ids: [u32; CACHED_IDS],
     n: u32,
 }
 
-type Cache = Vec<Entry>;
+/// The two pieces of this hash that were seen last, the newer one first: so the cache is never
+/// full, and its size is a constant. One line of a processor's cache.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(align(64))]
+struct Place([Entry; 2]);
+
+/// What a thread that encodes has for itself.
+#[derive(Debug, Default)]
+struct Memory {
+    cache: Vec<Place>,
+    merger: Merger,
+}
+
+#[inline(always)]
+fn place_of<'c>(key: &Key, cache: &'c mut [Place; CACHE_PLACES]) -> &'c mut Place {
+    &mut cache[key.hash() as usize % CACHE_PLACES]
+}
 
 /// A vocabulary with its splitter, ready to encode.
 #[derive(Debug)]
 pub struct Encoder {
     splitter: Splitter,
     vocab: Vocab,
-    /// caches that no thread uses at the moment; they stay warm from call to call
-    caches: Mutex<Vec<Cache>>,
+    /// what no thread uses at the moment: caches stay warm from call to call
+    memories: Mutex<Vec<Memory>>,
 }
 
-/// The ids of several texts end to end.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Batch {
-    /// in chunks that follow one another
-    pub chunks: Vec<Ids>,
+/// How a batch is encoded.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    pub threads: usize,
+    /// an id to put in front of every text
+    pub prepend: Option<u32>,
+    /// without the cache every piece is merged anew
+    pub cache: bool,
+}
+
+/// The ids of several texts. It holds the texts too, so that whoever called decides which thread
+/// lets go of them.
+#[derive(Debug)]
+pub struct Batch<T> {
+    encoded: Vec<Encoded<T>>,
     /// how many ids each text has
     pub lengths: Vec<usize>,
+}
+
+impl<T> Batch<T> {
+    /// The ids end to end, in chunks that follow one another.
+    pub fn chunks(&self) -> impl Iterator<Item = &Ids> {
+        self.encoded.iter().map(|encoded| &encoded.ids)
+    }
+}
+
+/// What a thread is given at a time: parts of texts (the text's number, the text, its bytes).
+#[derive(Debug)]
+struct Portion<T> {
+    index: usize,
+    bytes: usize,
+    parts: Vec<(usize, Arc<T>, Range<usize>)>,
+}
+
+impl<T> Default for Portion<T> {
+    fn default() -> Self {
+        Self {
+            index: 0,
+            bytes: 0,
+            parts: Vec::new(),
+        }
+    }
+}
+
+/// What a thread makes of a portion.
+#[derive(Debug)]
+struct Encoded<T> {
+    portion: Portion<T>,
+    ids: Ids,
+    /// how many ids each part has
+    lengths: Vec<usize>,
 }
 
 /// Ids in as few bytes as the vocabulary allows.
@@ -56,7 +118,7 @@ impl Encoder {
         Self {
             splitter,
             vocab,
-            caches: Mutex::default(),
+            memories: Mutex::default(),
         }
     }
 
@@ -80,107 +142,133 @@ impl Encoder {
     /// The ids of a text.
     pub fn encode(&self, text: &str) -> Vec<u32> {
         let mut ids = Vec::with_capacity(text.len() / 3);
-        let mut cache = self.take_cache();
-        self.encode_into(&self.splitter, text, &mut cache, &mut ids);
-        self.give_back(cache);
+        let mut memory = self.take_memory();
+        self.encode_into(&self.splitter, text, &mut memory, &mut ids);
+        lock(&self.memories).push(memory);
         ids
     }
 
-    /// The ids of the texts on this many threads, each text behind the id `prepend`.
-    pub fn encode_batch<T: AsRef<str> + Sync>(
+    /// The ids of the texts on this many threads.
+    ///
+    /// This thread reads the texts while others encode; then it joins them, in a call of `detached`,
+    /// which may give up a lock for as long as it calls what it is given.
+    pub fn encode_batch<T, E>(
         &self,
-        texts: &[T],
-        threads: usize,
-        prepend: Option<u32>,
-        use_cache: bool,
-    ) -> Result<Batch, Error> {
-        if let Some(id) = prepend.filter(|&id| id as usize >= self.vocab.size()) {
+        texts: impl IntoIterator<Item = Result<T, E>>,
+        options: Options,
+        detached: impl FnOnce(&mut (dyn FnMut() + Send)),
+    ) -> Result<Batch<T>, E>
+    where
+        T: AsRef<str> + Send + Sync,
+        E: From<Error>,
+    {
+        if let Some(id) = options
+            .prepend
+            .filter(|&id| id as usize >= self.vocab.size())
+        {
             let vocab_size = self.vocab.size();
-            return Err(Error::Id { id, vocab_size });
+            return Err(Error::Id { id, vocab_size }.into());
         }
-        let work = self.portions(texts);
-        let next = AtomicUsize::new(0);
-        let done = Mutex::new(Vec::with_capacity(work.len()));
+        let (sender, receiver) = channel();
+        let receiver = Mutex::new(receiver);
+        let done = Mutex::new(Vec::new());
         let worker = || {
-            let mut cache = if use_cache { self.take_cache() } else { Cache::new() };
+            let mut memory = match options.cache {
+                true => self.take_memory(),
+                false => Memory::default(),
+            };
             // a splitter each, because threads that share a regex wait for its scratch memory
             let splitter = self.splitter.clone();
-            let mut ids = Vec::with_capacity(CHUNK_BYTES);
-            loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                let Some(portion) = work.get(index) else { break };
-                let mut lengths = Vec::with_capacity(portion.len());
-                ids.clear();
-                for (text, range) in portion {
-                    let before = ids.len();
-                    if range.start == 0 {
-                        ids.extend(prepend);
-                    }
-                    let text = &texts[*text].as_ref()[range.clone()];
-                    self.encode_into(&splitter, text, &mut cache, &mut ids);
-                    lengths.push(ids.len() - before);
-                }
-                let ids = match self.id_bytes() {
-                    2 => Ids::U16(ids.iter().map(|&id| id as u16).collect()),
-                    _ => Ids::U32(ids.clone()),
-                };
-                let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
-                done.push((index, ids, lengths));
+            let receive = || lock(&receiver).recv(); // the lock ends here, not with the loop's body
+            while let Ok(portion) = receive() {
+                let encoded = self.encode_portion(&splitter, portion, options.prepend, &mut memory);
+                lock(&done).push(encoded);
             }
-            if use_cache {
-                self.give_back(cache);
+            if options.cache {
+                lock(&self.memories).push(memory);
             }
         };
+        let mut n_texts = 0;
         std::thread::scope(|scope| {
-            for _ in 1..threads.min(work.len()) {
-                scope.spawn(worker);
+            let mut workers = 0;
+            let mut portion = Portion::default();
+            for text in texts {
+                let text = Arc::new(text?);
+                let length = (*text).as_ref().len();
+                let mut start = 0;
+                loop {
+                    if portion.bytes >= CHUNK_BYTES {
+                        let next = Portion {
+                            index: portion.index + 1,
+                            ..Default::default()
+                        };
+                        let full = std::mem::replace(&mut portion, next);
+                        if sender.send(full).is_ok() && workers + 1 < options.threads {
+                            scope.spawn(worker);
+                            workers += 1;
+                        }
+                    }
+                    let mut end = length;
+                    if end - start > 2 * CHUNK_BYTES {
+                        // a long text is cut where that changes nothing
+                        end = self
+                            .splitter
+                            .safe_cut((*text).as_ref(), start + CHUNK_BYTES);
+                    }
+                    portion.bytes += end - start;
+                    portion.parts.push((n_texts, Arc::clone(&text), start..end));
+                    start = end;
+                    if start == length {
+                        break;
+                    }
+                }
+                n_texts += 1;
             }
-            worker();
-        });
-        let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-        done.sort_unstable_by_key(|(index, ..)| *index);
-        let mut batch = Batch {
-            chunks: Vec::with_capacity(work.len()),
-            lengths: vec![0; texts.len()],
-        };
-        for (index, ids, lengths) in done {
-            for ((text, _), n) in work[index].iter().zip(lengths) {
-                batch.lengths[*text] += n;
+            sender
+                .send(portion)
+                .expect("the receiver outlives the scope");
+            drop(sender);
+            detached(&mut || worker());
+            Ok::<(), E>(())
+        })?;
+        let mut encoded = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+        encoded.sort_unstable_by_key(|encoded| encoded.portion.index);
+        let mut lengths = vec![0; n_texts];
+        for encoded in &encoded {
+            for ((text, ..), n) in encoded.portion.parts.iter().zip(&encoded.lengths) {
+                lengths[*text] += n;
             }
-            batch.chunks.push(ids);
         }
-        Ok(batch)
+        Ok(Batch { encoded, lengths })
     }
 
-    /// The texts in portions of about [`CHUNK_BYTES`]: (text, its bytes). Long texts are cut where
-    /// that changes nothing.
-    fn portions<T: AsRef<str>>(&self, texts: &[T]) -> Vec<Vec<(usize, Range<usize>)>> {
-        let mut portions = Vec::new();
-        let (mut portion, mut bytes) = (Vec::new(), 0);
-        for (i, text) in texts.iter().enumerate() {
-            let text = text.as_ref();
-            let mut start = 0;
-            loop {
-                let mut end = text.len();
-                if end - start > 2 * CHUNK_BYTES {
-                    end = self.splitter.safe_cut(text, start + CHUNK_BYTES);
-                }
-                portion.push((i, start..end));
-                bytes += end - start;
-                start = end;
-                if bytes >= CHUNK_BYTES {
-                    portions.push(std::mem::take(&mut portion));
-                    bytes = 0;
-                }
-                if start == text.len() {
-                    break;
-                }
+    fn encode_portion<T: AsRef<str>>(
+        &self,
+        splitter: &Splitter,
+        portion: Portion<T>,
+        prepend: Option<u32>,
+        memory: &mut Memory,
+    ) -> Encoded<T> {
+        let mut ids = Vec::with_capacity(portion.bytes / 3);
+        let mut lengths = Vec::with_capacity(portion.parts.len());
+        for (_, text, range) in &portion.parts {
+            let before = ids.len();
+            if range.start == 0 {
+                ids.extend(prepend);
             }
+            let text = &(**text).as_ref()[range.clone()];
+            self.encode_into(splitter, text, memory, &mut ids);
+            lengths.push(ids.len() - before);
         }
-        if !portion.is_empty() {
-            portions.push(portion);
+        let ids = match self.id_bytes() {
+            2 => Ids::U16(ids.iter().map(|&id| id as u16).collect()),
+            _ => Ids::U32(ids),
+        };
+        Encoded {
+            portion,
+            ids,
+            lengths,
         }
-        portions
     }
 
     /// Appends the ids of a text. Without a cache (an empty one) every piece is merged anew.
@@ -188,51 +276,78 @@ impl Encoder {
         &self,
         splitter: &Splitter,
         text: &str,
-        cache: &mut [Entry],
+        memory: &mut Memory,
         ids: &mut Vec<u32>,
     ) {
         let bytes = text.as_bytes();
-        let Ok(cache) = <&mut [Entry; CACHE_ENTRIES]>::try_from(cache) else {
+        let Memory { cache, merger } = memory;
+        let Ok(cache) = <&mut [Place; CACHE_PLACES]>::try_from(&mut cache[..]) else {
             splitter.for_each(text, |start, end| {
-                self.vocab.encode_piece(&bytes[start..end], ids);
+                self.vocab.encode_piece(&bytes[start..end], merger, ids);
             });
             return;
         };
+        let mut waiting = [(Key::default(), 0, 0); TOGETHER];
+        let mut n = 0;
         splitter.for_each(text, |start, end| {
-            if end - start > Key::MAX {
-                self.vocab.encode_piece(&bytes[start..end], ids);
-                return;
+            let is_short = end - start <= Key::MAX;
+            if n == TOGETHER || !is_short {
+                self.look_up(bytes, &waiting[..n], cache, merger, ids);
+                n = 0;
             }
-            let key = Key::new(bytes, start, end);
-            let entry = &mut cache[key.hash() as usize % CACHE_ENTRIES];
-            if entry.key != key {
+            if is_short {
+                waiting[n] = (Key::new(bytes, start, end), start, end);
+                n += 1;
+            } else {
+                self.vocab.encode_piece(&bytes[start..end], merger, ids);
+            }
+        });
+        self.look_up(bytes, &waiting[..n], cache, merger, ids);
+    }
+
+    /// Appends the ids of short pieces of a text: their keys, and where they start and end.
+    fn look_up(
+        &self,
+        text: &[u8],
+        pieces: &[(Key, usize, usize)],
+        cache: &mut [Place; CACHE_PLACES],
+        merger: &mut Merger,
+        ids: &mut Vec<u32>,
+    ) {
+        // Most of the time goes into waiting for the cache's memory. Touching all places before any
+        // is needed lets the processor wait for them at once.
+        let touched = pieces.iter().map(|(key, ..)| place_of(key, cache).0[0].n);
+        std::hint::black_box(touched.fold(0, u32::max));
+        for &(key, start, end) in pieces {
+            let place = &mut place_of(&key, cache).0;
+            if place[0].key != key {
+                place.swap(0, 1);
+            }
+            if place[0].key != key {
                 let before = ids.len();
-                self.vocab.encode_piece(&bytes[start..end], ids);
+                self.vocab.encode_piece(&text[start..end], merger, ids);
                 let new = &ids[before..];
                 if new.len() <= CACHED_IDS {
-                    entry.key = key;
-                    entry.ids[..new.len()].copy_from_slice(new);
-                    entry.n = new.len() as u32;
+                    place[0].key = key;
+                    place[0].ids[..new.len()].copy_from_slice(new);
+                    place[0].n = new.len() as u32;
                 }
-                return;
+                continue;
             }
+            let entry = &place[0];
             ids.push(entry.ids[0]);
             if entry.n > 1 {
                 ids.extend_from_slice(&entry.ids[1..entry.n as usize]);
             }
-        });
+        }
     }
 
-    fn take_cache(&self) -> Cache {
-        let mut caches = self.caches.lock().unwrap_or_else(PoisonError::into_inner);
-        let cache = caches.pop();
-        drop(caches);
-        cache.unwrap_or_else(|| vec![Entry::default(); CACHE_ENTRIES])
-    }
-
-    fn give_back(&self, cache: Cache) {
-        let mut caches = self.caches.lock().unwrap_or_else(PoisonError::into_inner);
-        caches.push(cache);
+    fn take_memory(&self) -> Memory {
+        let memory = lock(&self.memories).pop();
+        memory.unwrap_or_else(|| Memory {
+            cache: vec![Place::default(); CACHE_PLACES],
+            merger: Merger::default(),
+        })
     }
 }
 
@@ -244,7 +359,15 @@ mod tests {
     use proptest::prelude::*;
 
     fn encoder(pattern: &str) -> Encoder {
-        let merges = [(32, 116), (256, 104), (97, 97), (258, 258), (257, 101), (49, 50), (195, 169)];
+        let merges = [
+            (32, 116),
+            (256, 104),
+            (97, 97),
+            (258, 258),
+            (257, 101),
+            (49, 50),
+            (195, 169),
+        ];
         let vocab = Vocab::from_merges(&merges, &["<|bos|>"]).unwrap();
         Encoder::new(Splitter::new(pattern).unwrap(), vocab)
     }
@@ -253,17 +376,34 @@ mod tests {
     fn plainly(encoder: &Encoder, text: &str) -> Vec<u32> {
         let mut ids = Vec::new();
         encoder.splitter.for_each(text, |start, end| {
-            encoder.vocab.encode_piece(&text.as_bytes()[start..end], &mut ids);
+            let piece = &text.as_bytes()[start..end];
+            encoder
+                .vocab
+                .encode_piece(piece, &mut Merger::default(), &mut ids);
         });
         ids
     }
 
-    fn joined(batch: &Batch) -> Vec<u32> {
+    fn batch<T: AsRef<str> + Send + Sync>(
+        encoder: &Encoder,
+        texts: &[T],
+        threads: usize,
+        prepend: Option<u32>,
+        cache: bool,
+    ) -> Result<(Vec<u32>, Vec<usize>), Error> {
+        let options = Options {
+            threads,
+            prepend,
+            cache,
+        };
+        let texts = texts.iter().map(|text| Ok(text.as_ref()));
+        let batch = encoder.encode_batch(texts, options, |work| work())?;
+
         let widen = |ids: &Ids| match ids {
             Ids::U16(ids) => ids.iter().map(|&id| u32::from(id)).collect(),
             Ids::U32(ids) => ids.clone(),
         };
-        batch.chunks.iter().flat_map(widen).collect()
+        Ok((batch.chunks().flat_map(widen).collect(), batch.lengths))
     }
 
     #[test]
@@ -271,14 +411,18 @@ mod tests {
         let encoder = encoder(PATTERN);
         let words = "the aaaa theé 12 aa  taaaa the\n";
         let long: String = words.repeat(5 * CHUNK_BYTES / words.len());
-        let texts = [&long[..], "", "the", &"a".repeat(3 * CHUNK_BYTES), &long[..99]];
+        let texts = [
+            &long[..],
+            "",
+            "the",
+            &"a".repeat(3 * CHUNK_BYTES),
+            &long[..99],
+        ];
         let expected: Vec<_> = texts.iter().map(|text| plainly(&encoder, text)).collect();
+        let lengths: Vec<usize> = expected.iter().map(Vec::len).collect();
         for threads in 1..4 {
-            let batch = encoder.encode_batch(&texts, threads, None, true).unwrap();
-            assert!(batch.chunks.len() > 4);
-            assert_eq!(joined(&batch), expected.concat());
-            let lengths: Vec<usize> = expected.iter().map(Vec::len).collect();
-            assert_eq!(batch.lengths, lengths);
+            let found = batch(&encoder, &texts, threads, None, true).unwrap();
+            assert_eq!(found, (expected.concat(), lengths.clone()));
         }
     }
 
@@ -286,17 +430,30 @@ mod tests {
     fn an_id_may_be_put_in_front() {
         let encoder = encoder(PATTERN);
         let bos = encoder.vocab.size() as u32 - 1;
-        let batch = encoder.encode_batch(&["the", "", " the"], 1, Some(bos), true).unwrap();
-        assert_eq!(joined(&batch), [bos, 116, 104, 101, bos, bos, 260]);
-        assert_eq!(batch.lengths, [4, 1, 2]);
-        assert!(encoder.encode_batch(&["a"], 1, Some(bos + 1), true).is_err());
+        let (ids, lengths) = batch(&encoder, &["the", "", " the"], 1, Some(bos), true).unwrap();
+        assert_eq!(ids, [bos, 116, 104, 101, bos, bos, 260]);
+        assert_eq!(lengths, [4, 1, 2]);
+        assert!(batch(&encoder, &["a"], 1, Some(bos + 1), true).is_err());
     }
 
     #[test]
     fn no_text_is_no_ids() {
         let none: [&str; 0] = [];
-        let batch = encoder(PATTERN).encode_batch(&none, 4, None, true).unwrap();
-        assert_eq!(batch, Batch::default());
+        let found = batch(&encoder(PATTERN), &none, 4, None, true).unwrap();
+        assert_eq!(found, (vec![], vec![]));
+    }
+
+    #[test]
+    fn an_error_among_the_texts_is_handed_on() {
+        let mut texts = vec![Ok("the"); 100];
+        texts.push(Err(Error::Interrupted));
+        let options = Options {
+            threads: 2,
+            prepend: None,
+            cache: true,
+        };
+        let result = encoder(PATTERN).encode_batch(texts, options, |work| work());
+        assert_eq!(result.err(), Some(Error::Interrupted));
     }
 
     proptest! {
@@ -306,13 +463,11 @@ mod tests {
             let encoder = encoder(&pattern);
             let expected: Vec<_> = texts.iter().map(|text| plainly(&encoder, text)).collect();
             for _ in 0..2 {
-                let batch = encoder.encode_batch(&texts, threads, None, cache).unwrap();
-                prop_assert_eq!(joined(&batch), expected.concat());
+                let (ids, _) = batch(&encoder, &texts, threads, None, cache).unwrap();
+                prop_assert_eq!(ids, expected.concat());
                 for (text, ids) in texts.iter().zip(&expected) {
                     prop_assert_eq!(&encoder.encode(text), ids);
-                    let mut bytes = Vec::new();
-                    encoder.vocab.decode(ids, &mut bytes).unwrap();
-                    prop_assert_eq!(&bytes, text.as_bytes());
+                    prop_assert_eq!(&encoder.vocab.decode(ids).unwrap(), text.as_bytes());
                 }
             }
         }

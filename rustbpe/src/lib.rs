@@ -26,9 +26,16 @@ mod unicode_table;
 mod vocab;
 
 pub use count::{Counter, Counts};
-pub use encode::{Batch, Encoder, Ids};
+pub use encode::{Batch, Encoder, Ids, Options};
 pub use error::Error;
 pub use scan::{GPT2_PATTERN, GPT4_PATTERN, PATTERN};
 pub use split::Splitter;
 pub use train::train;
 pub use vocab::{Pair, Vocab, MAX_TOKEN_BYTES, MAX_VOCAB_SIZE};
+
+/// What a mutex guards; a thread that failed while it held the lock fails by itself.
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -6,32 +6,50 @@ use crate::pairs::PairTable;
 
 /// Up to this many ids the next pair is looked for in a plain scan; it takes `O(n²)` steps, few of
 /// them. Longer pieces go by [`merge_long`].
-const SHORT: usize = 256;
+const SHORT: usize = 128;
+/// The memory for pieces of up to this many ids is kept: two megabytes.
+const KEPT: usize = 1 << 16;
+/// Places whose memory is waited for at once, before any of it is needed.
+const TOGETHER: usize = 64;
 const NONE: u32 = u32::MAX;
 
-/// Merges `ids` in place: what is left is the front of it, of the returned length.
-///
-/// At most `u32::MAX - 1` ids.
-pub fn merge(pairs: &PairTable, ids: &mut [u32]) -> usize {
-    if ids.len() <= SHORT {
-        merge_short(pairs, ids)
-    } else {
-        merge_long(pairs, ids)
+/// Memory for merging long pieces, which is used again for the next one.
+#[derive(Debug, Default)]
+pub struct Merger {
+    nodes: Vec<Node>,
+    todo: Todo,
+    places: Vec<u32>,
+}
+
+impl Merger {
+    /// Merges `ids` in place: what is left is the front of it, of the returned length.
+    ///
+    /// At most `u32::MAX - 1` ids.
+    pub fn merge(&mut self, pairs: &PairTable, ids: &mut [u32]) -> usize {
+        match ids.len() {
+            0..=16 => merge_short::<16>(pairs, ids),
+            17..=SHORT => merge_short::<SHORT>(pairs, ids),
+            n => {
+                let left = merge_long(self, pairs, ids);
+                if n > KEPT {
+                    *self = Self::default();
+                }
+                left
+            }
+        }
     }
 }
 
-fn merge_short(pairs: &PairTable, ids: &mut [u32]) -> usize {
+/// For at most `N` ids.
+fn merge_short<const N: usize>(pairs: &PairTable, ids: &mut [u32]) -> usize {
     let mut n = ids.len();
-    if n < 2 {
-        return n;
-    }
     // merged[i] is what ids[i] and ids[i + 1] merge into, NONE if they do not
-    let mut merged = [NONE; SHORT];
-    let lookup = |left, right| pairs.get((left, right)).unwrap_or(NONE);
-    for i in 0..n - 1 {
-        merged[i] = lookup(ids[i], ids[i + 1]);
+    let mut merged = [NONE; N];
+    let look_up = |left, right| pairs.get((left, right)).unwrap_or(NONE);
+    for i in 1..n {
+        merged[i - 1] = look_up(ids[i - 1], ids[i]);
     }
-    loop {
+    while n > 1 {
         let (mut best, mut at) = (NONE, 0);
         for (i, &id) in merged[..n - 1].iter().enumerate() {
             if id < best {
@@ -39,105 +57,166 @@ fn merge_short(pairs: &PairTable, ids: &mut [u32]) -> usize {
             }
         }
         if best == NONE {
-            return n;
+            break;
         }
-        ids[at] = best;
-        ids.copy_within(at + 2..n, at + 1);
-        merged.copy_within(at + 2..n, at + 1);
         n -= 1;
-        if n == 1 {
-            return 1;
+        ids[at] = best;
+        ids.copy_within(at + 2..n + 1, at + 1);
+        merged.copy_within(at + 2..n + 1, at + 1);
+        merged[at] = NONE;
+        if at + 1 < n {
+            merged[at] = look_up(best, ids[at + 1]);
         }
         if at > 0 {
-            merged[at - 1] = lookup(ids[at - 1], best);
+            merged[at - 1] = look_up(ids[at - 1], best);
         }
-        merged[at] = if at + 1 < n {
-            lookup(best, ids[at + 1])
-        } else {
-            NONE
-        };
     }
+    n
 }
 
-/// The same in linear time but for the sorting of overlaps.
+/// The same in about linear time.
 ///
 /// A merge makes only pairs that merge later than itself, since an id is made of smaller ones. So
 /// the merges can be gone through once in their order, each with the places where it may apply.
-/// The ids that are left form a linked list.
-fn merge_long(pairs: &PairTable, ids: &mut [u32]) -> usize {
-    let n = ids.len();
-    let mut previous: Vec<u32> = (0..n as u32).map(|i| i.wrapping_sub(1)).collect();
-    let mut next: Vec<u32> = (1..=n as u32).collect();
-    let mut todo = Todo::default();
-    for i in 0..n - 1 {
-        if let Some(id) = pairs.get((ids[i], ids[i + 1])) {
+fn merge_long(memory: &mut Merger, pairs: &PairTable, ids: &mut [u32]) -> usize {
+    let Merger {
+        nodes,
+        todo,
+        places,
+    } = memory;
+    // what is left is a linked list
+    nodes.clear();
+    nodes.extend(ids.iter().enumerate().map(|(i, &id)| Node {
+        id,
+        previous: (i as u32).wrapping_sub(1),
+        next: i as u32 + 1,
+    }));
+    todo.start();
+    for (i, two) in ids.windows(2).enumerate() {
+        if let Some(id) = pairs.get((two[0], two[1])) {
             todo.add(id, i as u32);
         }
     }
-    let mut places = Vec::new();
-    while let Some(id) = todo.take_earliest(&mut places) {
-        for &place in &places {
-            let i = place as usize;
-            let right = next[i] as usize;
-            // either of the two may be merged with its other neighbour by now
-            if ids[i] == NONE || right >= n || pairs.get((ids[i], ids[right])) != Some(id) {
+    while let Some(id) = todo.take_earliest(places) {
+        let pair_at = |nodes: &[Node], place: u32| {
+            let node = nodes[place as usize];
+            let right = nodes.get(node.next as usize)?;
+            (node.id != NONE).then_some((node.id, right.id))
+        };
+        let is_there =
+            |&place: &u32| pair_at(nodes, place).filter(|&pair| pairs.get(pair) == Some(id));
+        let Some(pair) = places.iter().find_map(is_there) else {
+            continue; // all were merged with their other neighbours
+        };
+        if pair.0 == pair.1 {
+            places.sort(); // in "aaa" the left one counts
+        }
+        for (k, &place) in places.iter().enumerate() {
+            if k % TOGETHER == 0 {
+                let soon = &places[k..places.len().min(k + TOGETHER)];
+                let touched = soon.iter().map(|&place| nodes[place as usize].id);
+                std::hint::black_box(touched.fold(0, u32::max));
+            }
+            if pair_at(nodes, place) != Some(pair) {
                 continue;
             }
-            ids[i] = id;
-            ids[right] = NONE;
-            next[i] = next[right];
-            if let Some(after) = previous.get_mut(next[i] as usize) {
-                *after = place;
-            }
-            if let Some(&before) = ids.get(previous[i] as usize) {
-                if let Some(later) = pairs.get((before, id)) {
-                    todo.add(later, previous[i]);
+            let Node { previous, next, .. } = nodes[place as usize];
+            let right = std::mem::replace(&mut nodes[next as usize].id, NONE);
+            debug_assert_eq!(right, pair.1);
+            let after = nodes[next as usize].next;
+            nodes[place as usize].id = id;
+            nodes[place as usize].next = after;
+            if let Some(node) = nodes.get_mut(after as usize) {
+                node.previous = place;
+                if let Some(later) = pairs.get((id, node.id)) {
+                    todo.add(later, place);
                 }
             }
-            if let Some(&after) = ids.get(next[i] as usize) {
-                if let Some(later) = pairs.get((id, after)) {
-                    todo.add(later, place);
+            if let Some(node) = nodes.get(previous as usize) {
+                if let Some(later) = pairs.get((node.id, id)) {
+                    todo.add(later, previous);
                 }
             }
         }
     }
     let mut kept = 0;
-    for i in 0..n {
-        if ids[i] != NONE {
-            ids[kept] = ids[i];
-            kept += 1;
-        }
+    for node in nodes.iter().filter(|node| node.id != NONE) {
+        ids[kept] = node.id;
+        kept += 1;
     }
     kept
 }
 
+#[derive(Debug, Clone, Copy)]
+struct Node {
+    /// NONE where it has become a part of the one before
+    id: u32,
+    previous: u32,
+    next: u32,
+}
+
 /// The merges that wait, each with its places.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Todo {
-    /// for every id the newest of its notes, NONE if there is none
-    newest: Vec<u32>,
-    /// one bit for every id that has notes
+    /// for every id its first and its last block
+    lists: Vec<Option<(u32, u32)>>,
+    blocks: Vec<Block>,
+    /// one bit for every id that has places
     waiting: Vec<u64>,
-    /// a place, and the id's note before this one
-    notes: Vec<(u32, u32)>,
     /// no id in an earlier word of `waiting` waits
     word: usize,
 }
 
+/// A few places: following a link for each of them would take longer than everything else.
+#[derive(Debug, Default)]
+struct Block {
+    places: [u32; 14],
+    n: u32,
+    /// the block behind this one, unless this is the last
+    next: u32,
+}
+
 impl Todo {
-    fn add(&mut self, id: u32, place: u32) {
-        let at = id as usize;
-        if at >= self.newest.len() {
-            let size = (at + 1).next_power_of_two().max(64);
-            self.newest.resize(size, NONE);
-            self.waiting.resize(size / 64, 0);
-        }
-        self.notes.push((place, self.newest[at]));
-        self.newest[at] = self.notes.len() as u32 - 1;
-        self.waiting[at / 64] |= 1 << (at % 64);
+    /// Begins anew, when everything has been taken.
+    fn start(&mut self) {
+        self.blocks.clear();
+        self.word = 0;
     }
 
-    /// Takes the earliest merge that waits and its places from left to right.
+    fn add(&mut self, id: u32, place: u32) {
+        let at = id as usize;
+        if at >= self.lists.len() {
+            let size = (at + 1).next_power_of_two().max(64);
+            self.lists.resize(size, None);
+            self.waiting.resize(size / 64, 0);
+        }
+        let new = self.blocks.len() as u32;
+        let last = match &mut self.lists[at] {
+            Some((_, last)) => {
+                let block = &mut self.blocks[*last as usize];
+                if (block.n as usize) < block.places.len() {
+                    block.places[block.n as usize] = place;
+                    block.n += 1;
+                    return;
+                }
+                block.next = new;
+                last
+            }
+            none => {
+                self.waiting[at / 64] |= 1 << (at % 64);
+                &mut none.insert((new, new)).1
+            }
+        };
+        *last = new;
+        let mut block = Block {
+            n: 1,
+            ..Block::default()
+        };
+        block.places[0] = place;
+        self.blocks.push(block);
+    }
+
+    /// Takes the earliest merge that waits, and its places in the order in which they came.
     fn take_earliest(&mut self, places: &mut Vec<u32>) -> Option<u32> {
         while *self.waiting.get(self.word)? == 0 {
             self.word += 1;
@@ -146,14 +225,15 @@ impl Todo {
         let id = self.word as u32 * 64 + bits.trailing_zeros();
         *bits &= *bits - 1;
         places.clear();
-        let mut note = std::mem::replace(&mut self.newest[id as usize], NONE);
-        while note != NONE {
-            let (place, before) = self.notes[note as usize];
-            places.push(place);
-            note = before;
+        let (mut at, last) = self.lists[id as usize].take()?;
+        loop {
+            let block = &self.blocks[at as usize];
+            places.extend_from_slice(&block.places[..block.n as usize]);
+            if at == last {
+                return Some(id);
+            }
+            at = block.next;
         }
-        places.sort_unstable();
-        Some(id)
     }
 }
 
@@ -193,12 +273,16 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(1000))]
 
         #[test]
-        fn both_ways_are_the_definition(table in tables(), ids in prop::collection::vec(0u32..5, 2..120)) {
+        fn both_ways_are_the_definition(table in tables(), ids in prop::collection::vec(0u32..5, 1..=SHORT)) {
             let expected = naive(&table, &ids);
-            for way in [merge_short, merge_long] {
-                let mut merged = ids.clone();
-                let n = way(&table, &mut merged);
-                prop_assert_eq!(&merged[..n], &expected);
+            let mut short = ids.clone();
+            let n = merge_short::<SHORT>(&table, &mut short);
+            prop_assert_eq!(&short[..n], &expected);
+            let mut merger = Merger::default();
+            for _ in 0..2 {
+                let mut long = ids.clone();
+                let n = merge_long(&mut merger, &table, &mut long);
+                prop_assert_eq!(&long[..n], &expected);
             }
         }
 
@@ -206,7 +290,7 @@ mod tests {
         fn long_repeats(table in tables(), unit in prop::collection::vec(0u32..5, 1..4)) {
             let ids: Vec<u32> = unit.iter().copied().cycle().take(700).collect();
             let mut merged = ids.clone();
-            let n = merge(&table, &mut merged);
+            let n = Merger::default().merge(&table, &mut merged);
             prop_assert_eq!(&merged[..n], &naive(&table, &ids));
         }
     }

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::mpsc::{sync_channel, SyncSender, TrySendError};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,8 +12,8 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyByteArray, PyBytes, PyList, PyString};
 
-use crate::{files, train, Counter, Counts, Encoder, Error, Ids, Pair, Splitter, Vocab};
-use crate::{GPT2_PATTERN, GPT4_PATTERN, MAX_VOCAB_SIZE, PATTERN};
+use crate::{files, train, Counter, Counts, Encoder, Error, Ids, Options, Pair};
+use crate::{lock, Splitter, Vocab, GPT2_PATTERN, GPT4_PATTERN, MAX_VOCAB_SIZE, PATTERN};
 
 /// Texts go to the counting threads in batches of about this many bytes.
 const BATCH_BYTES: usize = 1 << 20;
@@ -176,16 +176,21 @@ impl RustBPE {
     ) -> PyResult<(Bound<'py, PyByteArray>, Bound<'py, PyByteArray>, usize)> {
         let threads = threads(num_threads)?;
         let prepend = prepend.map(|id| in_range(id, "id")).transpose()?;
-        let texts: Vec<PyBackedStr> = iterate(texts)?
-            .enumerate()
-            .map(|(i, text)| string(i, &text?))
-            .collect::<PyResult<_>>()?;
-        let batch = py.detach(|| self.encoder.encode_batch(&texts, threads, prepend, cache))?;
+        let options = Options {
+            threads,
+            prepend,
+            cache,
+        };
+        let texts = iterate(texts)?.enumerate();
+        let texts = texts.map(|(i, text)| string(i, &text?));
+        let batch = self
+            .encoder
+            .encode_batch(texts, options, |work| py.detach(work))?;
         let width = self.encoder.id_bytes();
         let n: usize = batch.lengths.iter().sum();
         let ids = PyByteArray::new_with(py, n * width, |mut bytes| {
-            for chunk in batch.chunks {
-                let length = match &chunk {
+            for chunk in batch.chunks() {
+                let length = match chunk {
                     Ids::U16(ids) => store(bytes, ids, |id| id.to_ne_bytes()),
                     Ids::U32(ids) => store(bytes, ids, |id| id.to_ne_bytes()),
                 };
@@ -223,7 +228,11 @@ impl RustBPE {
         ids: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyString>> {
         let bytes = self.bytes_of(py, ids)?;
-        Ok(PyString::new(py, &String::from_utf8_lossy(&bytes)))
+        // checking first is much faster where the text is whole
+        Ok(match std::str::from_utf8(&bytes) {
+            Ok(text) => PyString::new(py, text),
+            Err(_) => PyString::new(py, &String::from_utf8_lossy(&bytes)),
+        })
     }
 
     /// The texts of many rows of ids.
@@ -238,7 +247,8 @@ impl RustBPE {
     /// The bytes of every id in order, special tokens included.
     fn tokens<'py>(&self, py: Python<'py>) -> Vec<Bound<'py, PyBytes>> {
         let ids = 0..self.vocab().size() as u32;
-        ids.map(|id| PyBytes::new(py, self.vocab().token(id))).collect()
+        ids.map(|id| PyBytes::new(py, self.vocab().token(id)))
+            .collect()
     }
 
     /// For every id of more than one byte the two ids that it is merged from, in order; None where no merges reach it.
@@ -279,9 +289,7 @@ impl RustBPE {
 impl RustBPE {
     fn bytes_of(&self, py: Python<'_>, ids: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
         let ids = all_ids(ids)?;
-        let mut bytes = Vec::with_capacity(ids.len() * 5);
-        py.detach(|| self.vocab().decode(&ids, &mut bytes))?;
-        Ok(bytes)
+        Ok(py.detach(|| self.vocab().decode(&ids))?)
     }
 }
 
@@ -299,7 +307,7 @@ fn count(
     let worker = || {
         let splitter = splitter.clone();
         let mut counter = Counter::new(&counts);
-        let receive = || receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let receive = || lock(&receiver).recv(); // the lock ends here, not with the loop's body
         while let Ok(batch) = receive() {
             let mut start = 0;
             for end in batch.ends {
@@ -314,7 +322,9 @@ fn count(
         let join = || workers.into_iter().all(|worker| worker.join().is_ok());
         match (fed, py.detach(join)) {
             (fed, true) => fed,
-            (_, false) => Err(PyRuntimeError::new_err("a thread that counts pieces failed")),
+            (_, false) => Err(PyRuntimeError::new_err(
+                "a thread that counts pieces failed",
+            )),
         }
     })?;
     Ok(counts)
@@ -432,7 +442,8 @@ fn iterate<'py>(
     texts: &Bound<'py, PyAny>,
 ) -> PyResult<impl Iterator<Item = PyResult<Bound<'py, PyAny>>>> {
     if texts.is_instance_of::<PyString>() {
-        let message = "the texts must be an iterable of strings, not one string: put it into a list";
+        let message =
+            "the texts must be an iterable of strings, not one string: put it into a list";
         return Err(PyTypeError::new_err(message));
     }
     texts.try_iter()
@@ -441,7 +452,9 @@ fn iterate<'py>(
 fn string(i: usize, text: &Bound<'_, PyAny>) -> PyResult<PyBackedStr> {
     let Ok(string) = text.cast::<PyString>() else {
         let kind = text.get_type().name()?;
-        return Err(PyTypeError::new_err(format!("text {i} must be a string, not {kind}")));
+        return Err(PyTypeError::new_err(format!(
+            "text {i} must be a string, not {kind}"
+        )));
     };
     string.clone().try_into()
 }

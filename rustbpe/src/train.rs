@@ -114,7 +114,10 @@ impl<I: Id> Pieces<I> {
             }
         });
         frequent.sort_unstable();
-        let frequent_slots: u64 = frequent.iter().map(|(_, piece)| piece.len() as u64 + 1).sum();
+        let frequent_slots: u64 = frequent
+            .iter()
+            .map(|(_, piece)| piece.len() as u64 + 1)
+            .sum();
         let size = 1 + frequent_slots + space.iter().sum::<u64>();
         if size >= u64::from(u32::MAX) {
             return Err(Error::TooManyPieces);
@@ -148,7 +151,10 @@ impl<I: Id> Pieces<I> {
         let mut run = 0;
         let run_of_block = (0..slots.len().div_ceil(64) as u32)
             .map(|block| {
-                while runs.get(run + 1).is_some_and(|&(start, _)| start <= block * 64) {
+                while runs
+                    .get(run + 1)
+                    .is_some_and(|&(start, _)| start <= block * 64)
+                {
                     run += 1;
                 }
                 run as u32
@@ -165,7 +171,11 @@ impl<I: Id> Pieces<I> {
     #[inline]
     fn count(&self, place: usize) -> u64 {
         let mut run = self.run_of_block[place / 64] as usize;
-        while self.runs.get(run + 1).is_some_and(|&(start, _)| start as usize <= place) {
+        while self
+            .runs
+            .get(run + 1)
+            .is_some_and(|&(start, _)| start as usize <= place)
+        {
             run += 1;
         }
         self.runs[run].1
@@ -179,7 +189,11 @@ impl<I: Id> Pieces<I> {
             if id == I::GAP {
                 before = None;
                 at += 1;
-                while self.runs.get(run + 1).is_some_and(|&(start, _)| start as usize <= at) {
+                while self
+                    .runs
+                    .get(run + 1)
+                    .is_some_and(|&(start, _)| start as usize <= at)
+                {
                     run += 1;
                 }
                 continue;
@@ -311,7 +325,8 @@ impl<I: Id> Trainer<I> {
         progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<Vec<Pair>, Error> {
         let mut total = 0;
-        self.pieces.for_each_pair(&self.lengths, |_, _, count| total += count);
+        self.pieces
+            .for_each_pair(&self.lengths, |_, _, count| total += count);
         let first = threshold.unwrap_or(total / (self.vocab_size as u64 * RARER));
         self.find_candidates(first.max(2), progress)?;
         while self.lengths.len() < self.vocab_size {
@@ -341,7 +356,11 @@ impl<I: Id> Trainer<I> {
         self.candidates.clear();
         self.heap.clear();
         // all pairs at once would need more memory than everything else
-        let distinct = self.pieces.slots.len().min(self.lengths.len().saturating_pow(2));
+        let distinct = self
+            .pieces
+            .slots
+            .len()
+            .min(self.lengths.len().saturating_pow(2));
         let passes = distinct.div_ceil(PAIRS_IN_A_PASS).max(1) as u32;
         let mut counts: FxHashMap<Pair, u64> = FxHashMap::default();
         for pass in 0..passes {
@@ -349,11 +368,14 @@ impl<I: Id> Trainer<I> {
                 return Err(Error::Interrupted);
             }
             counts.clear();
-            self.pieces.for_each_pair(&self.lengths, |_, (left, right), count| {
-                if passes == 1 || (left ^ right.wrapping_mul(0x9E37_79B1) >> 16) % passes == pass {
-                    *counts.entry((left, right)).or_default() += count;
-                }
-            });
+            self.pieces
+                .for_each_pair(&self.lengths, |_, (left, right), count| {
+                    if passes == 1
+                        || (left ^ right.wrapping_mul(0x9E37_79B1) >> 16) % passes == pass
+                    {
+                        *counts.entry((left, right)).or_default() += count;
+                    }
+                });
             for (&pair, &count) in counts.iter().filter(|(_, &count)| count >= threshold) {
                 if self.length(pair) <= MAX_TOKEN_BYTES {
                     let places = Places::default();
@@ -407,7 +429,10 @@ impl<I: Id> Trainer<I> {
             born.push((pair, Candidate { count, places }));
             born.len() as u32
         };
-        let (mut left, mut right) = (std::mem::take(&mut self.left), std::mem::take(&mut self.right));
+        let (mut left, mut right) = (
+            std::mem::take(&mut self.left),
+            std::mem::take(&mut self.right),
+        );
         for x in left.met.iter().copied() {
             let count = std::mem::take(&mut left.counts[x]);
             self.lose((x as u32, a), count);
@@ -461,7 +486,10 @@ impl<I: Id> Trainer<I> {
     /// on the left as they are then, on the right as they were before. Says how often two new
     /// tokens stand side by side.
     fn replace(&mut self, pair: Pair, places: &Places, new: usize) -> u64 {
-        let (a, b) = (I::from_index(pair.0 as usize), I::from_index(pair.1 as usize));
+        let (a, b) = (
+            I::from_index(pair.0 as usize),
+            I::from_index(pair.1 as usize),
+        );
         let new_id = I::from_index(new);
         let length_a = usize::from(self.lengths[pair.0 as usize]);
         let length = self.length(pair);
@@ -527,7 +555,12 @@ mod tests {
         let mut words: Vec<Vec<u32>> = Vec::new();
         for text in texts {
             splitter.for_each(text, |start, end| {
-                words.push(text.as_bytes()[start..end].iter().map(|&b| u32::from(b)).collect());
+                words.push(
+                    text.as_bytes()[start..end]
+                        .iter()
+                        .map(|&b| u32::from(b))
+                        .collect(),
+                );
             });
         }
         let mut merges = Vec::new();
@@ -563,7 +596,10 @@ mod tests {
 
     #[test]
     fn ties_go_to_the_smallest_pair() {
-        assert_eq!(learn(&["zz", "zz", "bb", "bb"], 258), [(98, 98), (122, 122)]);
+        assert_eq!(
+            learn(&["zz", "zz", "bb", "bb"], 258),
+            [(98, 98), (122, 122)]
+        );
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use rustc_hash::FxHasher;
 use std::hash::Hasher;
 
-use crate::merge::merge;
+use crate::merge::Merger;
 use crate::pairs::{PairTable, ID_BITS};
 use crate::Error;
 
@@ -28,7 +28,7 @@ const MAX_PIECE_BYTES: usize = 1 << 30;
 /// training, up to the two parts that were its merge.
 #[derive(Debug, Clone)]
 pub struct Vocab {
-    /// all tokens' bytes end to end, special tokens' names included
+    /// all tokens' bytes end to end, special tokens' names included, and some padding
     bytes: Vec<u8>,
     /// `bytes[ends[id - 1]..ends[id]]` is the token `id`
     ends: Vec<u32>,
@@ -40,6 +40,8 @@ pub struct Vocab {
     whole: Vec<u32>,
 }
 
+/// Bytes behind the last token, so that a copy may be longer than its token.
+const PADDING: usize = 16;
 const FREE: u32 = u32::MAX;
 
 impl Vocab {
@@ -80,12 +82,17 @@ impl Vocab {
             let name = name.as_ref();
             let again = special[..k].iter().any(|other| other.as_ref() == name);
             if name.is_empty() || name.len() > MAX_TOKEN_BYTES || again {
-                let why = if again { "is there twice" } else { "has no usable length" };
+                let why = if again {
+                    "is there twice"
+                } else {
+                    "has no usable length"
+                };
                 let id = tokens.len() + k;
                 return Err(Error::Tokens(format!("special token {id} {why}")));
             }
             vocab.push(name.as_bytes())?;
         }
+        vocab.bytes.extend_from_slice(&[0; PADDING]);
         vocab.find_merges()?;
         Ok(vocab)
     }
@@ -156,8 +163,9 @@ impl Vocab {
 
     fn find_merges(&mut self) -> Result<(), Error> {
         let tokens = 0..self.n_tokens() as u32;
+        let mut merger = Merger::default();
         for id in tokens.clone() {
-            if let Some(pair) = self.two_parts(id) {
+            if let Some(pair) = self.two_parts(id, &mut merger) {
                 self.pairs.insert(pair, id);
                 self.merges[id as usize] = Some(pair);
             }
@@ -165,7 +173,8 @@ impl Vocab {
         // What the tokens before it do not make, the tokens behind it must not make either: a
         // merge that makes an earlier one possible would have to come before itself.
         for id in tokens {
-            if self.merges[id as usize].is_none() && self.two_parts(id).is_some() {
+            let unmade = self.merges[id as usize].is_none();
+            if unmade && self.two_parts(id, &mut merger).is_some() {
                 let why = format!("token {id} is made of tokens that come after it");
                 return Err(Error::Tokens(why));
             }
@@ -174,10 +183,11 @@ impl Vocab {
     }
 
     /// The two ids that the merges so far make of a token, if it is two.
-    fn two_parts(&self, id: u32) -> Option<Pair> {
+    fn two_parts(&self, id: u32, merger: &mut Merger) -> Option<Pair> {
         let bytes = self.token(id).iter();
         let mut parts: Vec<u32> = bytes.map(|&b| self.byte_ids[b as usize]).collect();
-        (parts.len() > 1 && merge(&self.pairs, &mut parts) == 2).then(|| (parts[0], parts[1]))
+        let two = parts.len() > 1 && merger.merge(&self.pairs, &mut parts) == 2;
+        two.then(|| (parts[0], parts[1]))
     }
 
     /// How many ids there are, special tokens included.
@@ -203,11 +213,15 @@ impl Vocab {
     /// The bytes of an id below `size()`.
     #[inline]
     pub fn token(&self, id: u32) -> &[u8] {
-        let start = match id {
+        &self.bytes[self.start(id)..self.ends[id as usize] as usize]
+    }
+
+    #[inline]
+    fn start(&self, id: u32) -> usize {
+        match id {
             0 => 0,
-            _ => self.ends[id as usize - 1],
-        };
-        &self.bytes[start as usize..self.ends[id as usize] as usize]
+            _ => self.ends[id as usize - 1] as usize,
+        }
     }
 
     /// The names of the special tokens, whose ids are the last.
@@ -233,7 +247,7 @@ impl Vocab {
     }
 
     /// Appends the ids of one piece.
-    pub fn encode_piece(&self, piece: &[u8], ids: &mut Vec<u32>) {
+    pub fn encode_piece(&self, piece: &[u8], merger: &mut Merger, ids: &mut Vec<u32>) {
         if piece.len() <= MAX_TOKEN_BYTES {
             if let Some(id) = self.whole(piece) {
                 ids.push(id);
@@ -243,21 +257,38 @@ impl Vocab {
         for part in piece.chunks(MAX_PIECE_BYTES) {
             let start = ids.len();
             ids.extend(part.iter().map(|&b| self.byte_ids[b as usize]));
-            let n = merge(&self.pairs, &mut ids[start..]);
+            let n = merger.merge(&self.pairs, &mut ids[start..]);
             ids.truncate(start + n);
         }
     }
 
-    /// Appends the bytes of the ids; those of a special token are its name.
-    pub fn decode(&self, ids: &[u32], bytes: &mut Vec<u8>) -> Result<(), Error> {
+    /// The bytes of the ids; those of a special token are its name.
+    pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, Error> {
+        let mut length = 0;
         for &id in ids {
             if id as usize >= self.size() {
                 let vocab_size = self.size();
                 return Err(Error::Id { id, vocab_size });
             }
-            bytes.extend_from_slice(self.token(id));
+            length += self.token(id).len();
         }
-        Ok(())
+        // Nearly all tokens are short, and copying sixteen bytes is one instruction where copying
+        // as many as there are is a call. What is too much, the next token writes over.
+        let mut bytes = vec![0; length + PADDING];
+        let mut at = 0;
+        for &id in ids {
+            let token = self.token(id);
+            let start = self.start(id);
+            if token.len() <= PADDING {
+                let padded = &self.bytes[start..start + PADDING];
+                bytes[at..at + PADDING].copy_from_slice(padded);
+            } else {
+                bytes[at..at + token.len()].copy_from_slice(token);
+            }
+            at += token.len();
+        }
+        bytes.truncate(length);
+        Ok(bytes)
     }
 }
 
@@ -274,13 +305,8 @@ mod tests {
 
     fn encode(vocab: &Vocab, piece: &str) -> Vec<u32> {
         let mut ids = Vec::new();
-        vocab.encode_piece(piece.as_bytes(), &mut ids);
+        vocab.encode_piece(piece.as_bytes(), &mut Merger::default(), &mut ids);
         ids
-    }
-
-    fn decode(vocab: &Vocab, ids: &[u32]) -> Result<Vec<u8>, Error> {
-        let mut bytes = Vec::new();
-        vocab.decode(ids, &mut bytes).map(|()| bytes)
     }
 
     /// tiktoken's rule, word for word.
@@ -307,7 +333,7 @@ mod tests {
         let vocab = Vocab::from_merges(&[(97, 97), (256, 97)], &["<|bos|>"]).unwrap();
         assert_eq!((vocab.size(), vocab.n_tokens()), (259, 258));
         assert_eq!(encode(&vocab, "aaaaa"), [256, 257]);
-        assert_eq!(decode(&vocab, &[257, 258]).unwrap(), b"aaa<|bos|>");
+        assert_eq!(vocab.decode(&[257, 258]).unwrap(), b"aaa<|bos|>");
         assert_eq!(vocab.special_tokens().collect::<Vec<_>>(), ["<|bos|>"]);
     }
 
@@ -359,12 +385,12 @@ mod tests {
     #[test]
     fn an_id_outside_is_refused() {
         let vocab = Vocab::from_merges(&[(97, 98)], &NONE).unwrap();
-        assert_eq!(decode(&vocab, &[256]).unwrap(), b"ab");
+        assert_eq!(vocab.decode(&[256]).unwrap(), b"ab");
         let outside = Error::Id {
             id: 257,
             vocab_size: 257,
         };
-        assert_eq!(decode(&vocab, &[257]), Err(outside));
+        assert_eq!(vocab.decode(&[257]), Err(outside));
     }
 
     proptest! {
@@ -389,7 +415,7 @@ mod tests {
             for piece in pieces {
                 let ids = encode(&vocab, &piece);
                 prop_assert_eq!(&ids, &by_ranks(&tokens, piece.as_bytes()));
-                prop_assert_eq!(decode(&vocab, &ids).unwrap(), piece.into_bytes());
+                prop_assert_eq!(vocab.decode(&ids).unwrap(), piece.into_bytes());
             }
         }
 
@@ -397,7 +423,7 @@ mod tests {
         fn arbitrary_merges_never_panic(merges in prop::collection::vec((0u32..300, 0u32..300), 0..40), piece in any::<String>()) {
             if let Ok(vocab) = Vocab::from_merges(&merges, &NONE) {
                 let ids = encode(&vocab, &piece);
-                prop_assert_eq!(decode(&vocab, &ids).unwrap(), piece.into_bytes());
+                prop_assert_eq!(vocab.decode(&ids).unwrap(), piece.into_bytes());
             }
         }
     }
