@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'WORLD_SHARD', 'WORLD_VAL', 'KINDS', 'SHARD_CHARACTERS', 'Source', 'hub_shards', 'download', 'world_folder',
            'make_world', 'text_files', 'cut_text', 'iter_texts', 'val_characters', 'prepare_text', 'prepare_data',
-           'batched', 'encode_documents', 'tokenize', 'tokens_dir', 'prepare_tokens']
+           'batched', 'tokenize', 'tokens_dir', 'prepare_tokens']
 
 # %% ../nbs/03_dataset.ipynb #8728d5f6
 import gzip
@@ -308,25 +308,6 @@ def batched(
             group, total = [], 0
     if group: yield group
 
-# %% ../nbs/03_dataset.ipynb #01c3fe9d
-def encode_documents(
-    texts: list[str],
-    tokenizer: Tokenizer,
-    dtype: type, # np.uint16 or np.uint32
-    progress = None, # called with the number of characters done
-) -> tuple[np.ndarray, np.ndarray]: # tokens (n_tokens,), offsets (n_documents + 1,) int64
-    "Documents end to end, each behind a `<|bos|>`, and where each one begins."
-    ids = []
-    for batch in batched(texts, 1_000_000): # bounds the Python lists of integers
-        ids += [np.asarray(x, dtype) for x in tokenizer.encode_batch(batch)]
-        if progress: progress(sum(map(len, batch)))
-    offsets = np.zeros(len(ids) + 1, np.int64)
-    np.cumsum([len(x) + 1 for x in ids], out=offsets[1:])
-    tokens = np.empty(offsets[-1], dtype)
-    tokens[offsets[:-1]] = tokenizer.bos_id
-    for start, x in zip(offsets, ids): tokens[start + 1:start + 1 + len(x)] = x
-    return tokens, offsets
-
 # %% ../nbs/03_dataset.ipynb #4cd96bf6
 SHARD_CHARACTERS = 25_000_000 # text in a token shard: some 6 million tokens, 12 MB
 
@@ -352,7 +333,6 @@ def tokenize(
     if state["settings"] != settings: raise UserError(f"{out_dir} holds tokens of other settings ({state['settings']}): delete it or name another folder.")
     if manifest_file.exists(): return out_dir
 
-    dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
     bar = progress_bar(max_characters, desc="tokenize", unit=" characters")
     bar.unit_scale = True # 12.3M instead of 12345678
     groups = chain((("train", g) for g in batched(iter_texts(path, "train", max_characters), shard_characters)),
@@ -362,7 +342,8 @@ def tokenize(
         if k < len(state["shards"]) and all((out_dir/name).exists() for name in names):
             bar.update(state["shards"][k]["characters"])
             continue
-        tokens, offsets = encode_documents(texts, tokenizer, dtype, bar.update if split == "train" else None)
+        tokens, offsets = tokenizer.encode_batch(texts, prepend=tokenizer.bos_id)
+        if split == "train": bar.update(sum(map(len, texts)))
         for name, array in zip(names, (tokens, offsets)): _write_npy(out_dir/name, array)
         state["shards"][k:] = [{"split": split, "documents": len(texts), "characters": sum(map(len, texts)), "bytes": sum(len(t.encode()) for t in texts),
                                 "tokens": len(tokens), "sha256": {name: sha256_file(out_dir/name) for name in names}}]
@@ -371,7 +352,7 @@ def tokenize(
     for split in ("train", "val"):
         state[split] = {key: sum(s[key] for s in state["shards"] if s["split"] == split) for key in ("documents", "characters", "bytes", "tokens")}
         if not state[split]["documents"]: raise UserError(f"{str(path)!r} has no documents for {split}: add text to it.")
-    state |= {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "dtype": np.dtype(dtype).name}
+    state |= {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "dtype": tokenizer.dtype.name}
     atomic_write(manifest_file, json.dumps(state, indent=1))
     progress_file.unlink()
     return out_dir

@@ -23,6 +23,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 REPO = Path(__file__).resolve().parent.parent
 
 
+def real_data(*inside):
+    "The folder of real texts and vocabularies that somebody has put in reach, or a path inside it. Without one the test is skipped."
+    for folder in (os.environ.get("NANOCHAT_TEST_DATA"), REPO.parent/"shared"/"data"):
+        if folder and (path := Path(folder).joinpath(*inside)).is_dir(): return path
+    pytest.skip(f"no real data in reach: NANOCHAT_TEST_DATA names no folder{' that holds ' + '/'.join(inside) if inside else ''}")
+
+
 def environment(base):
     "The environment of a process whose files all go below `base`."
     return os.environ | {"NANOCHAT_BASE_DIR": str(base), "PYTHONUNBUFFERED": "1"}

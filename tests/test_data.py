@@ -1,13 +1,11 @@
 """Text of one's own, in every form that is read, becomes a model that knows something of it."""
 import gzip
 import json
-import os
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPO
+from conftest import real_data
 
 from nanochat.common import Run
 from nanochat.plan import make_plan
@@ -54,15 +52,8 @@ def test_own_text(monkeypatch, tmp_path, write):
     assert sorted(path.parent for path in folder.rglob("*")) == [folder] * len(list(folder.iterdir())) # and nothing is put beside it
 
 
-def english():
-    "A folder of English Wikipedia, if somebody has put one in reach."
-    for folder in (os.environ.get("NANOCHAT_TEST_DATA"), REPO.parent/"shared"/"data"):
-        if folder and (path := Path(folder)/"text_wiki_en").is_dir(): return path
-
-
 def test_real_english(monkeypatch, tmp_path):
-    source = english()
-    if source is None: pytest.skip("no English text in reach: NANOCHAT_TEST_DATA names no folder that holds text_wiki_en/")
+    source = real_data("text_wiki_en") # English Wikipedia
     before = {path: path.stat().st_mtime_ns for path in source.iterdir()}
     run = pretrain(monkeypatch, tmp_path, source, **{"base.steps": 60, "base.eval_every": 20})
     assert run.manifest("data")["train"]["characters"] >= run.config["data"]["characters"]
