@@ -62,7 +62,8 @@ def readme_commands():
     spans = re.findall(r"`((?:uv run|nanochat|papermill) [^`\n]+)`", README)
     lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()] + spans
     commands = [words for line in lines if (words := shlex.split(line, comments=True))]
-    return [words[2:] if words[:2] == ["uv", "run"] else words for words in commands]
+    def run_by_uv(words): return run_by_uv(words[2:]) if words[:2] == ["uv", "run"] or words[0] == "--group" else words
+    return [run_by_uv(words) for words in commands]
 
 
 def nanochat_commands():

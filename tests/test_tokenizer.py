@@ -126,7 +126,7 @@ def test_real_texts_get_tiktokens_ids(trained, published):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("NANOCHAT_SLOW_TESTS"), reason="ten minutes: set NANOCHAT_SLOW_TESTS=1")
+@pytest.mark.skipif(not os.environ.get("NANOCHAT_SLOW_TESTS"), reason="two or three minutes: set NANOCHAT_SLOW_TESTS=1")
 @pytest.mark.timeout(3600)
 def test_everything_gets_tiktokens_ids(trained, published):
     "All real text, and a million generated ones, with three vocabularies."

@@ -162,12 +162,12 @@ impl Encoder {
         T: AsRef<str> + Send + Sync,
         E: From<Error>,
     {
-        if let Some(id) = options
-            .prepend
-            .filter(|&id| id as usize >= self.vocab.size())
-        {
-            let vocab_size = self.vocab.size();
-            return Err(Error::Id { id, vocab_size }.into());
+        let vocab_size = self.vocab.size();
+        match options.prepend {
+            Some(id) if id as usize >= vocab_size => {
+                return Err(Error::Id { id, vocab_size }.into());
+            }
+            _ => {}
         }
         let (sender, receiver) = channel();
         let receiver = Mutex::new(receiver);
@@ -190,43 +190,19 @@ impl Encoder {
         };
         let mut n_texts = 0;
         std::thread::scope(|scope| {
-            let mut workers = 0;
+            let mut workers = 1; // this thread, in the end
+            let mut send = |portion| {
+                if sender.send(portion).is_ok() && workers < options.threads {
+                    scope.spawn(worker);
+                    workers += 1;
+                }
+            };
             let mut portion = Portion::default();
             for text in texts {
-                let text = Arc::new(text?);
-                let length = (*text).as_ref().len();
-                let mut start = 0;
-                loop {
-                    if portion.bytes >= CHUNK_BYTES {
-                        let next = Portion {
-                            index: portion.index + 1,
-                            ..Default::default()
-                        };
-                        let full = std::mem::replace(&mut portion, next);
-                        if sender.send(full).is_ok() && workers + 1 < options.threads {
-                            scope.spawn(worker);
-                            workers += 1;
-                        }
-                    }
-                    let mut end = length;
-                    if end - start > 2 * CHUNK_BYTES {
-                        // a long text is cut where that changes nothing
-                        end = self
-                            .splitter
-                            .safe_cut((*text).as_ref(), start + CHUNK_BYTES);
-                    }
-                    portion.bytes += end - start;
-                    portion.parts.push((n_texts, Arc::clone(&text), start..end));
-                    start = end;
-                    if start == length {
-                        break;
-                    }
-                }
+                self.deal_out(n_texts, text?, &mut portion, &mut send);
                 n_texts += 1;
             }
-            sender
-                .send(portion)
-                .expect("the receiver outlives the scope");
+            sender.send(portion).expect("the receiver is still there");
             drop(sender);
             detached(&mut || worker());
             Ok::<(), E>(())
@@ -240,6 +216,40 @@ impl Encoder {
             }
         }
         Ok(Batch { encoded, lengths })
+    }
+
+    /// Adds a text to a portion, and sends portions that are full on.
+    fn deal_out<T: AsRef<str>>(
+        &self,
+        number: usize,
+        text: T,
+        portion: &mut Portion<T>,
+        send: &mut impl FnMut(Portion<T>),
+    ) {
+        let text = Arc::new(text);
+        let length = (*text).as_ref().len();
+        let mut start = 0;
+        loop {
+            if portion.bytes >= CHUNK_BYTES {
+                let next = Portion {
+                    index: portion.index + 1,
+                    ..Portion::default()
+                };
+                send(std::mem::replace(portion, next));
+            }
+            let mut end = length;
+            if end - start > 2 * CHUNK_BYTES {
+                // a long text is cut where that changes nothing
+                let from = start + CHUNK_BYTES;
+                end = self.splitter.safe_cut((*text).as_ref(), from);
+            }
+            portion.bytes += end - start;
+            portion.parts.push((number, Arc::clone(&text), start..end));
+            start = end;
+            if start == length {
+                break;
+            }
+        }
     }
 
     fn encode_portion<T: AsRef<str>>(

@@ -19,9 +19,9 @@ use crate::{Error, Pair, MAX_TOKEN_BYTES, MAX_VOCAB_SIZE};
 
 /// The first threshold assumes that the last merge is at least this much rarer than the average
 /// merge would be if all pairs were merged at once; where that is wrong, one more pass is needed.
-const RARER: u64 = 32;
-/// Pairs that are counted in one pass.
-const PAIRS_IN_A_PASS: usize = 1 << 19;
+const RARER: u64 = 64;
+/// About so many pairs are counted in one pass, in some thirty megabytes.
+const PAIRS_IN_A_PASS: usize = 1 << 20;
 /// Pieces that occur more often than this are sorted one by one.
 const FREQUENT: u64 = 4096;
 
@@ -356,11 +356,10 @@ impl<I: Id> Trainer<I> {
         self.candidates.clear();
         self.heap.clear();
         // all pairs at once would need more memory than everything else
-        let distinct = self
-            .pieces
-            .slots
-            .len()
-            .min(self.lengths.len().saturating_pow(2));
+        let mut distinct = 0;
+        self.pieces
+            .for_each_pair(&self.lengths, |_, _, _| distinct += 1);
+        let distinct = self.lengths.len().saturating_pow(2).min(distinct);
         let passes = distinct.div_ceil(PAIRS_IN_A_PASS).max(1) as u32;
         let mut counts: FxHashMap<Pair, u64> = FxHashMap::default();
         for pass in 0..passes {
