@@ -4,44 +4,22 @@ use std::ops::Range;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::cache::{Cache, Entry, FEW};
 use crate::key::Key;
 use crate::merge::Merger;
 use crate::{lock, Error, Splitter, Vocab};
 
-/// Places of a cache, with two entries each: eight megabytes. What is looked up often stays near the
-/// processor by itself.
-const CACHE_PLACES: usize = 1 << 17;
-/// A cached piece has at most this many ids; nearly all have one.
-const CACHED_IDS: usize = 3;
 /// Pieces that are looked up together.
 const TOGETHER: usize = 64;
 /// Threads are given about this many bytes of text at a time.
 const CHUNK_BYTES: usize = 1 << 17;
 
-/// What a piece was encoded to when it was last seen.
-#[derive(Debug, Clone, Copy, Default)]
-struct Entry {
-    key: Key,
-    ids: [u32; CACHED_IDS],
-    n: u32,
-}
-
-/// The two pieces of this hash that were seen last, the newer one first: so the cache is never
-/// full, and its size is a constant. One line of a processor's cache.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(align(64))]
-struct Place([Entry; 2]);
-
 /// What a thread that encodes has for itself.
 #[derive(Debug, Default)]
 struct Memory {
-    cache: Vec<Place>,
+    /// without a cache every piece is merged anew
+    cache: Option<Cache>,
     merger: Merger,
-}
-
-#[inline(always)]
-fn place_of<'c>(key: &Key, cache: &'c mut [Place; CACHE_PLACES]) -> &'c mut Place {
-    &mut cache[key.hash() as usize % CACHE_PLACES]
 }
 
 /// A vocabulary with its splitter, ready to encode.
@@ -179,10 +157,26 @@ impl Encoder {
             };
             // a splitter each, because threads that share a regex wait for its scratch memory
             let splitter = self.splitter.clone();
+            let mut ids = Vec::new();
             let receive = || lock(&receiver).recv(); // the lock ends here, not with the loop's body
             while let Ok(portion) = receive() {
-                let encoded = self.encode_portion(&splitter, portion, options.prepend, &mut memory);
-                lock(&done).push(encoded);
+                ids.clear();
+                let lengths = self.encode_portion(
+                    &splitter,
+                    &portion,
+                    options.prepend,
+                    &mut memory,
+                    &mut ids,
+                );
+                let ids = match self.id_bytes() {
+                    2 => Ids::U16(ids.iter().map(|&id| id as u16).collect()),
+                    _ => Ids::U32(ids.clone()),
+                };
+                lock(&done).push(Encoded {
+                    portion,
+                    ids,
+                    lengths,
+                });
             }
             if options.cache {
                 lock(&self.memories).push(memory);
@@ -252,36 +246,28 @@ impl Encoder {
         }
     }
 
+    /// Appends the ids of a portion, and says how many each of its parts has.
     fn encode_portion<T: AsRef<str>>(
         &self,
         splitter: &Splitter,
-        portion: Portion<T>,
+        portion: &Portion<T>,
         prepend: Option<u32>,
         memory: &mut Memory,
-    ) -> Encoded<T> {
-        let mut ids = Vec::with_capacity(portion.bytes / 3);
-        let mut lengths = Vec::with_capacity(portion.parts.len());
-        for (_, text, range) in &portion.parts {
+        ids: &mut Vec<u32>,
+    ) -> Vec<usize> {
+        let parts = portion.parts.iter().map(|(_, text, range)| {
             let before = ids.len();
             if range.start == 0 {
                 ids.extend(prepend);
             }
             let text = &(**text).as_ref()[range.clone()];
-            self.encode_into(splitter, text, memory, &mut ids);
-            lengths.push(ids.len() - before);
-        }
-        let ids = match self.id_bytes() {
-            2 => Ids::U16(ids.iter().map(|&id| id as u16).collect()),
-            _ => Ids::U32(ids),
-        };
-        Encoded {
-            portion,
-            ids,
-            lengths,
-        }
+            self.encode_into(splitter, text, memory, ids);
+            ids.len() - before
+        });
+        parts.collect()
     }
 
-    /// Appends the ids of a text. Without a cache (an empty one) every piece is merged anew.
+    /// Appends the ids of a text.
     fn encode_into(
         &self,
         splitter: &Splitter,
@@ -291,7 +277,7 @@ impl Encoder {
     ) {
         let bytes = text.as_bytes();
         let Memory { cache, merger } = memory;
-        let Ok(cache) = <&mut [Place; CACHE_PLACES]>::try_from(&mut cache[..]) else {
+        let Some(cache) = cache else {
             splitter.for_each(text, |start, end| {
                 self.vocab.encode_piece(&bytes[start..end], merger, ids);
             });
@@ -315,47 +301,45 @@ impl Encoder {
         self.look_up(bytes, &waiting[..n], cache, merger, ids);
     }
 
-    /// Appends the ids of short pieces of a text: their keys, and where they start and end.
+    /// Appends the ids of up to [`TOGETHER`] short pieces of a text: their keys, and where they
+    /// start and end.
     fn look_up(
         &self,
         text: &[u8],
         pieces: &[(Key, usize, usize)],
-        cache: &mut [Place; CACHE_PLACES],
+        cache: &mut Cache,
         merger: &mut Merger,
         ids: &mut Vec<u32>,
     ) {
-        // Most of the time goes into waiting for the cache's memory. Touching all places before any
-        // is needed lets the processor wait for them at once.
-        let touched = pieces.iter().map(|(key, ..)| place_of(key, cache).0[0].n);
-        std::hint::black_box(touched.fold(0, u32::max));
+        cache.touch(pieces.iter().map(|(key, ..)| key));
+        // All of an entry's ids are written, and then only those kept that count: that is quicker
+        // than to ask how many there are.
+        let mut found = [0; FEW * TOGETHER];
+        let mut n = 0;
         for &(key, start, end) in pieces {
-            let place = &mut place_of(&key, cache).0;
-            if place[0].key != key {
-                place.swap(0, 1);
-            }
-            if place[0].key != key {
-                let before = ids.len();
-                self.vocab.encode_piece(&text[start..end], merger, ids);
-                let new = &ids[before..];
-                if new.len() <= CACHED_IDS {
-                    place[0].key = key;
-                    place[0].ids[..new.len()].copy_from_slice(new);
-                    place[0].n = new.len() as u32;
-                }
+            let entry = cache.get(&key);
+            if let Some(Entry { ids, n: few, .. }) = entry.filter(|entry| entry.n <= FEW as u32) {
+                found[n..n + FEW].copy_from_slice(&ids);
+                n += few as usize;
                 continue;
             }
-            let entry = &place[0];
-            ids.push(entry.ids[0]);
-            if entry.n > 1 {
-                ids.extend_from_slice(&entry.ids[1..entry.n as usize]);
+            ids.extend_from_slice(&found[..n]);
+            n = 0;
+            if let Some(entry) = entry {
+                ids.extend_from_slice(cache.ids(&entry));
+            } else {
+                let before = ids.len();
+                self.vocab.encode_piece(&text[start..end], merger, ids);
+                cache.insert(key, &ids[before..]);
             }
         }
+        ids.extend_from_slice(&found[..n]);
     }
 
     fn take_memory(&self) -> Memory {
         let memory = lock(&self.memories).pop();
         memory.unwrap_or_else(|| Memory {
-            cache: vec![Place::default(); CACHE_PLACES],
+            cache: Some(Cache::new()),
             merger: Merger::default(),
         })
     }

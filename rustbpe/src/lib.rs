@@ -3,12 +3,13 @@
 //! A text is cut into pieces by a pattern ([`Splitter`]), and pairs of neighbouring ids are merged
 //! inside the pieces only. In the order in which a reader meets them: `unicode` and `scan` (what a
 //! piece is), `count` and `train` (which pairs to merge), `pairs`, `merge` and `vocab` (merging a
-//! piece), `key` and `encode` (whole texts, fast), `files` (what is kept on disk).
+//! piece), `key`, `cache` and `encode` (whole texts, fast), `files` (what is kept on disk).
 //!
 //! The modules know nothing of Python; the bindings (feature `python`) are one thin file.
 
 #![forbid(unsafe_code)]
 
+mod cache;
 mod count;
 mod encode;
 mod error;

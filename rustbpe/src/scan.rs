@@ -41,93 +41,108 @@ impl Scanner {
     #[inline(always)]
     pub fn for_each(self, text: &str, visit: impl FnMut(usize, usize)) {
         match self {
-            Self::Nanochat => scan(text, gpt4_end::<2, false>, visit),
-            Self::Gpt2 => scan(text, gpt2_end, visit),
-            Self::Gpt4 => scan(text, gpt4_end::<3, true>, visit),
+            Self::Nanochat => scan::<Gpt4<2, false>>(text, visit),
+            Self::Gpt2 => scan::<Gpt2>(text, visit),
+            Self::Gpt4 => scan::<Gpt4<3, true>>(text, visit),
         }
     }
 }
 
+/// What a pattern says.
+trait Rules {
+    /// The end of the piece that begins at `start`, which is before the end of the text.
+    fn piece_end(text: &[u8], start: usize) -> usize;
+}
+
 #[inline(always)]
-fn scan(
-    text: &str,
-    piece_end: impl Fn(&[u8], usize) -> usize,
-    mut visit: impl FnMut(usize, usize),
-) {
+fn scan<R: Rules>(text: &str, mut visit: impl FnMut(usize, usize)) {
     let text = text.as_bytes();
     let mut start = 0;
     while start < text.len() {
-        let end = piece_end(text, start);
+        let end = R::piece_end(text, start);
         visit(start, end);
         start = end;
     }
 }
 
-/// The end of the piece that begins at `start` by GPT-4's pattern, or by nanochat's, which allows
-/// two digits instead of three and knows no special case for the end of the text.
-#[inline(always)]
-fn gpt4_end<const DIGITS: usize, const END_IS_ONE_PIECE: bool>(t: &[u8], start: usize) -> usize {
-    let (class, after) = class_at(t, start);
-    match class {
-        LETTER => return letters_end(t, after),
-        NUMBER => {
-            let mut end = after;
-            for _ in 1..DIGITS {
-                match class_at(t, end) {
-                    (NUMBER, next) => end = next,
-                    _ => break,
+/// GPT-4's pattern, or nanochat's, which allows two digits instead of three and knows no special
+/// case for the end of the text.
+struct Gpt4<const DIGITS: usize, const END_IS_ONE_PIECE: bool>;
+
+impl<const DIGITS: usize, const END_IS_ONE_PIECE: bool> Rules for Gpt4<DIGITS, END_IS_ONE_PIECE> {
+    #[inline(always)]
+    fn piece_end(t: &[u8], start: usize) -> usize {
+        if let [b' ', second, ..] = &t[start..] {
+            if second.is_ascii_alphabetic() {
+                return letters_end(t, start + 2); // most pieces are words
+            }
+        }
+        let (class, after) = class_at(t, start);
+        match class {
+            LETTER => return letters_end(t, after),
+            NUMBER => {
+                let mut end = after;
+                for _ in 1..DIGITS {
+                    match class_at(t, end) {
+                        (NUMBER, next) => end = next,
+                        _ => break,
+                    }
                 }
+                return end;
+            }
+            _ => {}
+        }
+        if t[start] == b'\'' {
+            if let Some(end) = contraction_end(t, after, true) {
+                return end;
+            }
+        }
+        let newline = matches!(t[start], b'\r' | b'\n');
+        let (second, after_second) = class_at(t, after);
+        // any one character that is no letter, no number and no line break may begin a word
+        if second == LETTER && !newline {
+            return letters_end(t, after_second);
+        }
+        if class == OTHER || (t[start] == b' ' && second == OTHER) {
+            let mut end = others_end(t, if class == OTHER { after } else { after_second });
+            while matches!(t.get(end), Some(b'\r' | b'\n')) {
+                end += 1;
             }
             return end;
         }
-        _ => {}
-    }
-    if t[start] == b'\'' {
-        if let Some(end) = contraction_end(t, after, true) {
-            return end;
+        let space = Spaces::measure(t, start);
+        if END_IS_ONE_PIECE && space.end == t.len() {
+            space.end
+        } else {
+            space.newline_end.unwrap_or_else(|| space.without_last(t))
         }
-    }
-    let newline = matches!(t[start], b'\r' | b'\n');
-    let (second, after_second) = class_at(t, after);
-    // any one character that is no letter, no number and no line break may begin a word
-    if second == LETTER && !newline {
-        return letters_end(t, after_second);
-    }
-    if class == OTHER || (t[start] == b' ' && second == OTHER) {
-        let mut end = others_end(t, if class == OTHER { after } else { after_second });
-        while matches!(t.get(end), Some(b'\r' | b'\n')) {
-            end += 1;
-        }
-        return end;
-    }
-    let space = Spaces::measure(t, start);
-    if END_IS_ONE_PIECE && space.end == t.len() {
-        space.end
-    } else {
-        space.newline_end.unwrap_or_else(|| space.without_last(t))
     }
 }
 
-/// The end of the piece that begins at `start` by GPT-2's pattern.
-#[inline(always)]
-fn gpt2_end(t: &[u8], start: usize) -> usize {
-    if t[start] == b'\'' {
-        if let Some(end) = contraction_end(t, start + 1, false) {
-            return end;
+/// GPT-2's pattern.
+struct Gpt2;
+
+impl Rules for Gpt2 {
+    #[inline(always)]
+    fn piece_end(t: &[u8], start: usize) -> usize {
+        if t[start] == b'\'' {
+            if let Some(end) = contraction_end(t, start + 1, false) {
+                return end;
+            }
         }
-    }
-    let (mut class, mut after) = class_at(t, start);
-    if t[start] == b' ' {
-        match class_at(t, after) {
-            (END | SPACE, _) => {}
-            second => (class, after) = second,
+        let (mut class, mut after) = class_at(t, start);
+        if t[start] == b' ' {
+            match class_at(t, after) {
+                (END | SPACE, _) => {}
+                second => (class, after) = second,
+            }
         }
-    }
-    match class {
-        LETTER => letters_end(t, after),
-        NUMBER => run_end(t, after, NUMBER),
-        OTHER => others_end(t, after),
-        _ => Spaces::measure(t, start).without_last(t),
+        match class {
+            LETTER => letters_end(t, after),
+            NUMBER => run_end(t, after, NUMBER),
+            OTHER => others_end(t, after),
+            _ => Spaces::measure(t, start).without_last(t),
+        }
     }
 }
 
