@@ -190,13 +190,14 @@ def test_the_worst_texts_take_no_longer_than_others(trained):
 def test_ctrl_c_ends_a_training():
     "Within half a second, while texts are read and while merges are learned."
     code = """
-import itertools, sys, threading, _thread, time
+import itertools, random, sys
 from nanochat.rustbpe import RustBPE
-texts = itertools.repeat("it reads for ever, " * 1000) if sys.argv[1] == "reading" else ["".join(chr(33 + (i * i + i // 7) % 90) for i in range(6_000_000))]
+if sys.argv[1] == "reading": texts = itertools.repeat("it reads for ever, " * 1000)
+else: texts = ["".join(random.choices("abcdefghijklmnopqrstuvwxyz  ", k=30_000_000))] # merges for many seconds
 phases = []
 def progress(phase, done, total):
     if phase == ("bytes read" if sys.argv[1] == "reading" else "merges") and not phases: phases.append(phase); print("ready", flush=True)
-try: RustBPE.train(texts, 1 << 19, progress=progress)
+try: RustBPE.train(texts, 1 << 20, progress=progress)
 except KeyboardInterrupt: print("stopped", flush=True)
 """
     for phase in ("reading", "merging"):
