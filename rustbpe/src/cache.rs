@@ -68,7 +68,7 @@ impl Cache {
         Some(*newer)
     }
 
-    /// All ids of an entry.
+    /// The ids of an entry that has more than a few.
     pub fn ids(&self, entry: &Entry) -> &[u32] {
         let start = entry.ids[0] as usize;
         &self.more[start..start + entry.n as usize]
@@ -92,5 +92,54 @@ impl Cache {
         }
         let place = &mut self.places[Self::place_of(&key)].0;
         *place = [entry, place[0]];
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn look_up(cache: &mut Cache, key: &Key) -> Option<Vec<u32>> {
+        let entry = cache.get(key)?;
+        Some(match entry.n as usize {
+            n if n <= FEW => entry.ids[..n].to_vec(),
+            _ => cache.ids(&entry).to_vec(),
+        })
+    }
+
+    #[test]
+    fn it_forgets_but_is_never_wrong() {
+        let piece = |i: u32| Key::new(&i.to_le_bytes(), 0, 4);
+        let ids = |i: u32| (0..1 + i % 8).map(|k| i + k).collect::<Vec<_>>();
+        let mut cache = Cache::new();
+        let pieces = 500_000; // more than it holds, and more ids than it keeps
+        for i in 0..pieces {
+            assert_eq!(look_up(&mut cache, &piece(i)), None);
+            cache.insert(piece(i), &ids(i));
+            assert_eq!(look_up(&mut cache, &piece(i)), Some(ids(i)));
+        }
+        let mut kept = 0;
+        for i in 0..pieces {
+            if let Some(found) = look_up(&mut cache, &piece(i)) {
+                assert_eq!(found, ids(i));
+                kept += 1;
+            }
+        }
+        assert!(0 < kept && kept < 2 * PLACES, "{kept}");
+    }
+
+    #[test]
+    fn the_older_of_two_makes_room() {
+        let mut cache = Cache::new();
+        let place = |i: u32| Cache::place_of(&Key::new(&i.to_le_bytes(), 0, 4));
+        let same: Vec<u32> = (0..).filter(|&i| place(i) == place(0)).take(3).collect();
+        let [a, b, c] = [0, 1, 2].map(|k| Key::new(&same[k].to_le_bytes(), 0, 4));
+        cache.insert(a, &[1]);
+        cache.insert(b, &[2]);
+        assert_eq!(look_up(&mut cache, &a), Some(vec![1])); // now b is the older
+        cache.insert(c, &[3]);
+        assert_eq!(look_up(&mut cache, &b), None);
+        assert_eq!(look_up(&mut cache, &a), Some(vec![1]));
+        assert_eq!(look_up(&mut cache, &c), Some(vec![3]));
     }
 }

@@ -11,18 +11,16 @@ impl Key {
     #[inline(always)]
     pub fn new(text: &[u8], start: usize, end: usize) -> Self {
         let length = end - start;
-        let (low, high) = match text.get(start..).and_then(|rest| rest.first_chunk::<16>()) {
-            Some(sixteen) => {
-                let sixteen = u128::from_le_bytes(*sixteen);
-                (sixteen as u64, (sixteen >> 64) as u64)
-            }
+        let sixteen = match text.get(start..).and_then(|rest| rest.first_chunk()) {
+            Some(sixteen) => *sixteen,
             None => {
                 let mut sixteen = [0; 16];
                 sixteen[..length].copy_from_slice(&text[start..end]);
-                let sixteen = u128::from_le_bytes(sixteen);
-                (sixteen as u64, (sixteen >> 64) as u64)
+                sixteen
             }
         };
+        let bytes = u128::from_le_bytes(sixteen);
+        let (low, high) = (bytes as u64, (bytes >> 64) as u64);
         let [low_mask, high_mask] = MASKS[length & 15];
         Self(low & low_mask, high & high_mask | (length as u64) << 56)
     }
