@@ -3,13 +3,11 @@
 //! Any number of threads count at once: each has a small table of its own, where the frequent
 //! pieces stay, and hands the others on to one large table, which holds every piece once.
 
-use std::hash::Hasher;
 use std::sync::{Mutex, PoisonError};
 
-use rustc_hash::FxHasher;
-
 use crate::key::Key;
-use crate::{lock, Splitter};
+use crate::varint;
+use crate::{hash, lock, Splitter};
 
 /// The large table's parts, so that threads seldom wait for one another. A power of two.
 const SHARDS: usize = 64;
@@ -53,9 +51,7 @@ impl Counts {
         if count == 0 {
             return;
         }
-        let mut hasher = FxHasher::default();
-        hasher.write(piece);
-        let hash = hasher.finish();
+        let hash = hash(piece);
         let shard = &self.shards[(hash >> 32) as usize % SHARDS];
         lock(shard).add(piece, hash, count);
     }
@@ -98,12 +94,7 @@ impl Shard {
             at = (at + 1) & (self.slots.len() - 1);
         }
         let offset = u32::try_from(self.bytes.len()).expect("a shard holds less than 4 GiB");
-        let mut length = piece.len();
-        while length >= 128 {
-            self.bytes.push(length as u8 | 128);
-            length >>= 7;
-        }
-        self.bytes.push(length as u8);
+        varint::write(&mut self.bytes, piece.len() as u64);
         self.bytes.extend_from_slice(piece);
         self.len += 1;
         self.set(at, offset, count);
@@ -127,31 +118,16 @@ impl Shard {
     }
 
     fn piece(&self, offset: u32) -> &[u8] {
-        let (start, length) = self.record(offset);
-        &self.bytes[start..start + length]
-    }
-
-    /// Where the bytes of a record begin, and how many there are.
-    fn record(&self, offset: u32) -> (usize, usize) {
-        let (mut at, mut length, mut shift) = (offset as usize, 0, 0);
-        loop {
-            let byte = self.bytes[at];
-            at += 1;
-            length |= usize::from(byte & 127) << shift;
-            shift += 7;
-            if byte < 128 {
-                return (at, length);
-            }
-        }
+        let record = &self.bytes[offset as usize..];
+        let (length, start) = varint::read(record);
+        &record[start..start + length as usize]
     }
 
     fn grow(&mut self) {
         let size = (self.slots.len() * 2).max(16);
         let old = std::mem::replace(&mut self.slots, vec![Slot::default(); size]);
         for slot in old.into_iter().filter(|slot| slot.count > 0) {
-            let mut hasher = FxHasher::default();
-            hasher.write(self.piece(slot.offset));
-            let mut at = hasher.finish() as usize & (size - 1);
+            let mut at = hash(self.piece(slot.offset)) as usize & (size - 1);
             while self.slots[at].count > 0 {
                 at = (at + 1) & (size - 1);
             }

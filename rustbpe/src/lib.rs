@@ -24,6 +24,7 @@ mod split;
 mod train;
 mod unicode;
 mod unicode_table;
+mod varint;
 mod vocab;
 
 pub use count::{Counter, Counts};
@@ -39,4 +40,12 @@ fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// A hash of bytes.
+fn hash(bytes: &[u8]) -> u64 {
+    use std::hash::Hasher;
+    let mut hasher = rustc_hash::FxHasher::default();
+    hasher.write(bytes);
+    hasher.finish()
 }

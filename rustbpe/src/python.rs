@@ -61,7 +61,7 @@ impl RustBPE {
         pattern: &str,
         special_tokens: Vec<String>,
         num_threads: Option<&Bound<'_, PyAny>>,
-        progress: Option<&Bound<'_, PyAny>>,
+        progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let vocab_size: usize = in_range(vocab_size, "vocab_size")?;
         if !(256..=MAX_VOCAB_SIZE).contains(&vocab_size) {
@@ -72,19 +72,13 @@ impl RustBPE {
         let mut watch = Watch::new(progress);
         let counts = count(py, texts, &splitter, threads, &mut watch)?;
         let mut raised = None;
-        let watch = watch.unbind();
         let learned = py.detach(|| {
-            let mut looked = Instant::now();
             train(counts, vocab_size, &mut |done| {
-                if looked.elapsed() < LOOK_EVERY {
+                if !watch.is_due() {
                     return ControlFlow::Continue(());
                 }
-                looked = Instant::now();
-                let result = Python::attach(|py| {
-                    py.check_signals()?;
-                    watch.tell(py, "merges", done, vocab_size - 256)
-                });
-                match result {
+                let look = |py: Python<'_>| watch.look(py, "merges", done, vocab_size - 256);
+                match Python::attach(look) {
                     Ok(()) => ControlFlow::Continue(()),
                     Err(error) => {
                         raised = Some(error);
@@ -97,7 +91,7 @@ impl RustBPE {
             return Err(error);
         }
         let merges = learned?;
-        watch.tell(py, "merges", merges.len(), merges.len())?;
+        watch.look(py, "merges", merges.len(), merges.len())?;
         let vocab = py.detach(|| Vocab::from_merges(&merges, &special_tokens))?;
         Ok(Self::new(splitter, vocab))
     }
@@ -299,7 +293,7 @@ fn count(
     texts: &Bound<'_, PyAny>,
     splitter: &Splitter,
     threads: usize,
-    watch: &mut Watch<'_, '_>,
+    watch: &mut Watch,
 ) -> PyResult<Counts> {
     let counts = Counts::new();
     let (sender, receiver) = sync_channel::<TextBatch>(2 * threads);
@@ -342,7 +336,7 @@ fn feed(
     texts: &Bound<'_, PyAny>,
     splitter: &Splitter,
     sender: SyncSender<TextBatch>,
-    watch: &mut Watch<'_, '_>,
+    watch: &mut Watch,
 ) -> PyResult<()> {
     let mut batch = TextBatch::default();
     let mut read = 0;
@@ -350,7 +344,9 @@ fn feed(
         read += batch.text.len();
         let mut waiting = batch;
         loop {
-            watch.look(py, "bytes read", read, 0)?;
+            if watch.is_due() {
+                watch.look(py, "bytes read", read, 0)?;
+            }
             match sender.try_send(waiting) {
                 Ok(()) => return Ok(()),
                 Err(TrySendError::Full(batch)) => waiting = batch,
@@ -381,42 +377,28 @@ fn feed(
 }
 
 /// Looks for Ctrl-C and tells progress, but not too often.
-struct Watch<'a, 'py> {
-    progress: Option<&'a Bound<'py, PyAny>>,
+struct Watch {
+    progress: Option<Py<PyAny>>,
     looked: Instant,
 }
 
-/// The same without Python's lock.
-struct Teller(Option<Py<PyAny>>);
-
-impl<'a, 'py> Watch<'a, 'py> {
-    fn new(progress: Option<&'a Bound<'py, PyAny>>) -> Self {
+impl Watch {
+    fn new(progress: Option<Py<PyAny>>) -> Self {
         Self {
             progress,
             looked: Instant::now(),
         }
     }
 
+    /// Whether it is time to look again.
+    fn is_due(&self) -> bool {
+        self.looked.elapsed() >= LOOK_EVERY
+    }
+
     fn look(&mut self, py: Python<'_>, phase: &str, done: usize, total: usize) -> PyResult<()> {
-        if self.looked.elapsed() < LOOK_EVERY {
-            return Ok(());
-        }
         self.looked = Instant::now();
         py.check_signals()?;
-        match self.progress {
-            Some(progress) => progress.call1((phase, done, total)).map(drop),
-            None => Ok(()),
-        }
-    }
-
-    fn unbind(self) -> Teller {
-        Teller(self.progress.map(|progress| progress.clone().unbind()))
-    }
-}
-
-impl Teller {
-    fn tell(&self, py: Python<'_>, phase: &str, done: usize, total: usize) -> PyResult<()> {
-        match &self.0 {
+        match &self.progress {
             Some(progress) => progress.call1(py, (phase, done, total)).map(drop),
             None => Ok(()),
         }

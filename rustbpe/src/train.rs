@@ -15,6 +15,7 @@ use std::ops::ControlFlow;
 use rustc_hash::FxHashMap;
 
 use crate::count::Counts;
+use crate::varint;
 use crate::{Error, Pair, MAX_TOKEN_BYTES, MAX_VOCAB_SIZE};
 
 /// The first threshold assumes that the last merge is at least this much rarer than the average
@@ -225,26 +226,18 @@ struct Places {
 impl Places {
     fn push(&mut self, place: usize) {
         let place = place as u32;
-        let mut difference = place - self.last;
+        varint::write(&mut self.bytes, u64::from(place - self.last));
         self.last = place;
-        while difference >= 128 {
-            self.bytes.push(difference as u8 | 128);
-            difference >>= 7;
-        }
-        self.bytes.push(difference as u8);
     }
 
     #[inline]
     fn for_each(&self, mut visit: impl FnMut(usize)) {
-        let (mut place, mut difference, mut shift) = (0, 0, 0);
-        for &byte in &self.bytes {
-            difference |= u32::from(byte & 127) << shift;
-            shift += 7;
-            if byte < 128 {
-                place += difference;
-                visit(place as usize);
-                (difference, shift) = (0, 0);
-            }
+        let (mut place, mut rest) = (0, &self.bytes[..]);
+        while !rest.is_empty() {
+            let (difference, length) = varint::read(rest);
+            place += difference as usize;
+            visit(place);
+            rest = &rest[length..];
         }
     }
 }
