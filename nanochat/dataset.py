@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'SETS', 'WORLD_SHARD', 'WORLD_VAL', 'KINDS', 'SHARD_CHARACTERS', 'Source', 'hub_shards', 'data_root',
            'world_folder', 'make_world', 'text_files', 'cut_text', 'take', 'iter_texts', 'set_files', 'set_rows',
            'core_folders', 'conversations', 'val_characters', 'text_path', 'prepare_text', 'prepare_data', 'batched',
-           'ahead', 'tokenize', 'tokens_dir', 'Arriving', 'start_download', 'prepare_tokens', 'get_set', 'show_set',
+           'tokenize', 'tokens_dir', 'Arriving', 'start_download', 'prepare_tokens', 'get_set', 'show_set',
            'damaged_files']
 
 # %% ../nbs/03_dataset.ipynb #8728d5f6
@@ -424,18 +424,6 @@ def batched(
             group, total = [], 0
     if group: yield group
 
-# %% ../nbs/03_dataset.ipynb #4cd96bf6
-def ahead(
-    items: Iterator,
-) -> Iterator: # the same items
-    "Have the next item made in a thread while the current one is used."
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(next, items, end)
-        while (item := job.result()) is not end:
-            job = pool.submit(next, items, end)
-            yield item
-
 # %% ../nbs/03_dataset.ipynb #b5df9899
 SHARD_CHARACTERS = 25_000_000 # text in a token shard: some 6 million tokens, 12 MB
 
@@ -488,7 +476,7 @@ def tokenize(
     files = path if isinstance(path, list) else text_files(path)
     groups = _groups(files, {"train": max_characters, "val": val_characters(max_characters)}, shard_characters, done, wait)
     bar = progress_bar(max_characters, sum(s["characters"] for s in state["shards"] if s["split"] == "train"), "tokenize", " characters", scale=True)
-    for split, name, i, texts in ahead(groups):
+    for split, name, i, texts in groups:
         if texts is None: state["finished"].append([split, name])
         elif i < len(of_file(split, name)): continue # written down before the stop
         else:
@@ -571,39 +559,48 @@ def get_set(
     shards: int = 8, # of training text
 ) -> Path: # where it is
     "Fetch or generate a set, all splits of it or some shards of text, unless it is here."
+    source = _source(name)
+    if name == "core": return core_folders()[0]
     if name in SETS:
-        if name == "core": return core_folders()[0]
-        files = [file for split in SETS[name].splits if not _in_data_root(SETS[name].local.format(split=split)) for file in SETS[name].splits[split]]
-        if not files: return data_root()
-        return download(SETS[name].repo, files, base_dir()/"data"/name, SETS[name].revision)
+        if mine := [path for split in source.splits if (path := _in_data_root(source.local.format(split=split)))]: return mine[0].parent
+        return download(source.repo, [file for files in source.splits.values() for file in files], base_dir()/"data"/name, source.revision)
     if path := text_path(name): return path
     if name == "world": return make_world(42, shards=shards)
-    return prepare_text({"data": {"source": name, "characters": shards * SOURCES[name].shard_characters}})
+    return prepare_text({"data": {"source": name, "characters": shards * source.shard_characters}})
 
-def _size(files: Iterable[Path]) -> str:
-    "The size of some files in words."
-    n = sum(f.stat().st_size for f in files)
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
+def _source(name: str) -> Source | None:
+    "The entry of a set; None for text of your own. Raises `UserError` if there is neither."
+    if name in SETS or name in SOURCES: return (SETS | SOURCES)[name]
+    return None if _in_data_root(name) or Path(name).expanduser().exists() else _entry(name, SOURCES | SETS)
+
+def _bytes(n: int) -> str:
+    "A size in words."
+    return next(f"{n / 10**power:.{0 if n >= 10**(power + 2) else 1}f} {unit}" for power, unit in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "bytes")) if n >= 10**power or not power)
+
+def _begin(file: Path) -> Iterator[str]:
+    "The first texts of a file, or rows of another kind as JSON."
+    if file.name.lower().endswith(KINDS[1]): return (row["text"] if isinstance(row.get("text"), str) else json.dumps(row, ensure_ascii=False) for _, row in _jsonl_rows(file))
+    return _documents([file])
 
 def show_set(
     name: str, # a key of `SOURCES` or `SETS`, or a path
 ) -> str:
     "What a set is, what of it is here, and how it begins. Asks nothing of the network."
-    source = SETS[name] if name in SETS else SOURCES.get(name)
+    source = _source(name)
     lines = [f"{name}: {source.about}", f"licence: {source.licence}"] if source else [f"{name}: your own"]
     if source and (source.repo or source.url):
-        lines += [f"origin: {source.repo or source.url}" + (f" at {source.revision}" if source.repo else ""), f"size: about {source.size / 1e6:,.1f} MB" + (f" in {source.shards:,} shards" if source.shards else "")]
+        lines += [f"origin: {source.repo or source.url}" + (f" at {source.revision}" if source.repo else ""), f"size: about {_bytes(source.size)}" + (f" in {source.shards:,} shards" if source.shards else "")]
     if name in SETS:
         here = [(split, mine) for split in source.splits if (mine := _in_data_root(source.local.format(split=split)))]
         if not here: here = [(split, file) for split, files in source.splits.items() for f in files if (file := base_dir()/"data"/name/f).exists()]
         if name == "core": here = [("", f) for f in (_in_data_root("core"), base_dir()/"data"/"core"/"eval_bundle") if f and f.exists()]
-        lines += [f"here: {split} {file} ({_size([file])})".replace("  ", " ") for split, file in here]
+        lines += [f"here: {split} {file} ({_bytes(file.stat().st_size)})" if split else f"here: {file}" for split, file in here]
         begins = [json.dumps(row, ensure_ascii=False) for split, file in here[:1] if split for _, row in islice(_rows(file, source.columns), 2)]
     else:
         folder = text_path(name) or (world_folder(42) if name == "world" else base_dir()/"data"/name)
         here = text_files(folder) if text_path(name) or (folder.is_dir() and any(folder.glob("*.parquet"))) else []
-        if here: lines.append(f"here: {len(here)} file{'s' if len(here) > 1 else ''} in {folder} ({_size(here)}); validation: {here[-1].name if len(here) > 1 else 'the last twentieth'}")
-        begins = list(islice(_documents(here[:1]), 2)) if here else []
+        if here: lines.append(f"here: {len(here)} file{'s' if len(here) > 1 else ''} in {folder} ({_bytes(sum(f.stat().st_size for f in here))}); validation: {here[-1].name if len(here) > 1 else 'the last twentieth'}")
+        begins = list(islice(_begin(here[0]), 2)) if here else []
     if not here: lines.append(f"here: nothing; `nanochat data get {name}` brings it")
     return "\n".join(lines + [f"\n{text[:400]}{'…' if len(text) > 400 else ''}" for text in begins])
 

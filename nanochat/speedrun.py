@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['data_stage', 'tokenizer_stage', 'stage_function', 'report_stage', 'run_stage', 'Follower', 'launch', 'run_name',
            'default_preset', 'open_run', 'notebooks_dir', 'run_lock', 'last_lines', 'tidy_outputs', 'execute_notebook',
-           'speedrun', 'cli', 'speedrun_command', 'chat_command', 'report_command', 'last_run', 'stage_command', 'main']
+           'speedrun', 'cli', 'speedrun_command', 'chat_command', 'report_command', 'last_run', 'data_group',
+           'data_get', 'data_show', 'data_verify', 'stage_command', 'main']
 
 # %% ../nbs/23_speedrun.ipynb #ab164c1b
 import json
@@ -15,14 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../nbs/23_speedrun.ipynb #5151411b
 import click
 
 # %% ../nbs/23_speedrun.ipynb #b123c391
-from .common import STAGES, Run, UserError, atomic_write, progress_bar, rank_and_world, runs_dir, say
+from .common import STAGES, Run, UserError, atomic_write, file_lock, progress_bar, rank_and_world, runs_dir, say
 
 # %% ../nbs/23_speedrun.ipynb #23034d39
 def data_stage(run: Run) -> dict: # the manifest
@@ -34,14 +34,15 @@ def data_stage(run: Run) -> dict: # the manifest
 
 def tokenizer_stage(run: Run) -> dict: # the manifest
     "Train the run's tokenizer, and turn its text into shards of tokens."
-    from nanochat.dataset import iter_texts, prepare_text, prepare_tokens
+    from nanochat.dataset import iter_texts, prepare_text, prepare_tokens, start_download
     from nanochat.tokenizer import Tokenizer
     started, section = time.perf_counter(), run.config["tokenizer"]
     run.needs("data")
-    texts = iter_texts(prepare_text(run.config), "train", section["max_characters"], section["max_doc_characters"])
+    arriving = start_download(run.config) # the tokenizer needs only the first shards
+    texts = iter_texts(prepare_text(run.config, first=section["max_characters"]), "train", section["max_characters"], section["max_doc_characters"])
     tokenizer = Tokenizer.train(texts, section["vocab_size"])
     tokenizer.save(run.stage_dir("tokenizer"))
-    tokens = json.loads((prepare_tokens(run)/"manifest.json").read_text())
+    tokens = json.loads((prepare_tokens(run, arriving)/"manifest.json").read_text())
     per_token = {split: round(tokens[split]["bytes"] / tokens[split]["tokens"], 3) for split in ("train", "val")}
     return run.finish("tokenizer", seconds=round(time.perf_counter() - started, 1), hash=tokenizer.hash, vocab_size=tokenizer.vocab_size,
                       train_tokens=tokens["train"]["tokens"], val_tokens=tokens["val"]["tokens"], bytes_per_token=per_token)
@@ -210,17 +211,9 @@ def notebooks_dir() -> Path:
     if not folder.is_dir(): raise UserError(f"the stage notebooks are not at {folder}: run nanochat from a clone of its repository.")
     return folder
 
-@contextmanager
 def run_lock(run: Run):
-    "Hold a run's folder for this process. Raises `UserError` if another one holds it. (Windows has no `flock`; there it is not checked.)"
-    with open(run.dir/".lock", "w") as f:
-        try:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError: pass
-        except BlockingIOError:
-            raise UserError(f"another process is working on run {run.name!r}: wait for it, or choose another name with --run.") from None
-        yield
+    "A context in which this process holds a run's folder. Raises `UserError` if another one holds it."
+    return file_lock(run.dir/".lock", f"working on run {run.name!r}", "wait for it, or choose another name with --run.")
 
 # %% ../nbs/23_speedrun.ipynb #99735a09
 def last_lines(
@@ -315,14 +308,16 @@ def _settings(pairs: tuple[str, ...]) -> dict:
 @click.option("--preset", help="smoke, laptop, gpu, speedrun or d32; without it, gpu where there is a GPU and laptop elsewhere.")
 @click.option("--run", "name", help="Name of the run's folder; without it, made from preset, data and depth.")
 @click.option("--data", help="A named source (world, climbmix, fineweb-edu), or a folder or file of parquet, jsonl, txt or md.")
+@click.option("--data-root", help="Your own folder of data sets, used before any download.")
 @click.option("--depth", type=int, help="Layers of the model: the one dial from which the rest follows.")
 @click.option("--nproc", type=int, help="Processes on this machine; without it, one for each GPU.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting; may be repeated. `--set help` lists them.")
 @click.option("--hardware", help="Plan for this machine instead of the one at hand, for example 8xH100 (with --plan).")
 @click.option("--plan", "plan_only", is_flag=True, help="Show the plan and stop.")
-def speedrun_command(preset, name, data, depth, nproc, settings, hardware, plan_only):
+def speedrun_command(preset, name, data, data_root, depth, nproc, settings, hardware, plan_only):
     """Train every stage and write the report. The same command again goes on where it was stopped."""
     from nanochat.plan import describe_settings, make_plan, named_hardware
+    if data_root: os.environ["NANOCHAT_DATA_ROOT"] = str(Path(data_root).expanduser().resolve()) # for the stages' processes too
     if settings == ("help",):
         click.echo(describe_settings())
         return
@@ -372,6 +367,40 @@ def last_run() -> str:
     trained = [p for p in manifests if p.parent.name in ("base", "mid", "sft", "rl")]
     if not trained: raise UserError(f"there is no trained model in {runs_dir()}: make one with `nanochat speedrun`.")
     return trained[-1].parent.parent.name
+
+# %% ../nbs/23_speedrun.ipynb #8fbbbdfa
+@cli.group("data")
+@click.option("--data-root", help="Your own folder of data sets, used before any download.")
+def data_group(data_root):
+    """Fetch, show and verify text, conversations and questions."""
+    if data_root: os.environ["NANOCHAT_DATA_ROOT"] = str(Path(data_root).expanduser().resolve())
+
+@data_group.command("get")
+@click.argument("source")
+@click.option("-n", "--shards", type=click.IntRange(1), default=8, show_default=True, help="Shards of training text; a tokenizer needs 8, GPT-2 grade about 170.")
+def data_get(source, shards):
+    """Fetch a set (or generate the world), unless it is here."""
+    from nanochat.dataset import get_set
+    click.echo(get_set(source, shards))
+
+@data_group.command("show")
+@click.argument("source", required=False)
+def data_show(source):
+    """What a set is, what of it is here, and how it begins; without SOURCE, all sets."""
+    from nanochat.dataset import SETS, SOURCES, show_set
+    if source: click.echo(show_set(source))
+    else: click.echo("\n".join(f"{name:14} {entry.about} ({entry.licence})" for name, entry in (SOURCES | SETS).items()))
+
+@data_group.command("verify")
+@click.argument("source", required=False)
+def data_verify(source):
+    """Read what was downloaded, and the token shards, once more, and compare their SHA-256."""
+    from nanochat.dataset import damaged_files
+    found = damaged_files(source)
+    for folder, names in found.items(): click.echo(f"{'DAMAGED' if names else 'ok':8} {folder}")
+    if bad := [str(Path(folder)/name) for folder, names in found.items() for name in names]:
+        raise UserError(f"{len(bad)} file{'s are' if len(bad) > 1 else ' is'} absent or damaged ({', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}): delete them, and the same command as before makes them again.")
+    click.echo(f"{len(found)} folder{'' if len(found) == 1 else 's'} verified")
 
 # %% ../nbs/23_speedrun.ipynb #22aaec0b
 @cli.command("stage", hidden=True)
