@@ -294,6 +294,7 @@ SCHEMA = [
     Key("base.steps", int, None, "steps", "optimizer steps; tokens over batch", 1),
     Key("base.batch_tokens", int, None, "tokens", "tokens in an optimizer step over all devices; by the batch law", 1),
     Key("base.device_batch", int, None, "rows", "rows on a device at a time; as many as fit and divide the batch", 1),
+    Key("base.crop", bool, False, "", "throw away what does not fit a row, instead of reading it in a later one"),
     Key("base.matrix_lr", float, None, "", "Muon's learning rate; 0.02 × √(B/2^19)"),
     Key("base.embedding_lr", float, None, "", "AdamW's for the embedding; 0.3 × √(B/2^19)"),
     Key("base.head_lr", float, None, "", "AdamW's for the head; 0.008 × √(B/2^19)"),

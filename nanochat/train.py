@@ -220,13 +220,14 @@ def pretrain(
         model.init_weights(derive_seed(run.seed, "init"))
         model = prepare_model(model, config, device)
         T, B = model_config.sequence_len, section["device_batch"]
-        loader = PackedLoader(tokens_dir, "train", B, T, rank, world_size, seed=derive_seed(run.seed, "order"), device=device)
+        loader = PackedLoader(tokens_dir, "train", B, T, rank, world_size, seed=derive_seed(run.seed, "order"), device=device,
+                              crop=section["crop"], tokenizer_hash=tokenizer.hash)
         token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=device)
         eval_batches = max(1, section["eval_tokens"] // (B * T * world_size))
         steps = section["steps"]
 
         def evaluate():
-            val = PackedLoader(tokens_dir, "val", B, T, rank, world_size, device=device)
+            val = PackedLoader(tokens_dir, "val", B, T, rank, world_size, device=device, tokenizer_hash=tokenizer.hash)
             return {"bits_per_byte": round(bits_per_byte(model, val, token_bytes, eval_batches, dtype), 5)}
 
         def schedule(step):
