@@ -608,6 +608,7 @@ def damaged_files(
     name: str | None = None, # a key of `SOURCES` or `SETS`; None: every set that was downloaded, and all token shards
 ) -> dict[str, list[str]]: # folder → files that are absent or not what they were
     "Compare files with the SHA-256 that was written down when they came or were made."
+    if name: _entry(name, SOURCES | SETS)
     folders = [base_dir()/"data"/name] if name else sorted((base_dir()/"data").glob("*"))
     found = {str(folder): damaged(folder) for folder in folders if hub_record(folder)}
     for file in sorted((base_dir()/"tokens").glob("*/manifest.json")) if not name else ():

@@ -1,15 +1,23 @@
-"""Text of one's own, in every form that is read, becomes a model that knows something of it."""
+"""Text of one's own, in every form that is read, becomes a model that knows something of it; a hub's text arrives while the tokenizer trains; what is wrong is one sentence."""
+import errno
 import gzip
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import real_data
+from conftest import assert_user_error, environment, nanochat, real_data
+from hub import Hub
 
-from nanochat.common import Run
+from nanochat.common import Run, UserError
+from nanochat.dataset import SETS, conversations, set_rows, take, tokenize
 from nanochat.plan import make_plan
 from nanochat.speedrun import run_stage
+from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 
 
@@ -61,3 +69,127 @@ def test_real_english(monkeypatch, tmp_path):
     assert len(curve) == 4 and curve == sorted(curve, reverse=True) and curve[0] > 3.5 and curve[-1] < 3.0, curve
     assert run.manifest("tokenizer")["bytes_per_token"]["val"] > 1.5
     assert {path: path.stat().st_mtime_ns for path in source.iterdir()} == before
+
+
+HUB_RUN = """
+import nanochat.dataset as d
+from nanochat.common import Run
+from nanochat.plan import make_plan
+from nanochat.speedrun import run_stage
+d.SOURCES["climbmix"] = d.Source("a test", "none", repo="someone/text", shards=5, shard_characters=40_000)
+run = Run.create("hub", make_plan("smoke", {"data.characters": 120_000, "tokenizer.max_characters": 40_000}, data="climbmix").config)
+for stage in ("data", "tokenizer"): run_stage(run, stage)
+"""
+
+
+def test_a_hubs_text_arrives_while_the_tokenizer_trains(tmp_path):
+    "The third shard is not sent before tokens of the first are on the disk: whoever waits for all of them waits in vain."
+    served, base = tmp_path/"served", tmp_path/"base"
+    served.mkdir()
+    for i in range(5): pq.write_table(pa.table({"text": list(take(World(7).documents(300 * i, 300 * i + 300), 40_000))}), served/f"shard_{i:05d}.parquet")
+    hub, in_time, early = Hub(served), [], []
+    def hold(name):
+        if name == "shard_00001.parquet": early.append((base/"runs"/"hub"/"data"/"manifest.json").exists()) # the first stage fetched only what a tokenizer needs
+        until = time.monotonic() + 60
+        while name == "shard_00002.parquet" and time.monotonic() < until:
+            if list(base.glob("tokens/*/tokens_00000.npy")): return in_time.append(True)
+            time.sleep(0.05)
+    hub.hold = hold
+    env = environment(base) | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path/"hf"), "NO_PROXY": "127.0.0.1"}
+    try: done = subprocess.run([sys.executable, "-c", HUB_RUN], env=env, capture_output=True, text=True, timeout=300)
+    finally: hub.close()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert early == [True] and in_time == [True]
+    assert hub.gets() == [f"shard_{i:05d}.parquet" for i in (0, 1, 2, 4)]
+    manifest = json.loads(next(base.glob("tokens/*/manifest.json")).read_text())
+    assert [(shard["split"], shard["file"]) for shard in manifest["shards"]] == [("train", f"shard_{i:05d}.parquet") for i in range(3)] + [("val", "shard_00004.parquet")]
+    assert_user_error(nanochat(base, "data", "verify", "climbmx"), "climbmx", "did you mean climbmix?")
+    assert nanochat(base, "data", "verify").returncode == 0
+    file = base/"data"/"climbmix"/"shard_00001.parquet"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert_user_error(nanochat(base, "data", "verify"), "damaged", "shard_00001.parquet")
+
+
+def test_what_is_in_the_data_folder_is_used_without_a_network(monkeypatch, tmp_path):
+    root = tmp_path/"root"
+    (root/"climbmix").mkdir(parents=True)
+    (root/"gsm8k").mkdir()
+    write_parquet(root/"climbmix", list(World(7).documents(0, 400)))
+    with gzip.open(root/"gsm8k"/"train.jsonl.gz", "wt") as f: f.write(json.dumps({"question": "What is 1 + 1?", "answer": "#### 2"}) + "\n")
+    monkeypatch.setenv("NANOCHAT_DATA_ROOT", str(root))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert list(set_rows("gsm8k", "train")) == [{"question": "What is 1 + 1?", "answer": "#### 2"}]
+    run = pretrain(monkeypatch, tmp_path, "climbmix", **{"base.steps": 2, "base.eval_every": 2, "base.warmup_steps": 1, "data.characters": 50_000})
+    assert run.manifest("data")["train"]["characters"] >= 50_000
+    assert not (tmp_path/"base"/"data").exists()
+
+
+def test_real_sets(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DATA_ROOT", str(real_data()))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    counts = {(name, split): sum(1 for _ in set_rows(name, split)) for name, split in
+              [("gsm8k", "train"), ("arc-easy", "train"), ("arc-easy", "validation"), ("arc-challenge", "train"), ("mmlu", "dev"), ("mmlu", "validation"), ("humaneval", "test")]}
+    assert list(counts.values()) == [7473, 2251, 570, 1119, 285, 1531, 164]
+    assert sum(1 for _ in conversations("sft_sgd/train.jsonl.gz")) == 6000
+
+
+def lines(*rows): return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+FINE = {"text": "A line that is fine. " * 20}
+REFUSED = { # what lies there, and what the sentence has to say
+    "no such source": (lambda folder: folder/"nowhere", ["nowhere", "climbmix"]),
+    "empty folder": (lambda folder: folder, ["holds no text"]),
+    "not JSON": (lambda folder: (folder/"a.jsonl").write_text(lines(FINE, FINE, "{'text': 1}")) and folder, ["a.jsonl, line 3"]),
+    "no text in a line": (lambda folder: (folder/"a.jsonl").write_text(lines(FINE, {"body": "x"})) and folder, ["a.jsonl, line 2", "'text'"]),
+    "no column text": (lambda folder: pq.write_table(pa.table({"body": ["x"] * 9}), folder/"a.parquet") or folder, ["a.parquet", "no column 'text'", "body"]),
+    "half a parquet file": (lambda folder: (folder/"a.parquet").write_bytes(b"PAR1 and no more") and folder, ["a.parquet is damaged"]),
+    "not UTF-8": (lambda folder: (folder/"a.txt").write_bytes(b"caf\xe9 " * 99) and folder, ["a.txt", "UTF-8"]),
+    "one document": (lambda folder: (folder/"a.jsonl").write_text(lines(FINE)) and folder, ["validation needs one"]),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(monkeypatch, tmp_path, what):
+    make, words = REFUSED[what]
+    (tmp_path/"text").mkdir()
+    with pytest.raises(UserError) as refused: pretrain(monkeypatch, tmp_path, make(tmp_path/"text"))
+    assert "\n" not in str(refused.value)
+    for word in words: assert word in str(refused.value)
+
+
+def test_conversations_out_of_order(tmp_path):
+    talk = lambda *roles: {"messages": [{"role": role, "content": "Well?"} for role in roles]}
+    file = tmp_path/"talks.jsonl"
+    for roles, word in ((("assistant", "user"), "message 0"), (("user", "user"), "message 1"), (("user", "assistant", "system"), "message 2"), ((), "messages")):
+        file.write_text(lines(talk("user", "assistant"), talk(*roles)))
+        with pytest.raises(UserError, match=f"talks.jsonl, line 2: .*{word}"): list(conversations(file))
+    file.write_text(lines(talk("system", "user", "assistant", "user", "assistant")))
+    assert len(list(conversations(file))) == 1
+
+
+def test_no_network(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert_user_error(nanochat(tmp_path, "data", "get", "gsm8k"), "could not be downloaded", "check the network")
+
+
+def test_a_full_disk_while_tokenizing(monkeypatch, tmp_path):
+    texts = list(World(7).documents(0, 200))
+    (tmp_path/"text.jsonl").write_text(lines(*({"text": text} for text in texts)))
+    tokenizer, writes = Tokenizer.train(texts, 300), []
+    def full(fd):
+        writes.append(fd)
+        if len(writes) > 12: raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="no space is left"): tokenize(tmp_path/"text.jsonl", tokenizer, tmp_path/"tokens", None, 2000)
+    made = {f.name: f.stat().st_mtime_ns for f in (tmp_path/"tokens").glob("tokens_*")}
+    assert made and not list((tmp_path/"tokens").glob(".*"))
+    tokenize(tmp_path/"text.jsonl", tokenizer, tmp_path/"tokens", None, 2000)
+    assert {name: (tmp_path/"tokens"/name).stat().st_mtime_ns for name in made} == made # what was finished is kept
+
+
+def test_every_set_is_pinned_and_licensed():
+    for name, source in SETS.items():
+        assert source.licence and (source.sha256 or len(source.revision) == 40), name
