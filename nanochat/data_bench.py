@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_parquet', 'measure_shards', 'bench_shards', 'ScanningLoader', 'measure_loader', 'lost_in_epoch',
-           'lost_by_best_fit', 'bench_loader', 'bench_packing', 'cli', 'shards_command', 'loader_command',
-           'packing_command', 'main']
+           'lost_by_best_fit', 'bench_loader', 'bench_packing', 'packing_table', 'cli', 'shards_command',
+           'loader_command', 'packing_command', 'main']
 
 # %% ../nbs/25_data_bench.ipynb #e73e101b
 import json
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from .bench import figure, given_documents, machine_documents, peak_memory, table, timed, times
 from .common import Run, UserError, cpu_name, n_cores, say, seed_everything
 from .dataloader import PackedLoader, Plan, Shards
-from .dataset import batched, iter_texts, tokenize
+from .dataset import batched, iter_texts, tokenize, tokens_dir
 from .plan import make_plan
 from .speedrun import run_stage
 from .tokenizer import Tokenizer
@@ -187,7 +187,7 @@ def bench_packing(
     preset: str = "laptop",
     **settings, # more of them
 ) -> list[dict]: # what was trained, and its bits per byte
-    "Train the same model on rows that are packed and rows that are cropped, and print bits per byte."
+    "Train the same model on rows that are packed and on rows that are cropped."
     found, before = [], os.environ.get("NANOCHAT_BASE_DIR")
     with tempfile.TemporaryDirectory(prefix="nanochat-bench-") as tmp:
         os.environ["NANOCHAT_BASE_DIR"] = tmp
@@ -198,15 +198,18 @@ def bench_packing(
                     run = Run.create(f"{n}-{crop}", make_plan(preset, overrides, data=str(text)).config)
                     for stage in ("data", "tokenizer", "base"): result = run_stage(run, stage)
                     T = run.config["model"]["sequence_len"]
-                    loader = PackedLoader(next((Path(tmp)/"tokens").glob(f"*-{run.manifest('tokenizer')['hash'][:12]}-*")), "train", 1, T, crop=crop)
+                    loader = PackedLoader(tokens_dir(run.config, Tokenizer.load(run.stage_dir("tokenizer"))), "train", 1, T, crop=crop)
                     found.append({"text": run.manifest("data")["train"]["characters"], "packing": "cropped" if crop else "packed", "lost": lost_in_epoch(loader),
                                   "epochs": result["tokens"] / T / loader.epoch_rows, "bits_per_byte": result["bits_per_byte"]})
         finally:
             if before is None: del os.environ["NANOCHAT_BASE_DIR"]
             else: os.environ["NANOCHAT_BASE_DIR"] = before
-    say("\n" + table([["text", "rows", "tokens lost", "epochs", "bits per byte"]] + [
-        [f"{row['text'] / 1e6:.1f} million characters", row["packing"], f"{100 * row['lost']:.1f} %", f"{row['epochs']:.2f}", f"{row['bits_per_byte']:.4f}"] for row in found]))
     return found
+
+def packing_table(found: list[dict]) -> str:
+    "What `bench_packing` found, in lines."
+    return table([["text", "rows", "tokens lost", "epochs", "bits per byte"]] + [
+        [f"{row['text'] / 1e6:.1f} million characters", row["packing"], f"{100 * row['lost']:.1f} %", f"{row['epochs']:.2f}", f"{row['bits_per_byte']:.4f}"] for row in found])
 
 # %% ../nbs/25_data_bench.ipynb #b4f82910
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -238,7 +241,7 @@ def loader_command(text, megabytes, rounds):
 @click.option("--sequence-len", type=click.IntRange(2), default=256, show_default=True, help="Tokens in a row.")
 def packing_command(text, tokens, sequence_len):
     """Bits per byte of the same model on rows that are packed, and cropped: four trainings."""
-    bench_packing(Path(text), tokens, **{"model.sequence_len": sequence_len})
+    click.echo("\n" + packing_table(bench_packing(Path(text), tokens, **{"model.sequence_len": sequence_len})))
 
 def main():
     "The command."

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SOURCES', 'SETS', 'WORLD_SHARD', 'WORLD_VAL', 'KINDS', 'SHARD_CHARACTERS', 'Source', 'hub_shards', 'data_root',
            'world_folder', 'make_world', 'text_files', 'cut_text', 'take', 'iter_texts', 'set_files', 'set_rows',
-           'core_folders', 'conversations', 'val_characters', 'text_path', 'prepare_text', 'prepare_data', 'batched',
-           'tokenize', 'tokens_dir', 'Arriving', 'start_download', 'prepare_tokens', 'get_set', 'show_set',
-           'damaged_files']
+           'core_folders', 'conversations', 'val_characters', 'text_path', 'prepare_text', 'sample_texts',
+           'prepare_data', 'batched', 'tokenize', 'tokens_dir', 'Arriving', 'start_download', 'prepare_tokens',
+           'get_set', 'show_set', 'damaged_files']
 
 # %% ../nbs/03_dataset.ipynb #8728d5f6
 import difflib
@@ -16,11 +16,12 @@ import json
 import math
 import os
 import re
+import threading
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
@@ -198,7 +199,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]: # line number, row
     "The objects of JSON lines, plain or gzipped."
     n = 0
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+        with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
             for n, line in enumerate(lines, 1):
                 if not line.strip(): continue
                 row = json.loads(line)
@@ -248,8 +249,9 @@ def _plain_texts(file: Path, cut: bool) -> Iterator[str]:
 # %% ../nbs/03_dataset.ipynb #6139804e
 def _documents(files: list[Path]) -> Iterator[str]:
     "All documents of some files of one kind that hold anything but white space."
-    if files[0].suffix == ".parquet": texts = chain.from_iterable(map(_parquet_texts, files))
-    elif files[0].name.endswith(KINDS[1]): texts = chain.from_iterable(map(_jsonl_texts, files))
+    name = files[0].name.lower()
+    if name.endswith(KINDS[0]): texts = chain.from_iterable(map(_parquet_texts, files))
+    elif name.endswith(KINDS[1]): texts = chain.from_iterable(map(_jsonl_texts, files))
     else: texts = chain.from_iterable(_plain_texts(f, cut=len(files) < 20) for f in files)
     return (text for text in texts if text.strip())
 
@@ -302,7 +304,7 @@ def _rows(
     columns: tuple[str, ...], # those that a row must have
 ) -> Iterator[tuple[int, dict]]: # number of the line or row, from 1; these columns
     "The rows of a file."
-    if file.suffix == ".parquet": rows = enumerate(chain.from_iterable(batch.to_pylist() for batch in _batches(file, columns)), 1)
+    if file.name.lower().endswith(KINDS[0]): rows = enumerate(chain.from_iterable(batch.to_pylist() for batch in _batches(file, columns)), 1)
     else: rows = _jsonl_rows(file)
     for n, row in rows:
         if absent := [name for name in columns if name not in row]: raise UserError(f"{file}, line {n}: there is no {absent[0]!r} in it: expected {', '.join(columns)}.")
@@ -388,6 +390,14 @@ def prepare_text(
     source = SOURCES[name]
     names = hub_shards(source, min(characters, first or characters))
     return download(source.repo, names[-1:] + names[:-1], base_dir()/"data"/name, source.revision)
+
+def sample_texts(
+    config: dict, # a run's configuration
+    n: int, # how many
+    split: str = "train", # "train" or "val"
+) -> list[str]:
+    "The first documents of a run's text."
+    return list(islice(iter_texts(prepare_text(config, first=1), split), n))
 
 def prepare_data(
     run, # nanochat.common.Run
@@ -514,7 +524,7 @@ def tokens_dir(
     return base_dir()/"tokens"/f"{name}-{tokenizer.hash[:12]}-{key[:8]}"
 
 class Arriving:
-    "Shards of a hub's text that a thread of this process is downloading."
+    "Shards of a hub's text that a thread of this process is downloading; a context that ends the download when it is left."
     def __init__(self,
                  name: str, # a key of `SOURCES`
                  characters: int, # how much training text is wanted
@@ -523,22 +533,28 @@ class Arriving:
         names = hub_shards(source, characters)
         self.files = [folder/file for file in names] # validation last
         self._missing = lambda file: missing_files(source.repo, [file.name], folder, source.revision)
-        pool = ThreadPoolExecutor(1)
-        self._job = pool.submit(download, source.repo, names[-1:] + names[:-1], folder, source.revision) # validation first
-        pool.shutdown(wait=False)
+        self._stop, self._error = threading.Event(), None
+        def fetch():
+            try: download(source.repo, names[-1:] + names[:-1], folder, source.revision, self._stop) # validation first
+            except BaseException as e: self._error = e
+        self._thread = threading.Thread(target=fetch, daemon=True)
+        self._thread.start()
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self._stop.set()
 
     def wait(self, file: Path):
         "Return when a file is there. Raises what stopped the download."
         while self._missing(file):
-            if self._job.done(): return self._job.result()
+            if not self._thread.is_alive() and self._missing(file): raise self._error
             time.sleep(0.1)
 
 def start_download(
     config: dict, # a run's configuration; reads data
-) -> Arriving | None: # None if there is nothing to download
+): # a context that gives `Arriving`, or None if there is nothing to download
     "Begin to fetch the text of a run, and do not wait for it."
     name = config["data"]["source"]
-    return None if name == "world" or text_path(name) else Arriving(name, config["data"]["characters"])
+    return nullcontext() if name == "world" or text_path(name) else Arriving(name, config["data"]["characters"])
 
 def prepare_tokens(
     run, # nanochat.common.Run whose tokenizer is trained
@@ -550,8 +566,9 @@ def prepare_tokens(
     if (out_dir/"manifest.json").exists(): return out_dir
     with file_lock(out_dir/".lock", "turning the same text into tokens"):
         if (out_dir/"manifest.json").exists(): return out_dir
-        if arriving := arriving or start_download(run.config): return tokenize(arriving.files, tokenizer, out_dir, characters, wait=arriving.wait)
-        return tokenize(prepare_text(run.config, run.seed), tokenizer, out_dir, characters)
+        with nullcontext(arriving) if arriving else start_download(run.config) as arriving:
+            if arriving: return tokenize(arriving.files, tokenizer, out_dir, characters, wait=arriving.wait)
+            return tokenize(prepare_text(run.config, run.seed), tokenizer, out_dir, characters)
 
 # %% ../nbs/03_dataset.ipynb #206f9961
 def get_set(

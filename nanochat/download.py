@@ -73,8 +73,10 @@ def fetch(
     arrived: Callable[[int], None] = lambda n: None, # is told of bytes that came (or, negative, that were thrown away)
 ):
     "Download a file, from where an earlier attempt stopped, and name it when its SHA-256 is right."
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
+    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, 1 << 20) # what breaks off costs a megabyte, not ten
     path = Path(path)
     part, failures, wrong = path.with_name(f".{path.name}.{sha256[:12]}.part"), 0, 0
     length = lambda: part.stat().st_size if part.exists() else 0
@@ -141,15 +143,17 @@ def _download(
     record: dict, # as `hub_record` gives it
     folder: Path,
     missing: list[str], # files to fetch
+    stop: threading.Event, # ends it when set
 ):
     "Fetch files, and write each down when it is in place."
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers
-    stop, bar, repo = threading.Event(), None, record["repo"]
+    bar, repo = None, record["repo"]
     def arrived(n):
-        if stop.is_set(): raise UserError("another file failed") # ends this thread; the sentence is not shown
+        if stop.is_set(): raise UserError(f"the download of {repo} was stopped: start again, and it goes on.")
         bar.update(n)
     def get(name):
+        arrived(0)
         remote, path = remotes[name], folder/name
         path.parent.mkdir(parents=True, exist_ok=True)
         if remote.cached: shutil.copyfile(remote.cached, path.with_name(f".{path.name}.{remote.sha256[:12]}.part"))
@@ -212,6 +216,7 @@ def download(
     names: list[str], # files in it, in the order in which they are wanted
     folder: Path, # where they go
     revision: str = "main", # commit, tag or branch
+    stop: threading.Event | None = None, # ends the download when set
 ) -> Path: # the folder
     "Fetch the files that are not there yet. Raises `UserError` if that cannot be done; what has arrived is kept."
     folder = Path(folder)
@@ -219,7 +224,7 @@ def download(
     with _sentences(f"{repo} at revision {revision[:12]}", folder), file_lock(folder/".lock", f"downloading {repo}"):
         missing, record = missing_files(repo, names, folder, revision), hub_record(folder) # another process may have been here
         if (record.get("repo"), record.get("revision")) != (repo, revision): record = {"repo": repo, "revision": revision, "commit": None, "files": {}}
-        if missing: _download(record, folder, missing)
+        if missing: _download(record, folder, missing, stop or threading.Event())
     return folder
 
 def download_archive(

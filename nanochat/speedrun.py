@@ -38,11 +38,11 @@ def tokenizer_stage(run: Run) -> dict: # the manifest
     from nanochat.tokenizer import Tokenizer
     started, section = time.perf_counter(), run.config["tokenizer"]
     run.needs("data")
-    arriving = start_download(run.config) # the tokenizer needs only the first shards
-    texts = iter_texts(prepare_text(run.config, first=section["max_characters"]), "train", section["max_characters"], section["max_doc_characters"])
-    tokenizer = Tokenizer.train(texts, section["vocab_size"])
-    tokenizer.save(run.stage_dir("tokenizer"))
-    tokens = json.loads((prepare_tokens(run, arriving)/"manifest.json").read_text())
+    with start_download(run.config) as arriving: # the tokenizer needs only the first shards
+        texts = iter_texts(prepare_text(run.config, first=section["max_characters"]), "train", section["max_characters"], section["max_doc_characters"])
+        tokenizer = Tokenizer.train(texts, section["vocab_size"])
+        tokenizer.save(run.stage_dir("tokenizer"))
+        tokens = json.loads((prepare_tokens(run, arriving)/"manifest.json").read_text())
     per_token = {split: round(tokens[split]["bytes"] / tokens[split]["tokens"], 3) for split in ("train", "val")}
     return run.finish("tokenizer", seconds=round(time.perf_counter() - started, 1), hash=tokenizer.hash, vocab_size=tokenizer.vocab_size,
                       train_tokens=tokens["train"]["tokens"], val_tokens=tokens["val"]["tokens"], bytes_per_token=per_token)
