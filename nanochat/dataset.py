@@ -448,10 +448,11 @@ def _groups(
     wait: Callable[[Path], None], # returns when a file is there
 ) -> Iterator[tuple[str, str, int, list[str] | None]]: # split, file, number of the group in it, texts; None behind a file's last group
     "What is to be encoded, in order."
+    root = os.path.commonpath([file.parent for file in files])
     for split, left in limits.items():
         for file, texts in _split_parts(files, split):
             if left is not None and left <= 0: break
-            name = file.name if file else ""
+            name = file.relative_to(root).as_posix() if file else "" # files of two folders may have one name
             if (split, name) not in done:
                 if file: wait(file)
                 total = 0
