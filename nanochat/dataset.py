@@ -30,8 +30,6 @@ from pathlib import Path
 
 # %% ../nbs/03_dataset.ipynb #f758447b
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 # %% ../nbs/03_dataset.ipynb #73f2f469
 from .common import (UserError, atomic_file, atomic_write, base_dir, file_lock, n_cores, progress_bar, read_json, say, sha256_file,
@@ -118,6 +116,8 @@ def _write_world_shard(
     start: int, stop: int, # documents start … stop-1
 ):
     "Generate some documents and write them as one parquet file."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     texts = list(World(seed).documents(start, stop))
     table = pa.table({"text": texts}).replace_schema_metadata({"characters": str(sum(map(len, texts)))})
     with atomic_file(path) as f: pq.write_table(table, f, row_group_size=1024, compression="zstd")
@@ -138,7 +138,8 @@ def _make_wave(folder: Path, seed: int, wave: range) -> int: # characters in the
         with ProcessPoolExecutor(2, get_context("spawn")) as pool: list(pool.map(_write_world_shard, *zip(*jobs)))
     else:
         for job in jobs: _write_world_shard(*job)
-    return sum(int(pq.read_schema(f).metadata[b"characters"]) for f in files)
+    from pyarrow.parquet import read_schema
+    return sum(int(read_schema(f).metadata[b"characters"]) for f in files)
 
 def make_world(
     seed: int, # the world's
@@ -178,8 +179,10 @@ def text_files(
 def _batches(
     file: Path, # parquet
     columns: tuple[str, ...], # those to read
-) -> Iterator[pa.RecordBatch]:
+): # → pyarrow.RecordBatch, one after the other
     "A file's rows, some at a time."
+    import pyarrow as pa # late: who only plans a run does not wait for it
+    import pyarrow.parquet as pq
     try:
         f = pq.ParquetFile(file)
         for name in columns:
@@ -190,6 +193,7 @@ def _batches(
 
 def _parquet_texts(file: Path) -> Iterator[str]:
     "The column `text`."
+    import pyarrow as pa
     for batch in _batches(file, ("text",)):
         kind = batch.schema.field("text").type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)): raise UserError(f"{file} has a column 'text' of {kind}, not of strings: write it again.")
@@ -407,8 +411,9 @@ def prepare_data(
     path = prepare_text(run.config, run.seed, run.config.get("tokenizer", {}).get("max_characters"))
     files = text_files(path)
     if name in SOURCES and name != "world" and not text_path(name):
+        from pyarrow.parquet import read_metadata
         say(f"{len(files)} files of {name} are here; the others come while the tokenizer trains.")
-        return {"source": name, "files": len(files), **{split: {"documents": sum(pq.ParquetFile(f).metadata.num_rows for f in some)} for split, some in (("train", files[:-1]), ("val", files[-1:]))}}
+        return {"source": name, "files": len(files), **{split: {"documents": sum(read_metadata(f).num_rows for f in some)} for split, some in (("train", files[:-1]), ("val", files[-1:]))}}
     for split, limit in (("train", characters), ("val", val_characters(characters))):
         count = dict.fromkeys(("documents", "characters", "bytes"), 0)
         for text in iter_texts(path, split, limit):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from .attention import KVCache, attention
 from .common import UserError
+from .loss import head_loss
 
 # %% ../nbs/06_model.ipynb #6130574e
 @dataclass
@@ -237,7 +238,7 @@ class GPT(nn.Module):
     def forward(self,
                 idx: torch.Tensor, # (B, T) int64 tokens
                 targets: torch.Tensor | None = None, # (B, T) the token that follows each; -1 where none counts
-                loss_reduction: str = "mean", # of the loss: "mean" over the targets that count, or "none"
+                loss_reduction: str = "mean", # of the loss: "mean" over the targets that count, "sum", or "none"
                 kv_cache: KVCache | None = None, # append to these rows
                 valid: torch.Tensor | None = None, # (B,) with a cache: how many of the T tokens are real, the rest being padding
                 last_only: bool = False, # logits of each row's last real token only
@@ -265,13 +266,13 @@ class GPT(nn.Module):
         x = norm(x)
         if last_only: x = x[:, -1:] if valid is None else x[torch.arange(B, device=x.device), (valid - 1).clamp(min=0)][:, None]
 
+        if targets is not None:
+            losses = head_loss(x.flatten(0, 1), self.lm_head.weight[:c.vocab_size], targets.flatten(), c.softcap, "none" if loss_reduction == "none" else "sum")
+            if loss_reduction == "none": return losses.view(B, T)
+            return losses if loss_reduction == "sum" else losses / (targets >= 0).sum().clamp(min=1) # a batch without any target has loss 0, not nan
         logits = self.lm_head(x / c.softcap).float() # (B, T, padded_vocab_size)
         if c.padded_vocab_size != c.vocab_size: logits = logits[..., :c.vocab_size]
-        logits = c.softcap * logits.tanh_() # in place: the largest tensor of the model
-        if targets is None: return logits
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none" if loss_reduction == "none" else "sum")
-        if loss_reduction == "none": return losses.view(B, T)
-        return losses / (targets >= 0).sum().clamp(min=1) # a batch without any target has loss 0, not nan
+        return c.softcap * logits.tanh_() # in place: the largest tensor of the model
 
     def num_params(self) -> dict[str, int]: # part: numbers
         "Parameters by part. The gates of the value embeddings count as matrices, the smear gate as scalars."

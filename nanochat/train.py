@@ -71,7 +71,7 @@ def accumulate_gradients(
     n_targets = all_reduce_sum(torch.stack([(y >= 0).sum() for _, y in batches]).sum().float()).clamp(min=1)
     total = torch.zeros((), device=n_targets.device)
     for x, y in batches:
-        with autocast(x.device, dtype): loss = model(x, y, loss_reduction="none").sum() / n_targets
+        with autocast(x.device, dtype): loss = model(x, y, loss_reduction="sum") / n_targets
         (loss * world_size).backward()
         total += loss.detach()
     return all_reduce_sum(total), n_targets
