@@ -107,7 +107,7 @@ def _walk(
     "Losses, and the gradients of their weighted sum, a few rows at a time."
     N, V = len(x), len(weight)
     losses, grad_x, grad_weight = torch.empty(N, device=x.device), None, None
-    size = max(16, CHUNK_LOGITS * (32 if x.is_cuda else 1) // V)
+    size = max(16, CHUNK_LOGITS * (8 if x.is_cuda else 1) // V)
     if weights is not None:
         grad_x, grad_weight = torch.empty_like(x), torch.zeros(weight.shape, device=x.device)
         pile = x.new_empty(min(4 * size, N), V) # gradients of the logits

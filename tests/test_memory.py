@@ -1,0 +1,49 @@
+"""What a training step takes: near what the plan says, and without the logits."""
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from nanochat.plan import model_shape, training_memory
+
+STEP = """
+import json, resource, sys, torch
+from nanochat.model import GPT, GPTConfig
+from nanochat.optim import make_optimizer
+from nanochat.train import accumulate_gradients
+model, rows, dtype = json.loads(sys.argv[1])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+tiny = GPT(GPTConfig(**model | {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 64, "vocab_size": 64}))
+def step(gpt, optimizer, tokens):
+    optimizer.zero_grad()
+    accumulate_gradients(gpt, [(tokens[:, :-1], tokens[:, 1:])], getattr(torch, dtype))
+    optimizer.step()
+step(tiny, make_optimizer(tiny), torch.randint(0, 64, (1, 65))) # what is loaded and chosen once
+before = peak()
+gpt = GPT(GPTConfig(**model))
+optimizer = make_optimizer(gpt)
+for _ in range(2): step(gpt, optimizer, torch.randint(0, model["vocab_size"], (rows, model["sequence_len"] + 1)))
+print(peak() - before)
+"""
+MODEL = dict(vocab_size=32768, sequence_len=256, window_pattern="L", value_embeds=True, resid_lambdas=True, smear=True, backout=True)
+
+
+def measured(model, rows, dtype):
+    done = subprocess.run([sys.executable, "-c", STEP, json.dumps([model, rows, dtype])], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return float(done.stdout.split()[-1])
+
+
+@pytest.mark.skipif(resource.getpagesize() != 4096, reason="the peak is told in other units")
+@pytest.mark.parametrize("depth, vocab_size, rows, dtype", [(2, 32768, 8, "float32"), (4, 32768, 16, "bfloat16"), (4, 4096, 32, "float32"), (6, 8192, 16, "bfloat16")])
+def test_the_plan_knows_the_memory_of_a_step(depth, vocab_size, rows, dtype):
+    model = MODEL | model_shape(depth, 64, 64) | {"vocab_size": vocab_size}
+    assert 0.75 < training_memory(model, rows, dtype)["total"] / measured(model, rows, dtype) < 1.33
+
+
+def test_the_logits_are_never_all_in_memory():
+    model, rows = MODEL | model_shape(2, 64, 64), 16
+    logits = 4 * rows * model["sequence_len"] * model["vocab_size"] # once, in float32
+    assert measured(model, rows, "float32") < logits + 2e8 # all else included; with all the logits it was three times that
