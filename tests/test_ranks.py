@@ -30,7 +30,8 @@ def test_two_ranks_agree_with_one(smoke, copy):
     for stage in ("base", "mid", "sft"):
         assert two[stage].keys() == one[stage].keys() # the same number of steps
         # sums are taken in another order, which is the only difference; it grows as training goes on
-        for step, tolerance in ((1, 1e-3), (3, 5e-3), (max(one[stage]), 0.1)):
+        # (fine-tuning begins with it, because its models were trained apart)
+        for step, tolerance in ((1, 1e-3 if stage == "base" else 1e-2), (3, 5e-3 if stage == "base" else 2e-2), (max(one[stage]), 0.1)):
             assert two[stage][step]["loss"] == pytest.approx(one[stage][step]["loss"], rel=tolerance)
             assert two[stage][step]["targets"] == one[stage][step]["targets"] # the global batch
         last = max(one[stage])
