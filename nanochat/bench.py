@@ -8,9 +8,9 @@ __all__ = ['ENGLISH', 'CODE', 'DOCUMENT', 'SPLITS', 'TIKTOKEN_PATTERNS', 'PEERS'
            'read_documents', 'describe_text', 'write_vocabulary', 'read_ranks', 'Encoder', 'load_nanochat',
            'load_tiktoken', 'load_tokenizers', 'load_fastokens', 'load_gigatoken', 'train_nanochat', 'train_rustbpe',
            'train_tokenizers', 'train_gigatoken', 'Peer', 'choose_peers', 'timed', 'digests', 'measure_load',
-           'measure_encode', 'measure_decode', 'peak_memory', 'measure_train', 'worst_text', 'measure_worst',
-           'run_child', 'alternate', 'figure', 'times', 'table', 'Column', 'Measurement', 'overview', 'pairs', 'bench',
-           'published_vocabulary', 'bench_tokenizer', 'cli', 'tokenizer_command', 'measure_command', 'main']
+           'measure_encode', 'measure_decode', 'measure_train', 'worst_text', 'measure_worst', 'run_child', 'alternate',
+           'figure', 'times', 'table', 'Column', 'Measurement', 'overview', 'pairs', 'bench', 'published_vocabulary',
+           'bench_tokenizer', 'cli', 'tokenizer_command', 'measure_command', 'main']
 
 # %% ../nbs/24_bench.ipynb #011aa882
 import base64
@@ -38,7 +38,7 @@ import numpy as np
 
 # %% ../nbs/24_bench.ipynb #4aad9c82
 from . import __version__
-from .common import UserError, atomic_write, cpu_name, say
+from .common import UserError, atomic_write, cpu_name, peak_memory, run_command, say
 from .rustbpe import GPT2_PATTERN, GPT4_PATTERN, PATTERN, RustBPE
 from .tokenizer import RANK_FILES, rank_file
 
@@ -319,15 +319,6 @@ def measure_decode(peer: str, vocabulary: str, folder: str) -> dict: # MB/s, whe
     return {"speed": sum(len(text.encode()) for text in texts) / 1e6 / seconds, "differ": sum(a != b for a, b in zip(texts, decoded, strict=True))}
 
 # %% ../nbs/24_bench.ipynb #b25fdc16
-def peak_memory(
-    reset: bool = False, # let the peak begin anew first
-) -> float | None: # MB; None where the system does not tell
-    "The most memory that this process has had (`VmHWM` of Linux)."
-    try:
-        if reset: Path("/proc/self/clear_refs").write_text("5")
-        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
-    except OSError: return None
-
 def measure_train(
     peer: str, folder: str, # who learns from what
     vocabulary: str, # what ours has learned from it; tells the split
@@ -623,10 +614,7 @@ def measure_command(measure):
 
 def main():
     "The command `python -m nanochat.bench`."
-    try: cli()
-    except UserError as e:
-        click.echo(f"nanochat.bench: {e}", err=True)
-        sys.exit(2)
+    run_command(cli, "nanochat.bench")
 
 # %% ../nbs/24_bench.ipynb #f6530b8f
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

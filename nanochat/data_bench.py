@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 # %% ../nbs/25_data_bench.ipynb #694b7103
-from .bench import figure, given_documents, machine_documents, peak_memory, table, timed, times
-from .common import Run, UserError, cpu_name, n_cores, say, seed_everything
+from .bench import figure, given_documents, machine_documents, table, timed, times
+from .common import Run, cpu_name, n_cores, run_command, say
 from .dataloader import PackedLoader, Plan, Shards
 from .dataset import batched, iter_texts, tokenize, tokens_dir
 from .plan import make_plan
@@ -56,7 +56,7 @@ def measure_shards(
     out: Path, # where the token shards go
 ) -> dict: # seconds, peak in MB
     "Turn text into token shards."
-    code = ("import sys; from pathlib import Path; from nanochat.bench import peak_memory, timed; from nanochat.dataset import tokenize; from nanochat.tokenizer import Tokenizer;"
+    code = ("import sys; from pathlib import Path; from nanochat.bench import timed; from nanochat.common import peak_memory; from nanochat.dataset import tokenize; from nanochat.tokenizer import Tokenizer;"
             "seconds, _ = timed(tokenize, Path(sys.argv[1]), Tokenizer.load(Path(sys.argv[2])), Path(sys.argv[3]), None);"
             "import json; print(json.dumps({'seconds': seconds, 'peak': peak_memory()}), file=sys.stderr)")
     done = subprocess.run([sys.executable, "-c", code, str(folder), str(tokenizer), str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
@@ -125,8 +125,7 @@ def measure_loader(
 
 def lost_in_epoch(loader: PackedLoader) -> float: # share of the tokens
     "What the plan of an epoch leaves out."
-    plans = [loader._plan_of(0, b) for b in range(-(-len(loader.shards) // 8192))]
-    return 1 - sum(int(plan.length.sum()) for plan in plans) / int(loader.shards.length.sum())
+    return 1 - sum(int(plan.length.sum()) for plan in loader.epoch_plans()) / int(loader.shards.length.sum())
 
 def lost_by_best_fit(
     lengths: np.ndarray, # of the documents, in the order in which they come
@@ -244,11 +243,8 @@ def packing_command(text, tokens, sequence_len):
     click.echo("\n" + packing_table(bench_packing(Path(text), tokens, **{"model.sequence_len": sequence_len})))
 
 def main():
-    "The command."
-    try: cli()
-    except UserError as e:
-        click.echo(f"nanochat: {e}", err=True)
-        sys.exit(2)
+    "The command `python -m nanochat.data_bench`."
+    run_command(cli)
 
 # %% ../nbs/25_data_bench.ipynb #a98ee618
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

@@ -7,6 +7,7 @@ __all__ = ['BLOCK', 'Position', 'Plan', 'pack', 'plan_block', 'n_blocks', 'Shard
 
 # %% ../nbs/04_dataloader.ipynb #74554f27
 from bisect import bisect_right
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +203,10 @@ class PackedLoader:
             self._plan = (epoch, block), plan
         return plan
 
+    def _after(self, epoch: int, block: int) -> tuple[int, int]:
+        "Epoch and number of the next block."
+        return (epoch, block + 1) if block + 1 < n_blocks(len(self.shards)) else (epoch + 1, 0)
+
     def rows_at(self, position: Position) -> tuple[list[Plan], Position]: # this rank's rows, block by block; where the next batch begins
         "What the batch at a position is made of."
         (epoch, block, row), mine, at, parts = position, self.rank * self.batch_size, 0, []
@@ -211,8 +216,7 @@ class PackedLoader:
             first, stop = max(mine, at), min(mine + self.batch_size, at + n)
             if first < stop: parts.append(plan[row + first - at:row + stop - at])
             at, row = at + n, row + n
-            if row == len(plan): block, row = block + 1, 0
-            if block == n_blocks(len(self.shards)): epoch, block = epoch + 1, 0
+            if row == len(plan): (epoch, block), row = self._after(epoch, block), 0
         return parts, (epoch, block, row)
 
     def _make(self, position: Position, turn: int): # → (B, T+1) int32 on the device, -1 at padding; the event of its copy; where the next batch begins
@@ -252,17 +256,20 @@ class PackedLoader:
         x = torch.where(tokens[:, :-1] < 0, self.shards.bos_id, tokens[:, :-1]).long() # (B, T)
         return x, tokens[:, 1:].long()
 
+    def epoch_plans(self) -> Iterator[Plan]:
+        "The plans of this epoch's blocks: a second for about a hundred million tokens."
+        return (self._plan_of(self.position[0], b) for b in range(n_blocks(len(self.shards))))
+
     @property
     def epoch_rows(self) -> int:
-        "How many rows this epoch has. Plans all of it: a second for about a hundred million tokens."
-        return sum(len(self._plan_of(self.position[0], b)) for b in range(n_blocks(len(self.shards))))
+        "How many rows this epoch has. Plans all of it."
+        return sum(map(len, self.epoch_plans()))
 
     def seek(self, row: int):
         "Go to a row of the endless sequence, counted from 0. Plans all that comes before it, and touches no token."
         epoch = block = 0
         while row >= (n := len(self._plan_of(epoch, block))):
-            row, block = row - n, block + 1
-            if block == n_blocks(len(self.shards)): epoch, block = epoch + 1, 0
+            (epoch, block), row = self._after(epoch, block), row - n
         self._go_to((epoch, block, row))
 
     def state(self) -> dict: # can be written as JSON; the same on all ranks

@@ -34,7 +34,7 @@ import numpy as np
 # %% ../nbs/03_dataset.ipynb #73f2f469
 from .common import (UserError, atomic_file, atomic_write, base_dir, file_lock, n_cores, progress_bar, read_json, say, sha256_file,
                              sha256_json)
-from .download import damaged, download, download_archive, hub_record, missing_files
+from .download import altered, damaged, download, download_archive, hub_record, missing_files
 from .tokenizer import Tokenizer, check_conversation
 from .world import World
 
@@ -323,6 +323,10 @@ def _entry(
     close = difflib.get_close_matches(name, table, 1)
     raise UserError(f"there is no set {name!r}: " + (f"did you mean {close[0]}?" if close else f"choose one of {', '.join(table)}."))
 
+def _own_splits(source: Source) -> dict[str, Path]: # split → file
+    "What of a set lies in your own data folder."
+    return {split: path for split in source.splits if (path := _in_data_root(source.local.format(split=split)))}
+
 def set_files(
     name: str, # a key of `SETS`
     split: str, # "train", "test", …
@@ -331,7 +335,7 @@ def set_files(
     source = _entry(name, SETS)
     if not source.splits: raise UserError(f"{name!r} is an archive without splits: nanochat.dataset.core_folders() gives its folders.")
     if split not in source.splits: raise UserError(f"{name} has no split {split!r}: choose one of {', '.join(source.splits)}.")
-    if mine := _in_data_root(source.local.format(split=split)): return [mine]
+    if mine := _own_splits(source).get(split): return [mine]
     folder = download(source.repo, list(source.splits[split]), base_dir()/"data"/name, source.revision)
     return [folder/file for file in source.splits[split]]
 
@@ -380,6 +384,10 @@ def text_path(
         raise UserError(f"data source {name!r} is neither a folder or file that exists nor one of {', '.join(SOURCES)}: " + (f"did you mean {close[0]}?" if close else "check the path."))
     return path
 
+def _on_hub(name: str) -> Source | None:
+    "The entry of a text that must be downloaded; None for one that is here or is generated."
+    return None if name == "world" or text_path(name) else SOURCES[name]
+
 def prepare_text(
     config: dict, # a run's configuration; reads data.source and data.characters
     seed: int | None = None, # the world's; the configuration's own if not given
@@ -410,7 +418,7 @@ def prepare_data(
     name, characters, counts = run.config["data"]["source"], run.config["data"]["characters"], {}
     path = prepare_text(run.config, run.seed, run.config.get("tokenizer", {}).get("max_characters"))
     files = text_files(path)
-    if name in SOURCES and name != "world" and not text_path(name):
+    if _on_hub(name):
         from pyarrow.parquet import read_metadata
         say(f"{len(files)} files of {name} are here; the others come while the tokenizer trains.")
         return {"source": name, "files": len(files), **{split: {"documents": sum(read_metadata(f).num_rows for f in some)} for split, some in (("train", files[:-1]), ("val", files[-1:]))}}
@@ -560,7 +568,7 @@ def start_download(
 ): # a context that gives `Arriving`, or None if there is nothing to download
     "Begin to fetch the text of a run, and do not wait for it."
     name = config["data"]["source"]
-    return nullcontext() if name == "world" or text_path(name) else Arriving(name, config["data"]["characters"])
+    return Arriving(name, config["data"]["characters"]) if _on_hub(name) else nullcontext()
 
 def prepare_tokens(
     run, # nanochat.common.Run whose tokenizer is trained
@@ -585,7 +593,7 @@ def get_set(
     source = _source(name)
     if name == "core": return core_folders()[0]
     if name in SETS:
-        if mine := [path for split in source.splits if (path := _in_data_root(source.local.format(split=split)))]: return mine[0].parent
+        if mine := _own_splits(source): return next(iter(mine.values())).parent
         return download(source.repo, [file for files in source.splits.values() for file in files], base_dir()/"data"/name, source.revision)
     if path := text_path(name): return path
     if name == "world": return make_world(42, shards=shards)
@@ -614,14 +622,15 @@ def show_set(
     if source and (source.repo or source.url):
         lines += [f"origin: {source.repo or source.url}" + (f" at {source.revision}" if source.repo else ""), f"size: about {_bytes(source.size)}" + (f" in {source.shards:,} shards" if source.shards else "")]
     if name in SETS:
-        here = [(split, mine) for split in source.splits if (mine := _in_data_root(source.local.format(split=split)))]
+        here = list(_own_splits(source).items())
         if not here: here = [(split, file) for split, files in source.splits.items() for f in files if (file := base_dir()/"data"/name/f).exists()]
         if name == "core": here = [("", f) for f in (_in_data_root("core"), base_dir()/"data"/"core"/"eval_bundle") if f and f.exists()]
         lines += [f"here: {split} {file} ({_bytes(file.stat().st_size)})" if split else f"here: {file}" for split, file in here]
         begins = [json.dumps(row, ensure_ascii=False) for split, file in here[:1] if split for _, row in islice(_rows(file, source.columns), 2)]
     else:
-        folder = text_path(name) or (world_folder(42) if name == "world" else base_dir()/"data"/name)
-        here = text_files(folder) if text_path(name) or (folder.is_dir() and any(folder.glob("*.parquet"))) else []
+        mine = text_path(name)
+        folder = mine or (world_folder(42) if name == "world" else base_dir()/"data"/name)
+        here = text_files(folder) if mine or any(folder.glob("*.parquet")) else []
         if here: lines.append(f"here: {len(here)} file{'s' if len(here) > 1 else ''} in {folder} ({_bytes(sum(f.stat().st_size for f in here))}); validation: {here[-1].name if len(here) > 1 else 'the last twentieth'}")
         begins = list(islice(_begin(here[0]), 2)) if here else []
     if not here: lines.append(f"here: nothing; `nanochat data get {name}` brings it")
@@ -636,5 +645,5 @@ def damaged_files(
     found = {str(folder): damaged(folder) for folder in folders if hub_record(folder)}
     for file in sorted((base_dir()/"tokens").glob("*/manifest.json")) if not name else ():
         manifest = read_json(file, f"delete the folder {file.parent}, and the tokens are made again.")
-        found[str(file.parent)] = [n for shard in manifest["shards"] for n, sha256 in shard["sha256"].items() if not (file.parent/n).exists() or sha256_file(file.parent/n) != sha256]
+        found[str(file.parent)] = altered(file.parent, {name: sha256 for shard in manifest["shards"] for name, sha256 in shard["sha256"].items()})
     return found

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTEMPTS', 'RETRY_SECONDS', 'THREADS', 'lasts', 'patiently', 'fetch', 'Remote', 'describe', 'hub_record',
-           'missing_files', 'download', 'download_archive', 'damaged']
+           'missing_files', 'download', 'download_archive', 'altered', 'damaged']
 
 # %% ../nbs/02_download.ipynb #9c02b60b
 import json
@@ -64,6 +64,10 @@ def _reporter(
         def close(self): pass
     return Reporter
 
+def _part(path: Path, sha256: str) -> Path:
+    "Where a file grows until it is whole."
+    return path.with_name(f".{path.name}.{sha256[:12]}.part")
+
 def fetch(
     url: str, # where the file is
     path: Path, # where it goes
@@ -78,7 +82,7 @@ def fetch(
     from huggingface_hub.file_download import http_get
     constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, 1 << 20) # what breaks off costs a megabyte, not ten
     path = Path(path)
-    part, failures, wrong = path.with_name(f".{path.name}.{sha256[:12]}.part"), 0, 0
+    part, failures, wrong = _part(path, sha256), 0, 0
     length = lambda: part.stat().st_size if part.exists() else 0
     counted = length() # bytes that `arrived` knows of
     arrived(counted)
@@ -114,6 +118,8 @@ class Remote:
     size: int # bytes
     cached: str | None = None # where the user's cache has it
 
+def _is_commit(revision: str) -> bool: return re.fullmatch("[0-9a-f]{40}", revision) is not None
+
 def describe(
     repo: str, # dataset repository
     name: str, # path in it
@@ -122,7 +128,7 @@ def describe(
     "Ask the cache, then the hub, about a file. Raises `UserError` if the server states no SHA-256."
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     cached = try_to_load_from_cache(repo, name, repo_type="dataset", revision=revision)
-    if isinstance(cached, str) and re.fullmatch("[0-9a-f]{40}", revision) and re.fullmatch("[0-9a-f]{64}", blob := Path(cached).resolve().name):
+    if isinstance(cached, str) and _is_commit(revision) and re.fullmatch("[0-9a-f]{64}", blob := Path(cached).resolve().name):
         return Remote(revision, blob, Path(cached).stat().st_size, cached)
     meta = patiently(lambda: get_hf_file_metadata(hf_hub_url(repo, name, repo_type="dataset", revision=revision)))
     if not re.fullmatch("[0-9a-f]{64}", meta.etag or "") or meta.size is None or meta.commit_hash is None:
@@ -157,11 +163,12 @@ def _download(
         remote, path = remotes[name], folder/name
         if path.exists() and path.stat().st_size == remote.size and sha256_file(path) == remote.sha256: return bar.update(remote.size) # put there by hand
         path.parent.mkdir(parents=True, exist_ok=True)
-        if remote.cached: shutil.copyfile(remote.cached, path.with_name(f".{path.name}.{remote.sha256[:12]}.part"))
+        if remote.cached: shutil.copyfile(remote.cached, _part(path, remote.sha256))
         fetch(hf_hub_url(repo, name, repo_type="dataset", revision=remote.commit), path, remote.sha256, remote.size, build_hf_headers(), arrived)
     with ThreadPoolExecutor(THREADS) as pool:
         try:
-            record["commit"] = record["commit"] or describe(repo, missing[0], record["revision"]).commit
+            revision = record["revision"]
+            record["commit"] = record["commit"] or (revision if _is_commit(revision) else describe(repo, missing[0], revision).commit)
             remotes = dict(zip(missing, pool.map(lambda name: describe(repo, name, record["commit"]), missing)))
             total = sum(remote.size for remote in remotes.values())
             if total > (free := shutil.disk_usage(folder).free):
@@ -246,9 +253,15 @@ def download_archive(
     return folder
 
 # %% ../nbs/02_download.ipynb #9133f209
+def altered(
+    folder: Path,
+    hashes: dict[str, str], # file → SHA-256 that was written down
+) -> list[str]: # files that are absent or hash to something else
+    "Compare the files of a folder with their hashes."
+    return [name for name, sha256 in hashes.items() if not (file := Path(folder)/name).exists() or sha256_file(file) != sha256]
+
 def damaged(
     folder: Path, # where files of a hub lie
 ) -> list[str]: # names of files that are absent or have other bytes than they came with
     "Compare a folder with what was written down when its files came."
-    files = hub_record(folder).get("files", {})
-    return [name for name, was in files.items() if not (Path(folder)/name).exists() or sha256_file(Path(folder)/name) != was["sha256"]]
+    return altered(folder, {name: was["sha256"] for name, was in hub_record(folder).get("files", {}).items()})

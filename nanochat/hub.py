@@ -64,7 +64,7 @@ def _load_tables(model: GPT, state: dict[str, torch.Tensor], where: Path) -> GPT
     "Put weights into a model, padding or cutting the tables' rows. Raises `UserError` if they do not fit."
     for name, want in model.state_dict().items():
         if name not in state: raise UserError(f"{where} has no {name}: it is not a whole checkpoint of this architecture.")
-        if (is_table := "wte" in name or name.startswith(("lm_head", "value_embeds"))) and state[name].shape[1:] == want.shape[1:]:
+        if ("wte" in name or name.startswith(("lm_head", "value_embeds"))) and state[name].shape[1:] == want.shape[1:]:
             state[name] = torch.cat([state[name], state[name].new_zeros(max(0, len(want) - len(state[name])), *want.shape[1:])])[:len(want)]
         if state[name].shape != want.shape: raise UserError(f"{where}: {name} is {tuple(state[name].shape)}, and {tuple(want.shape)} is wanted: its configuration is of another model.")
     if extra := sorted(set(state) - set(model.state_dict())): raise UserError(f"{where} has {extra[0]}, which this architecture has not: it is of another version.")
@@ -81,9 +81,8 @@ def from_transformers(
     if config.get("model_type") != "nanochat": raise UserError(f"{folder} holds a model of type {config.get('model_type')!r}, not 'nanochat': only that architecture is ours.")
     rope = config.get("rope_parameters") or {}
     c = GPTConfig.plain2025(sequence_len=config["max_position_embeddings"], vocab_size=config["vocab_size"], n_layer=config["num_hidden_layers"], n_head=config["num_attention_heads"],
+                            n_kv_head=config.get("num_key_value_heads") or config["num_attention_heads"],
                             n_embd=config["hidden_size"], softcap=float(config["final_logit_softcapping"]), rope_base=float(rope.get("rope_theta", 10000.0)))
-    c.n_kv_head = config.get("num_key_value_heads") or c.n_head
-    c.__post_init__() # checks the number of heads again
     if (inner := config["intermediate_size"]) != 4 * c.n_embd: raise UserError(f"{folder} has MLPs of {inner} channels, not 4 × {c.n_embd}: that model cannot be ours.")
     try: theirs = {name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()}
     except SafetensorError as e: raise UserError(f"the weights in {folder} are damaged ({e}): fetch them again.") from None

@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 
 # %% ../nbs/23_speedrun.ipynb #b123c391
-from .common import STAGES, Run, UserError, atomic_write, file_lock, progress_bar, rank_and_world, runs_dir, say
+from .common import STAGES, Run, UserError, atomic_write, file_lock, progress_bar, rank_and_world, run_command, runs_dir, say
 
 # %% ../nbs/23_speedrun.ipynb #23034d39
 def data_stage(run: Run) -> dict: # the manifest
@@ -304,20 +304,24 @@ def _settings(pairs: tuple[str, ...]) -> dict:
         if "=" not in pair: raise UserError(f"--set {pair!r} has no '=': write --set key=value, for example --set base.steps=100.")
     return dict(pair.split("=", 1) for pair in pairs)
 
+def _use_data_root(context, option, value):
+    if value: os.environ["NANOCHAT_DATA_ROOT"] = str(Path(value).expanduser().resolve()) # for the stages' processes too
+
+_data_root = click.option("--data-root", expose_value=False, callback=_use_data_root, help="Your own folder of data sets, used before any download.")
+
 @cli.command("speedrun")
 @click.option("--preset", help="smoke, laptop, gpu, speedrun or d32; without it, gpu where there is a GPU and laptop elsewhere.")
 @click.option("--run", "name", help="Name of the run's folder; without it, made from preset, data and depth.")
 @click.option("--data", help="A named source (world, climbmix, fineweb-edu), or a folder or file of parquet, jsonl, txt or md.")
-@click.option("--data-root", help="Your own folder of data sets, used before any download.")
+@_data_root
 @click.option("--depth", type=int, help="Layers of the model: the one dial from which the rest follows.")
 @click.option("--nproc", type=int, help="Processes on this machine; without it, one for each GPU.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting; may be repeated. `--set help` lists them.")
 @click.option("--hardware", help="Plan for this machine instead of the one at hand, for example 8xH100 (with --plan).")
 @click.option("--plan", "plan_only", is_flag=True, help="Show the plan and stop.")
-def speedrun_command(preset, name, data, data_root, depth, nproc, settings, hardware, plan_only):
+def speedrun_command(preset, name, data, depth, nproc, settings, hardware, plan_only):
     """Train every stage and write the report. The same command again goes on where it was stopped."""
     from nanochat.plan import describe_settings, make_plan, named_hardware
-    if data_root: os.environ["NANOCHAT_DATA_ROOT"] = str(Path(data_root).expanduser().resolve()) # for the stages' processes too
     if settings == ("help",):
         click.echo(describe_settings())
         return
@@ -370,10 +374,9 @@ def last_run() -> str:
 
 # %% ../nbs/23_speedrun.ipynb #8fbbbdfa
 @cli.group("data")
-@click.option("--data-root", help="Your own folder of data sets, used before any download.")
-def data_group(data_root):
+@_data_root
+def data_group():
     """Fetch, show and verify text, conversations and questions."""
-    if data_root: os.environ["NANOCHAT_DATA_ROOT"] = str(Path(data_root).expanduser().resolve())
 
 @data_group.command("get")
 @click.argument("source")
@@ -417,10 +420,7 @@ def stage_command(stage, name):
 def main():
     "The `nanochat` command."
     os.environ.setdefault("GOMP_SPINCOUNT", "1000") # for the threads of every process that starts here
-    try: cli()
-    except UserError as e:
-        click.echo(f"nanochat: {e}", err=True)
-        sys.exit(2)
+    run_command(cli)
 
 # %% ../nbs/23_speedrun.ipynb #5c605151
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

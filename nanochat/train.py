@@ -226,8 +226,9 @@ def pretrain(
         eval_batches = max(1, section["eval_tokens"] // (B * T * world_size))
         steps = section["steps"]
 
+        val = PackedLoader(tokens_dir, "val", B, T, rank, world_size, device=device, tokenizer_hash=tokenizer.hash)
         def evaluate():
-            val = PackedLoader(tokens_dir, "val", B, T, rank, world_size, device=device, tokenizer_hash=tokenizer.hash)
+            val.seek(0) # always the same rows
             return {"bits_per_byte": round(bits_per_byte(model, val, token_bytes, eval_batches, dtype), 5)}
 
         def schedule(step):

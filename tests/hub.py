@@ -7,6 +7,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 COMMIT = "c0ffee" * 6 + "c0de"
 
 
+def hub_environment(url, folder):
+    "What tells a process to use the hub at `url`, with a cache of its own in a folder."
+    return {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder/"hf"), "NO_PROXY": "127.0.0.1"}
+
+
 class Hub:
     """Any repository `owner/name` exists, and holds the files of `folder`.
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import assert_user_error, environment, nanochat, real_data
-from hub import Hub
+from hub import Hub, hub_environment
 
 from nanochat.common import Run, UserError
 from nanochat.dataset import SETS, conversations, set_rows, take, tokenize
@@ -95,7 +95,7 @@ def test_a_hubs_text_arrives_while_the_tokenizer_trains(tmp_path):
             if list(base.glob("tokens/*/tokens_00000.npy")): return in_time.append(True)
             time.sleep(0.05)
     hub.hold = hold
-    env = environment(base) | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path/"hf"), "NO_PROXY": "127.0.0.1"}
+    env = environment(base) | hub_environment(hub.url, tmp_path)
     try: done = subprocess.run([sys.executable, "-c", HUB_RUN], env=env, capture_output=True, text=True, timeout=300)
     finally: hub.close()
     assert done.returncode == 0, done.stderr[-3000:]
@@ -117,7 +117,7 @@ def test_a_download_in_the_background_ends_with_the_stage(tmp_path):
     for i in range(5): (served/f"shard_{i:05d}.parquet").write_bytes(os.urandom(20_000_000)) # at half a megabyte a second each: 40 seconds
     hub = Hub(served, bytes_per_second=500_000)
     code = HUB_RUN[:HUB_RUN.index("run = ")] + "with d.start_download({'data': {'source': 'climbmix', 'characters': 120_000}}): d.time.sleep(2); raise SystemExit('stopped')"
-    env = environment(base) | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path/"hf"), "NO_PROXY": "127.0.0.1"}
+    env = environment(base) | hub_environment(hub.url, tmp_path)
     began = time.monotonic()
     try: done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     finally: hub.close()

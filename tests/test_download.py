@@ -12,7 +12,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub import COMMIT, Hub
+from hub import COMMIT, Hub, hub_environment
 
 REPO = "someone/text"
 NAMES = [f"shard_{i:05d}.parquet" for i in range(4)]
@@ -44,7 +44,7 @@ def hub(tmp_path):
 
 
 def environment(url, tmp_path, **more):
-    return os.environ | {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path/"hf"), "NO_PROXY": "127.0.0.1"} | more
+    return os.environ | hub_environment(url, tmp_path) | more
 
 
 def start(url, into, *args, **more):

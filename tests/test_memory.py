@@ -5,12 +5,13 @@ import sys
 
 import pytest
 
-from nanochat.bench import peak_memory
-from nanochat.plan import model_shape, training_memory
+from nanochat.common import peak_memory
+from nanochat.loss import CHUNK_LOGITS
+from nanochat.plan import LOGITS, model_shape, training_memory
 
 STEP = """
 import json, sys, torch
-from nanochat.bench import peak_memory
+from nanochat.common import peak_memory
 from nanochat.model import GPT, GPTConfig
 from nanochat.optim import make_optimizer
 from nanochat.train import accumulate_gradients
@@ -41,6 +42,10 @@ def measured(model, rows, dtype):
 def test_the_plan_knows_the_memory_of_a_step(depth, vocab_size, rows, dtype):
     model = MODEL | model_shape(depth, 64, 64) | {"vocab_size": vocab_size}
     assert 0.75 < training_memory(model, rows, dtype)["total"] / measured(model, rows, dtype) < 1.33
+
+
+def test_the_plan_and_the_head_have_one_size_of_chunk():
+    assert LOGITS == {"cpu": CHUNK_LOGITS, "mps": CHUNK_LOGITS, "cuda": 8 * CHUNK_LOGITS}
 
 
 def test_the_logits_are_never_all_in_memory():
