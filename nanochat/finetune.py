@@ -160,6 +160,7 @@ def finetune(
                        metrics=lambda step: run.metrics(stage, step), checkpoints=run.stage_dir(stage)/"checkpoints",
                        meta={"stage": stage, "model": vars(model.config), "tokenizer": tokenizer.hash}, evaluate=evaluate,
                        eval_every=section["eval_every"], save_minutes=section["save_minutes"], dtype=dtype,
+                       peak_flops=config["hardware"].get("peak_flops") or 0.0,
                        desc={"mid": "mid-training", "sft": "fine-tuning"}[stage])
         scores = evaluate_stage(run, stage, model, tokenizer, result["step"], dtype)
         return run.finish(stage, **result, conversations=packed["train"].n_conversations, rows=train_rows, cut=packed["train"].n_cut,

@@ -9,6 +9,8 @@ __all__ = ['POLAR_EXPRESS', 'SAFETY', 'polar_express', 'nesterov', 'variance_sha
 # %% ../nbs/07_optim.ipynb #16f863e1
 import math
 import re
+from contextlib import contextmanager
+from functools import partial
 
 # %% ../nbs/07_optim.ipynb #b5d90091
 import torch
@@ -31,19 +33,22 @@ SAFETY = 1.01 # all steps but the last aim a little low, because a rounding erro
 # %% ../nbs/07_optim.ipynb #6de50724
 @torch.no_grad()
 def polar_express(
-    G: torch.Tensor, # (..., rows, cols)
+    G: torch.Tensor, # (n, rows, cols), or one (rows, cols)
+    dtype: torch.dtype | None = None, # of the products; bfloat16 on a GPU and float32 elsewhere, unless given
 ) -> torch.Tensor: # the same shape, all singular values near 1; float32
     "Orthogonalize a stack of matrices: the factor U Vᵀ of G = U S Vᵀ, nearly (arXiv 2505.16932)."
-    # the five products are matrix products and nothing else: bfloat16 is good enough, where it is the fast one
-    X = G.bfloat16() if G.is_cuda else G.float()
+    # the steps are matrix products and nothing else: bfloat16 is good enough, where it is the fast one
+    X = G.to(dtype or (torch.bfloat16 if G.is_cuda else torch.float32))
+    if G.ndim == 2: X = X[None]
     wide = X.size(-2) <= X.size(-1)
     if not wide: X = X.mT
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7) # now no singular value exceeds 1
     for i, (a, b, c) in enumerate(POLAR_EXPRESS):
         s = SAFETY if i < len(POLAR_EXPRESS) - 1 else 1.0
         A = X @ X.mT
-        X = a / s * X + (b / s**3 * A + c / s**5 * (A @ A)) @ X
-    return (X if wide else X.mT).float()
+        B = torch.baddbmm(A, A, A, beta=b / s**3, alpha=c / s**5) # b A + c A²
+        X = torch.baddbmm(X, B, X, beta=a / s) # a X + B X
+    return (X if wide else X.mT).view(G.shape).float()
 
 # %% ../nbs/07_optim.ipynb #8a9d7317
 @torch.no_grad()
@@ -98,9 +103,10 @@ def muon_update(
     lr: float, # learning rate of a square matrix
     momentum: float,
     weight_decay: float,
+    dtype: torch.dtype | None = None, # of Polar Express
 ):
     "One step of Muon with Nesterov momentum, Polar Express, NorMuon and cautious decay."
-    update = normuon(polar_express(nesterov(grad, state["momentum"], momentum)), state["variance"])
+    update = normuon(polar_express(nesterov(grad, state["momentum"], momentum), dtype), state["variance"])
     rows, cols = param.shape[-2:]
     cautious_step(param, update, lr * math.sqrt(max(1, rows / cols)), weight_decay)
 
@@ -144,11 +150,12 @@ def _unpack(packed: torch.Tensor, # (n, *unit)
 class MuonAdamW:
     "Muon and AdamW over groups of parameters, sharded over the ranks of `torch.distributed` if it is initialised (ZeRO-2)."
     def __init__(self,
-                 groups: list[dict], # each: name, kind ("muon" or "adamw"), params, names, lr, weight_decay; for adamw also betas and eps
+                 groups: list[dict], # each: name, kind ("muon" or "adamw"), params, names, lr, weight_decay; for adamw also betas and eps. In the order in which backward is done with them
                  ):
         self.rank, self.world_size = group_rank_and_world()
         self.updates = 0 # so far
         self.param_groups = groups
+        self._started = [] # on several ranks: (this rank's share, a handle) of the first groups, whose sums are under way
         for group in groups:
             first = group["params"][0]
             unit = tuple(first.shape) if group["kind"] == "muon" else ()
@@ -162,7 +169,9 @@ class MuonAdamW:
     def zero_grad(self,
                   set_to_none: bool = True, # free the memory too
                   ):
-        "Forget the gradients of every parameter."
+        "Forget the gradients of every parameter, and the sums that are under way."
+        for _, handle in self._started: handle.wait()
+        self._started.clear()
         for p in [p for group in self.param_groups for p in group["params"]]:
             if set_to_none or p.grad is None: p.grad = None
             else: p.grad.zero_()
@@ -178,8 +187,43 @@ class MuonAdamW:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"]]
         if self.world_size == 1: return self._mine(group, grads), None
         packed = _pack(grads, group["unit"], group["share"] * self.world_size)
+        for p in group["params"]: p.grad = None # its memory is backward's again
         mine = packed.new_empty(group["share"], *group["unit"])
         return mine, dist.reduce_scatter_tensor(mine, packed, async_op=True)
+
+    def _start_reduces(self, ready=lambda i: True):
+        "Begin the sums of the groups whose turn it is, up to the first that is not ready. The order is the list's, on every rank."
+        while (i := len(self._started)) < len(self.param_groups) and ready(i):
+            self._started.append(self._start_reduce(self.param_groups[i]))
+
+    @contextmanager
+    def overlap_backward(self):
+        "Around the last backward before `step`: each group's sum sets out as soon as its gradients are there. On one process it does nothing."
+        if self.world_size == 1:
+            yield
+            return
+        missing = [{p for p in group["params"] if p.requires_grad} for group in self.param_groups]
+        def arrived(i, p):
+            missing[i].discard(p)
+            self._start_reduces(lambda i: not missing[i])
+        hooks = [p.register_post_accumulate_grad_hook(partial(arrived, i)) for i, params in enumerate(missing) for p in params]
+        try: yield
+        finally:
+            for hook in hooks: hook.remove()
+        self._start_reduces()
+
+    def _shares(self, scale):
+        "This rank's share of each group's summed gradient, divided by `scale`. One process: a group at a time, so that only one is copied in memory."
+        for group in self.param_groups:
+            mine, handle = self._started.pop(0) if self._started else self._start_reduce(group)
+            if handle: handle.wait()
+            yield mine.div_(scale)
+
+    def _norm(self, squares):
+        "The norm of what has these sums of squares on all ranks together."
+        square = sum(squares)
+        if self.world_size > 1: dist.all_reduce(square)
+        return square.sqrt()
 
     def _start_gather(self, mine):
         "Begin to collect all ranks' shares: (packed, a handle to wait on)."
@@ -192,33 +236,40 @@ class MuonAdamW:
              lr_mult: float = 1.0, # all learning rates times this
              momentum: float = 0.95, # Muon's
              wd_mult: float = 1.0, # Muon's weight decay times this
+             grad_scale: float = 1.0, # what the loss was multiplied with before backward; the gradients are divided by it
+             skip_nonfinite: bool = False, # change nothing if a gradient of any rank is infinite or no number
              ) -> torch.Tensor: # norm of the averaged gradient, a scalar on the parameters' device
-        "Average the gradients over the ranks, update every parameter, and return the gradient's norm."
+        "Average the gradients over the ranks, update every parameter, and return the gradient's norm. On several ranks the gradients are used up."
+        if self.world_size > 1:
+            if any(p.grad is not None for group in self.param_groups[:len(self._started)] for p in group["params"]):
+                raise RuntimeError("gradients came after `overlap_backward`: it goes around the last backward before `step`")
+            self._start_reduces()
+        shares = self._shares(self.world_size * grad_scale)
+        if skip_nonfinite: # several ranks wait for all sums before they use the first; one looks at its gradients twice
+            if self.world_size > 1: shares = list(shares)
+            grads = shares if self.world_size > 1 else (torch.zeros_like(p) if p.grad is None else p.grad for group in self.param_groups for p in group["params"])
+            norm = self._norm([g.square().sum() for g in grads])
+            if not norm.isfinite(): return norm
         self.updates += 1
-        # several ranks: all sums travel at once. One: a group at a time, so that only one is copied in memory
-        reduces = map(self._start_reduce, self.param_groups)
-        if self.world_size > 1: reduces = list(reduces)
-        gathers, square = [], 0.0
-        for group, (grad, handle) in zip(self.param_groups, reduces):
-            if handle: handle.wait()
-            grad /= self.world_size
-            square = square + grad.square().sum()
+        gathers, squares = [], []
+        for group, grad in zip(self.param_groups, shares):
+            squares.append(grad.square().sum())
             param = self._mine(group, group["params"])
             lr, decay = group["lr"] * lr_mult, group["weight_decay"]
-            if group["kind"] == "muon": muon_update(param, grad, group["shard"], lr, momentum, decay * wd_mult)
+            if group["kind"] == "muon": muon_update(param, grad, group["shard"], lr, momentum, decay * wd_mult, group.get("dtype"))
             else: adamw_update(param, grad, group["shard"], self.updates, lr, group["betas"], group["eps"], decay)
             gathers.append((group, *self._start_gather(param)))
             if self.world_size == 1: self._finish(*gathers.pop())
         for gather in gathers: self._finish(*gather)
-        if self.world_size > 1: dist.all_reduce(square)
-        return square.sqrt()
+        return self._norm(squares)
 
     @staticmethod
+    @torch.no_grad()
     def _finish(group, packed, handle):
         "Copy what was gathered into the parameters."
         if handle: handle.wait()
         pieces = _unpack(packed, group["counts"])
-        torch._foreach_copy_([p.data for p in group["params"]], [t.view(p.shape) for t, p in zip(pieces, group["params"])])
+        torch._foreach_copy_(group["params"], [t.view(p.shape) for t, p in zip(pieces, group["params"])])
 
     def full_state(self) -> dict[str, torch.Tensor]: # on the CPU; empty on all ranks but 0
         "The state under its parameters' names (`name/key`), whatever the number of ranks. Every rank must call it."
@@ -262,14 +313,36 @@ class MuonAdamW:
                 f"lr {g['lr']:<9.4g} wd {g['weight_decay']:g}" for g in self.param_groups]
         return "\n".join([f"MuonAdamW, rank {self.rank} of {self.world_size}"] + rows)
 
+# %% ../nbs/07_optim.ipynb #a813c730
+_STACKS = 4 # at most, of the matrices of one shape
+
+def _depth(name: str) -> float: # a layer's index; inf for the head, -1 for what reaches into all layers or stands before them
+    "Where backward meets a parameter: the highest first."
+    layer = re.match(r"(transformer\.h|value_embeds)\.(\d+)\.", name)
+    return int(layer[2]) if layer else math.inf if name.startswith("lm_head.") else -1
+
+def _backward_order(groups: list[dict], # with `kind`, `params` and `names`
+                    world_size: int,
+                    ) -> list[dict]: # the same parameters, in more groups if there are several ranks
+    "Groups in the order in which backward completes them."
+    out = []
+    for group in groups:
+        pairs = sorted(zip(group["names"], group["params"]), key=lambda pair: -_depth(pair[0]))
+        size = len(pairs)
+        if group["kind"] == "muon" and world_size > 1: size = -(-size // (_STACKS * world_size)) * world_size # whole rounds
+        for i in range(0, len(pairs), size):
+            names, params = zip(*pairs[i:i + size])
+            out.append(group | dict(names=list(names), params=list(params)))
+    return sorted(out, key=lambda group: min(map(_depth, group["names"])), reverse=True)
+
 # %% ../nbs/07_optim.ipynb #859e6eb9
-_ADAMW = ( # (pattern of the name, group, which learning rate, its factor, follows the width?, betas, weight decay)
-    (r"transformer\.wte\.", "embedding",        "embedding_lr", 1.0,  True,  (0.8, 0.995), 0.001),
-    (r"value_embeds\.",     "value embeddings", "embedding_lr", 0.5,  True,  (0.8, 0.995), 0.01),
-    (r"lm_head\.",          "head",             "head_lr",      1.0,  True,  (0.8, 0.96),  0.01),
-    (r"resid_lambdas",      "residual scales",  "scalar_lr",    0.01, False, (0.8, 0.95),  0.05),
-    (r"x0_lambdas",         "embedding scales", "scalar_lr",    1.0,  False, (0.96, 0.95), 0.0),
-    (r"(smear|backout)_",   "smear, backout",   "scalar_lr",    0.4,  False, (0.8, 0.95),  0.0),
+_ADAMW = ( # (pattern of the name, group, which learning rate, its factor, follows the width?, betas, eps, weight decay)
+    (r"transformer\.wte\.", "embedding",        "embedding_lr", 1.0,  True,  (0.8, 0.995), 1e-10, 0.001),
+    (r"value_embeds\.",     "value embeddings", "embedding_lr", 0.5,  True,  (0.8, 0.995), 1e-10, 0.01),
+    (r"lm_head\.",          "head",             "head_lr",      1.0,  True,  (0.8, 0.96),  1e-10, 0.01),
+    (r"resid_lambdas",      "residual scales",  "scalar_lr",    0.01, False, (0.8, 0.95),  1e-7,  0.05),
+    (r"x0_lambdas",         "embedding scales", "scalar_lr",    1.0,  False, (0.96, 0.95), 1e-7,  0.0),
+    (r"(smear|backout)_",   "smear, backout",   "scalar_lr",    0.4,  False, (0.8, 0.95),  1e-7,  0.0),
 )
 
 def make_optimizer(
@@ -280,6 +353,7 @@ def make_optimizer(
     head_lr: float = 0.008, # AdamW at n_embd 768
     scalar_lr: float = 0.5, # AdamW for the x0 lambdas; smear and backout get 0.4 of it, the residual lambdas 0.01
     weight_decay: float = 0.28, # Muon's cautious decay; AdamW's groups have their own
+    dtype: torch.dtype | None = None, # of Polar Express, see there
 ) -> MuonAdamW:
     "Muon for the matrices of the blocks, AdamW for the rest. Raises `ValueError` naming a parameter that has no rule."
     rates = {"embedding_lr": embedding_lr, "head_lr": head_lr, "scalar_lr": scalar_lr}
@@ -288,16 +362,17 @@ def make_optimizer(
     for name, p in model.named_parameters():
         name = name.removeprefix("_orig_mod.") # torch.compile puts this in front
         if re.match(r"transformer\.h\.\d+\.", name) and p.ndim == 2:
-            group = dict(name="matrices {}×{}".format(*p.shape), kind="muon", lr=matrix_lr, weight_decay=weight_decay)
+            group = dict(name="matrices {}×{}".format(*p.shape), kind="muon", lr=matrix_lr, weight_decay=weight_decay, dtype=dtype)
         else:
             rule = next((r for r in _ADAMW if re.match(r[0], name)), None)
             if rule is None: raise ValueError(f"no rule says how to train {name!r} of shape {tuple(p.shape)}: add one to _ADAMW")
-            _, label, rate, factor, wide, betas, decay = rule
-            group = dict(name=label, kind="adamw", lr=rates[rate] * factor * (width if wide else 1), betas=betas, eps=1e-10, weight_decay=decay)
+            _, label, rate, factor, wide, betas, eps, decay = rule
+            if name.startswith("value_embeds."): label += f" {_depth(name)}" # each is as large as the embedding: one at a time
+            group = dict(name=label, kind="adamw", lr=rates[rate] * factor * (width if wide else 1), betas=betas, eps=eps, weight_decay=decay)
         group = groups.setdefault(group["name"], group | dict(params=[], names=[]))
         group["params"].append(p)
         group["names"].append(name)
-    return MuonAdamW(list(groups.values()))
+    return MuonAdamW(_backward_order(list(groups.values()), group_rank_and_world()[1]))
 
 # %% ../nbs/07_optim.ipynb #5849b8c2
 def _warmdown(step: int, steps: int, warmdown_ratio: float) -> float: # 1 before the warm-down … 0 at the end

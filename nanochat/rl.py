@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from .chat_eval import evaluate_stage, evaluate_task
-from .checkpoint import latest_checkpoint, load_checkpoint, load_model, rng_state, save_checkpoint, set_rng_state
+from .checkpoint import load_checkpoint, load_model, rng_state, save_checkpoint, set_rng_state
 from .common import (Metrics, Run, StopSignal, UserError, barrier, derive_seed, distributed, group_rank_and_world, pick_device, pick_dtype, progress_bar,
                              rank_and_world, read_metrics, say, seed_everything)
 from .engine import Completion, Engine
 from .model import GPT
 from .tasks import TASKS, make_task
-from .train import agree, all_reduce_sum, autocast, optimizer_for
+from .train import agree, all_reduce_sum, autocast, checkpoint_to_resume, optimizer_for
 
 # %% ../nbs/17_rl.ipynb #b2165cdd
 def advantages(rewards: torch.Tensor,  # (prompts, samples) float
@@ -132,7 +132,7 @@ def reinforce(engine: Engine,
     "Train a policy on its own answers, from the last checkpoint if there is one."
     model, device = engine.model, engine.device
     step, seconds, tokens, result = 0, 0.0, 0, {}
-    if checkpoints is not None and (path := latest_checkpoint(checkpoints)):
+    if checkpoints is not None and (path := checkpoint_to_resume(checkpoints, device)):
         model_state, optim_state, saved = load_checkpoint(path, device)
         model.load_state_dict(model_state)
         if optim_state: optimizer.load_full_state(optim_state)
@@ -188,7 +188,7 @@ def reinforce(engine: Engine,
             due = step == steps or step % eval_every == 0
             if due or want_stop or want_save: save()
             if want_stop and step < steps:
-                raise UserError(f"stopped by SIGTERM after step {step} of {steps}, which is saved: the same command goes on from there.")
+                raise UserError(f"stopped by {stop.name or 'a signal to another rank'} after step {step} of {steps}, which is saved: the same command goes on from there.")
             if due: evaluate()
     return {"step": step, "seconds": round(seconds + time.perf_counter() - clock, 1), "tokens": tokens, **result}
 
@@ -201,6 +201,7 @@ def train_rl(run: Run,  # a run whose stage "sft" is done
     config, section = run.config, run.config["rl"]
     device = pick_device(config["hardware"]["device"])
     dtype = pick_dtype(device, config["hardware"]["dtype"])
+    if dtype == torch.float16: dtype = torch.float32 # its loss is not scaled
     with distributed(device):
         seed_everything(derive_seed(run.seed, "rl"))
         model, tokenizer, _ = load_model(run, "sft", device)

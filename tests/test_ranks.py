@@ -86,13 +86,27 @@ def test_interrupting_the_cell_stops_every_rank_and_saves(copy):
     assert done.returncode == 0 and f"going on from step {saved} of {saved + 3}" in done.stdout, done.stderr[-2000:]
 
 
-def test_a_kernel_that_dies_takes_its_ranks_along(copy):
+@pytest.mark.parametrize("who", ["kernel", "launcher"])
+def test_who_dies_takes_the_ranks_along(copy, who):
     mine = copy("tokenizer")
     process, members = start_cell(mine)
-    process.kill() # nothing is passed on: the ranks notice by themselves
-    process.wait()
+    launcher = next(p for p in members if "torch.distributed.run" in p.cmdline())
+    (process if who == "kernel" else launcher).kill() # nothing is passed on: the ranks notice by themselves
+    process.wait(90)
     assert gone(members)
     saved_step(mine.run)
+    assert not (mine.run/"base"/"restarts.txt").exists()
+
+
+def test_a_user_error_is_not_tried_again(copy):
+    mine = copy("tokenizer")
+    edit_config(mine.run, hardware={"nproc": 2}, base={"device_batch": 16}) # for two ranks twice as much as the batch has
+    process = start(mine.base, "-c", CELL)
+    process.wait(180)
+    said, log = (mine.base/"output.txt").read_text(), (mine.run/"base"/"ranks.log").read_text()
+    assert process.returncode == 1 and "UserError: batch_tokens=2048 is not a multiple of" in said.splitlines()[-1], said[-3000:]
+    assert "nanochat: batch_tokens=2048 is not a multiple of" in log
+    assert not (mine.run/"base"/"restarts.txt").exists() and "restarted" not in said + log
 
 
 def test_sigterm_to_the_launcher_saves(copy):

@@ -1,0 +1,197 @@
+"""fp8's kernel agrees with its emulation, and fp16 trains with a scaled loss: most of it needs a GPU."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanochat.precision import LossScaler, fp8_linear, fp8_matmul, fp8_supported, quantize, quantize_weight, quantize_weights, use_fp8
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@pytest.fixture
+def gpu():
+    "A CUDA device."
+    if not torch.cuda.is_available(): pytest.skip("needs a CUDA device")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def fp8_gpu(gpu):
+    "A CUDA device that multiplies in fp8."
+    supported, why = fp8_supported(gpu)
+    if not supported: pytest.skip(f"needs fp8: {why}")
+    return gpu
+
+
+def distance(a, b):
+    "Relative error in the Frobenius norm, wherever the two are."
+    a, b = a.detach().float().cpu(), b.detach().float().cpu()
+    return ((a - b).norm() / b.norm()).item()
+
+
+def random(*shape, seed=0):
+    "Numbers that are the same on all devices."
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(layer, x, weight, grad):
+    "Output and both gradients of a linear layer."
+    x, weight = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    y = layer(x, weight)
+    y.backward(grad.to(y.dtype))
+    return y, x.grad, weight.grad
+
+
+class Linear(nn.Linear):
+    "A layer that lets fp8 in, as the model's do."
+    fp8 = None
+    def forward(self, x): return self.fp8(x, self.weight) if self.fp8 is not None and self.training else F.linear(x, self.weight)
+
+
+class Net(nn.Module):
+    "Two large matrices where a `GPT` has its blocks, and a head."
+    def __init__(self):
+        super().__init__()
+        self.transformer = nn.ModuleDict({"h": nn.ModuleList([Linear(128, 256, bias=False), Linear(256, 128, bias=False)])})
+        self.lm_head = Linear(128, 16, bias=False)
+        for i, p in enumerate(self.parameters()): p.data = random(*p.shape, seed=i) / p.size(1)**0.5
+
+    def forward(self, x):
+        up, down = self.transformer.h
+        return self.lm_head(x + down(F.relu(up(x))))
+
+
+@pytest.mark.parametrize("a_dtype", [E4M3, E5M2])
+def test_the_emulation_is_torchs_product(a_dtype):
+    "torch has a slow fp8 product for CPUs too, where its library for matrices is built in."
+    (a, scale_a), (b, scale_b) = quantize(random(32, 64), a_dtype), quantize(random(48, 64, seed=1), E4M3)
+    try: want = torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=torch.float32)
+    except (RuntimeError, NotImplementedError) as e: pytest.skip(f"this torch has none: {str(e)[:80]}")
+    torch.testing.assert_close(fp8_matmul(a, b, scale_a, scale_b, torch.float32), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_quantising_is_the_same_everywhere(fp8_gpu, dtype):
+    for x in (random(256, 512), random(256, 512).bfloat16(), 1e-9 * random(3, 7), torch.zeros(4, 4)):
+        (here, scale_here), (there, scale_there) = quantize(x, dtype), quantize(x.to(fp8_gpu), dtype)
+        torch.testing.assert_close(scale_there.cpu(), scale_here, rtol=1e-6, atol=0)
+        assert (there.float().cpu() != here.float()).float().mean() < 1e-3 # a scale that differs in its last bit may tip what lies between two numbers
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [(256, 512), (2, 100, 512), (3, 512), (1, 512)], ids=str) # also rows that are no multiple of 16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_agrees_with_the_emulation(fp8_gpu, shape, dtype):
+    x, weight, grad = random(*shape).to(dtype), 0.05 * random(128, 512, seed=1), (0.1 * random(*shape[:-1], 128, seed=2)).to(dtype)
+    emulated = run(fp8_linear, x, weight, grad)
+    computed = run(fp8_linear, x.to(fp8_gpu), weight.to(fp8_gpu), grad.to(fp8_gpu))
+    for a, b in zip(computed, emulated):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.is_cuda
+        assert distance(a, b) < 1e-2 # bfloat16 rounds by up to 2^-9, fast accumulation by less than that
+    exact = run(F.linear, x.float(), weight, grad.float())
+    assert max(distance(a, b) for a, b in zip(computed, exact)) < 0.1
+
+
+@pytest.mark.cuda
+def test_autocast_and_layouts(fp8_gpu):
+    x, weight, grad = (t.to(fp8_gpu) for t in (random(2, 64, 256), random(128, 256, seed=1), random(64, 2, 128, seed=2)))
+    with torch.autocast(x.device.type, torch.bfloat16): y, grad_x, grad_weight = run(fp8_linear, x.transpose(0, 1), weight.t().contiguous().t(), grad[..., :1].expand(64, 2, 128))
+    assert (y.dtype, grad_x.dtype, grad_weight.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    emulated = run(fp8_linear, x.transpose(0, 1).cpu(), weight.cpu(), grad[..., :1].expand(64, 2, 128).bfloat16().cpu())
+    for a, b in zip((y, grad_x, grad_weight), emulated): assert distance(a, b) < 1e-2
+
+
+@pytest.mark.cuda
+def test_what_is_not_finite_stays_so(fp8_gpu):
+    x, weight, grad = (t.to(fp8_gpu) for t in (random(32, 128), random(128, 128, seed=1), random(32, 128, seed=2)))
+    for bad in (float("inf"), float("nan")):
+        for i in range(3):
+            tensors = [t.clone() for t in (x, weight, grad)]
+            tensors[i][3, 5] = bad
+            found = [t.isfinite().any().item() for t in run(fp8_linear, *tensors)]
+            assert found == [i == 2, i == 0, i == 1] # each of the three products lacks one of the three tensors
+    assert not any(t.any() for t in run(fp8_linear, torch.zeros_like(x), weight, torch.zeros_like(grad)))
+
+
+@pytest.mark.cuda
+def test_compiled(fp8_gpu):
+    "One graph without a break, compiled once for all steps, and the numbers of the ordinary run."
+    x, weight, grad = (t.to(fp8_gpu) for t in (random(64, 256).bfloat16(), random(128, 256, seed=1), random(64, 128, seed=2).bfloat16()))
+    torch._dynamo.reset()
+    compiled = torch.compile(fp8_linear, fullgraph=True)
+    for a, b in zip(run(compiled, x, weight, grad), run(fp8_linear, x, weight, grad)): assert distance(a, b) < 2e-2
+
+    net = Net().to(fp8_gpu)
+    use_fp8(net)
+    twin, losses = copy.deepcopy(net), []
+    runner = torch.compile(twin, fullgraph=True)
+    x = random(64, 128).to(fp8_gpu)
+    for step in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            for model, forward in ((net, net), (twin, runner)):
+                with quantize_weights(forward), torch.autocast(x.device.type, torch.bfloat16): loss = forward(x).float().square().mean()
+                loss.backward()
+                with torch.no_grad():
+                    for p in model.parameters(): p.sub_(0.1 * p.grad)
+                model.zero_grad()
+                losses.append(loss.item())
+    assert losses[::2] == pytest.approx(losses[1::2], rel=2e-2) and losses[-1] < losses[0]
+
+
+@pytest.mark.cuda
+def test_fp8_trains(fp8_gpu):
+    nets, losses = [Net().to(fp8_gpu) for _ in range(2)], []
+    assert use_fp8(nets[0]) == ["0", "1"]
+    for net in nets:
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+        for step in range(50):
+            with quantize_weights(net):
+                for micro in range(2):
+                    x = random(64, 128, seed=2 * step + micro).to(fp8_gpu)
+                    with torch.autocast(x.device.type, torch.bfloat16): loss = (net(x).float() - x[:, :16].sin()).square().mean()
+                    loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+@pytest.mark.cuda
+def test_kept_weights_are_the_layers_own(fp8_gpu):
+    "A quantised weight from outside gives exactly what the layer finds by itself."
+    x, weight, grad = (t.to(fp8_gpu) for t in (random(32, 128), random(256, 128, seed=1), random(32, 256, seed=2)))
+    kept = quantize_weight(weight)
+    for a, b in zip(run(lambda x, w: fp8_linear(x, w, kept), x, weight, grad), run(fp8_linear, x, weight, grad)): assert a.equal(b)
+
+
+def fp16_steps(device, scaler, steps=30):
+    "Train in fp16 on a loss that is far too small for it; returns the first and last loss, and whether a skipped step left all weights alone."
+    net, untouched = Net().to(device), True
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, eps=1e-20)
+    x = random(128, 128).to(device)
+    losses, skipped = [], 0
+    while len(losses) < steps + 1:
+        with torch.autocast(device.type, torch.float16): y = net(x)
+        loss = 1e-8 * (y.float() - x[:, :16].sin()).square().mean()
+        optimizer.zero_grad()
+        (loss * scaler.scale).backward()
+        before = [p.detach().clone() for p in net.parameters()]
+        if scaler.unscale(net.parameters()):
+            optimizer.step()
+            losses.append(loss.item())
+        else:
+            skipped += 1
+            untouched &= all(a.equal(b) for a, b in zip(before, net.parameters()))
+    return losses[0], losses[-1], skipped, untouched
+
+
+@pytest.mark.cuda
+def test_fp16_trains_with_a_scaled_loss(gpu):
+    first, last, skipped, untouched = fp16_steps(gpu, LossScaler(start=2.0**60))
+    assert 0 < skipped < 40 and untouched and last < 0.5 * first
+    first, last, skipped, _ = fp16_steps(gpu, LossScaler(enabled=False))
+    assert skipped == 0 and last > 0.9 * first # without scaling, hardly any gradient is left
