@@ -104,7 +104,7 @@ def distributed(
     if restarts != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1": # on several machines the counts may differ
         settings["store"] = dist.PrefixStore(f"restart_{restarts}", next(rendezvous("env://", rank, world_size))[0])
     if device.type == "cuda": torch.cuda.set_device(device)
-    else: torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
+    else: torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size, **settings)
     try: yield
     finally: dist.destroy_process_group()

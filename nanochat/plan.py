@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['REFERENCE_LR', 'REFERENCE_WEIGHT_DECAY', 'GPUS', 'BF16_PAYS', 'ATTAINED', 'ACTIVATIONS', 'PROGRAM', 'LOGITS', 'TASKS',
            'SCHEMA', 'KEYS', 'SAME', 'RIVALS', 'USABLE', 'MICRO_BATCH', 'TOKENS_PER_CONVERSATION', 'GENERATION_COST',
-           'TEXT_RATE', 'STARTUP', 'LAW', 'CHOSEN', 'DEPTHS', 'WIDTHS', 'VOCABULARIES', 'SMALLEST_DIAL', 'SMALL_LR',
-           'padded_vocab', 'count_params', 'layer_windows', 'scaling_params', 'flops_per_token', 'model_shape',
-           'reference_params', 'optimal_batch', 'batch_scale', 'Hardware', 'named_hardware', 'cpu_hardware',
-           'detect_hardware', 'training_memory', 'Key', 'describe_settings', 'setting_name', 'presets_dir',
-           'known_presets', 'load_preset', 'expected_bits_per_byte', 'bytes_per_token', 'Candidate', 'Row', 'Plan',
-           'make_plan']
+           'TEXT_RATE', 'STARTUP', 'DISK_RATE', 'LAW', 'CHOSEN', 'DEPTHS', 'WIDTHS', 'VOCABULARIES', 'SMALLEST_DIAL',
+           'SMALL_LR', 'padded_vocab', 'count_params', 'layer_windows', 'scaling_params', 'flops_per_token',
+           'model_shape', 'reference_params', 'optimal_batch', 'batch_scale', 'Hardware', 'named_hardware',
+           'cpu_hardware', 'detect_hardware', 'training_memory', 'Key', 'describe_settings', 'setting_name',
+           'presets_dir', 'known_presets', 'load_preset', 'expected_bits_per_byte', 'bytes_per_token', 'Candidate',
+           'Row', 'Plan', 'make_plan']
 
 # %% ../nbs/08_plan.ipynb #28e33eb0
 import difflib
@@ -220,7 +220,7 @@ def detect_hardware() -> Hardware:
 ATTAINED = {"cuda": 0.40, "mps": 0.25, "cpu": 0.50, "cpu in bfloat16": 0.33} # share of the peak that training reaches
 
 # %% ../nbs/08_plan.ipynb #e190ee2f
-ACTIVATIONS = {"cpu": 15, "mps": 15, "cuda": 20} # vectors of the stream's width that a token and layer take; torch.compile keeps a few more
+ACTIVATIONS = {"cpu": 18, "mps": 18, "cuda": 20} # vectors of the stream's width that a token and layer take; torch.compile keeps a few more
 PROGRAM = {"cpu": 6.5e8, "mps": 6.5e8, "cuda": 6e8} # what torch and the notebook take, on the device or beside the model
 LOGITS = {"cpu": 2**24, "mps": 2**24, "cuda": 2**27} # at a time, as in `nanochat.loss`
 
@@ -462,7 +462,7 @@ def _device_batch(
 
 # %% ../nbs/08_plan.ipynb #ad295d14
 USABLE = 0.9 # share of a device's memory that training may fill
-MICRO_BATCH = 2**16 # tokens at a time on a device, beyond which more brings nothing
+MICRO_BATCH = {"cpu": 2**13, "mps": 2**14, "cuda": 2**16} # tokens at a time on a device, beyond which more brings next to nothing
 TOKENS_PER_CONVERSATION = 45 # mean over the tasks, with a vocabulary of 2,048
 
 def _derive(given: dict, hw: Hardware) -> dict:
@@ -489,7 +489,7 @@ def _derive(given: dict, hw: Hardware) -> dict:
         c["base.batch_tokens"] = max(1, round(optimal_batch(P, P12) / unit)) * unit
     few, many = (training_memory(model, rows, c["hardware.dtype"], nproc, c["hardware.device"])["total"] for rows in (32, 64))
     fits = max(0, int(32 + (_memory_share(c, hw) - few) // ((many - few) / 32)))
-    limit = max(1, min(fits, MICRO_BATCH // model["sequence_len"]))
+    limit = max(1, min(fits, MICRO_BATCH[c["hardware.device"]] // model["sequence_len"]))
     for stage in ("base", "mid", "sft"):
         c.setdefault(f"{stage}.batch_tokens", c["base.batch_tokens"])
         rows = _device_batch(stage, c[f"{stage}.batch_tokens"], row_tokens, limit, given.get(f"{stage}.device_batch"))
@@ -530,6 +530,7 @@ def _stage_tokens(c: dict, stage: str) -> int:
 GENERATION_COST = 1 # training tokens that one generated token costs
 TEXT_RATE = 4e6 # characters a second on each CPU core
 STARTUP = 6.0 # seconds in which a stage's notebook gets ready
+DISK_RATE = 4e8 # bytes a second that a checkpoint is written and hashed at
 
 def _reckoned_rate(c: dict, hw: Hardware) -> float: # training tokens in a second
     "What the machine's peak and the usual share of it make of a model."
@@ -553,7 +554,9 @@ def _stage_seconds(
         "rl": sampled * min(c["rl.max_new_tokens"], TOKENS_PER_CONVERSATION) * (GENERATION_COST + 1),
         "evaluation": answers * c["eval.max_new_tokens"] / 2 * GENERATION_COST,
     }
-    all_stages = {"data and tokenizer": 2 * STARTUP + 2 * c["data.characters"] / (TEXT_RATE * hw.cores)} | {stage: STARTUP + n / second for stage, n in tokens.items()}
+    looks = c["base.steps"] // c["base.eval_every"] + 1 # each with a checkpoint: weights, and up to two moments of each
+    saving = {"base": looks * 12 * count_params(_model(c))["total"] / DISK_RATE}
+    all_stages = {"data and tokenizer": 2 * STARTUP + 2 * c["data.characters"] / (TEXT_RATE * hw.cores)} | {stage: STARTUP + n / second + saving.get(stage, 0) for stage, n in tokens.items()}
     last = {"data": 1, "tokenizer": 1, "base": 2, "mid": 3, "sft": 4, "rl": 5, "report": 6}[c["dial.until"]]
     return dict(list(all_stages.items())[:last])
 
@@ -591,15 +594,15 @@ def _measured_rate(
     return c["base.batch_tokens"] / (step_tokens / here * median(turns) + median(steps))
 
 # %% ../nbs/08_plan.ipynb #9306a7b1
-LAW = dict(floor=0.90, width=(8.0, 0.20), text=(100.0, 0.31)) # bits per byte: fitted to LAWRUNS
+LAW = {"N_c": 9.9e6, "alpha_N": 0.149, "D_c": 315e6, "alpha_D": 0.149, "vocabulary": 0.019} # N in parameters, D in bytes, the last in bits for each doubling from 4,096
 
 def expected_bits_per_byte(
     model: dict, # the fields of `GPTConfig`
     tokens: int, # to train on
 ) -> float:
-    "A guess at what a small model reaches on English text: floor + A/P^a + B/D^b for P parameters and D bytes of text."
-    (A, a), (B, b) = LAW["width"], LAW["text"]
-    return LAW["floor"] + A / scaling_params(model)**a + B / (tokens * bytes_per_token(model["vocab_size"]))**b
+    "A guess at what a small model reaches on unseen English text."
+    N, D, alpha = count_params(model)["matrices"], tokens * bytes_per_token(model["vocab_size"]), LAW["alpha_D"]
+    return ((LAW["N_c"] / N)**(LAW["alpha_N"] / alpha) + LAW["D_c"] / D)**alpha - LAW["vocabulary"] * math.log2(model["vocab_size"] / 4096)
 
 def bytes_per_token(
     vocab_size: int,
@@ -609,10 +612,10 @@ def bytes_per_token(
 
 # %% ../nbs/08_plan.ipynb #8f2f460c
 CHOSEN = ("dial.depth", "dial.aspect_ratio", "dial.head_dim", "model.n_embd", "model.n_head", "model.n_kv_head", "model.window_pattern", "tokenizer.vocab_size", "model.sequence_len",
-          "base.tokens", "base.steps", "dial.tokens_per_param", "base.batch_tokens", *(f"base.{name}" for name in REFERENCE_LR), "base.weight_decay")
+          "base.tokens", "base.steps", "dial.tokens_per_param", "base.batch_tokens", *(f"base.{name}" for name in REFERENCE_LR), "base.weight_decay", "base.eval_every")
 DEPTHS, WIDTHS, VOCABULARIES = (2, 3, 4, 5, 6, 8, 10, 12), range(64, 1025, 64), (1024, 2048, 4096, 8192, 16384, 32768)
 SMALLEST_DIAL = 6 # a budget that buys less depth than this by the dial is spent on what is found by trying
-SMALL_LR = {"matrix_lr": 0.01, "embedding_lr": 0.15, "head_lr": 0.004, "scalar_lr": 0.1, "weight_decay": 0.1} # at a batch of 4,096 tokens
+SMALL_LR = {"matrix_lr": 0.03, "embedding_lr": 0.15, "head_lr": 0.004, "scalar_lr": 0.1, "weight_decay": 0.1} # at a batch of 2,048 tokens
 
 class Candidate(NamedTuple):
     "A model that the budget could be spent on."
@@ -633,15 +636,19 @@ def _candidate(given: dict, hw: Hardware, rate: float | None = None) -> Candidat
     "Settings, with the tokens that fill the budget."
     budget = _budget_seconds(given, hw)
     def filled(tokens):
-        batch = {} if "base.batch_tokens" in given else {"base.batch_tokens": max(given["model.sequence_len"], 2048, 2 ** round(12 + 0.4 * math.log2(max(tokens, 1) / 5e6)))}
-        lrs = {f"base.{name}": float(f"{lr * math.sqrt(batch.get('base.batch_tokens', given.get('base.batch_tokens')) / 4096):.4g}") for name, lr in SMALL_LR.items()}
-        return _derive(lrs | given | batch | {"base.tokens": tokens}, hw)
+        batch = {} if "base.batch_tokens" in given else {"base.batch_tokens": max(given["model.sequence_len"], 2048, 2 ** round(11 + 0.4 * math.log2(max(tokens, 1) / 5e6)))}
+        lrs = {f"base.{name}": float(f"{lr * math.sqrt((batch or given)['base.batch_tokens'] / 2048):.4g}") for name, lr in SMALL_LR.items()}
+        c = _derive(lrs | given | batch | {"base.tokens": tokens}, hw)
+        return c | {"base.eval_every": given.get("base.eval_every", max(1, c["base.steps"] // 5))} # every look costs a checkpoint besides
     c = filled(5_000_000)
     speed = rate or _reckoned_rate(c, hw)
     if "base.tokens" not in given and "base.steps" not in given:
-        few, many = (sum(_stage_seconds(filled(n), hw, speed).values()) for n in (10**6, 10**7))
-        tokens = int(10**6 + (budget - few) * (10**7 - 10**6) / (many - few))
-        if tokens < 100 * c["base.batch_tokens"] // 10: return None
+        tokens, before = 10**7, 10**6
+        for _ in range(2): # steps and evaluations are whole, so that the line through two points is not quite the curve
+            spent = [sum(_stage_seconds(filled(n), hw, speed).values()) for n in (before, tokens)]
+            tokens = int(before + (budget - spent[0]) * (tokens - before) / max(spent[1] - spent[0], 1e-9))
+            before = tokens // 2
+            if tokens < 100 * c["base.batch_tokens"]: return None
         c = filled(tokens)
     elif sum(_stage_seconds(c, hw, speed).values()) > budget: return None
     return Candidate(expected_bits_per_byte(_model(c), c["base.tokens"]), speed, c) if _fits(c) else None

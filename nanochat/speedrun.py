@@ -121,6 +121,8 @@ class Follower:
         self.bar.update(max(0, row["step"] - self.bar.n))
         facts = [f"{name} {row[key]:.3f}" for key, name in (("loss", "loss"), ("reward", "reward"), ("bits_per_byte", "bpb")) if key in row]
         if "tokens_per_second" in row: facts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+        if "mfu" in row: facts.append(f"{100 * row['mfu']:.0f} % MFU")
+        if "memory_mb" in row: facts.append(f"{row['memory_mb'] / 1000:.1f} GB")
         if facts: self.bar.set_postfix_str(", ".join(facts), refresh=False)
 
     def close(self):
@@ -128,9 +130,10 @@ class Follower:
         self.poll()
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/23_speedrun.ipynb #a2337c1b
+# %% ../nbs/23_speedrun.ipynb #3580460b
 PATIENCE = 120 # seconds in which a rank that was told to stop ends its step and saves
 
+# %% ../nbs/23_speedrun.ipynb #78ef2173
 def _stop_with(launcher: int, parent: int):
     "End all ranks politely when the process `parent` is gone, and this one when its launcher is. 0: there is no such parent."
     import psutil
@@ -142,6 +145,7 @@ def _stop_with(launcher: int, parent: int):
         os._exit(1) # nobody listened
     threading.Thread(target=watch, daemon=True).start()
 
+# %% ../nbs/23_speedrun.ipynb #a2337c1b
 @contextmanager
 def as_rank(
     run: Run, # the run
@@ -169,12 +173,13 @@ def as_rank(
         if os.getppid() == launcher: os.kill(launcher, signal.SIGTERM) # before this process ends, or it would be started again to fail again
         raise
 
-# %% ../nbs/23_speedrun.ipynb #e238a570
+# %% ../nbs/23_speedrun.ipynb #efbf9f0f
 LAUNCHER_ENV = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", # or ranks that are started again would look for those that died
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE), # 30 seconds are too few to save a large model
 }
 
+# %% ../nbs/23_speedrun.ipynb #e238a570
 def launch(
     run: Run, # the run
     stage: str, # a training stage
@@ -306,7 +311,7 @@ def execute_notebook(
         pm.execute_notebook(notebooks_dir()/f"{notebook}.ipynb", target, parameters={"run_name": run.name, "preset": run.config["preset"]},
                             cwd=str(run.dir), progress_bar=False, kernel_name="python3",
                             extra_arguments=["--log-level=50"], # a kernel's warnings would run into the bar
-                            config=Config({"KernelManager": {"shutdown_wait_time": 120}})) # time for the step that is under way, and a checkpoint
+                            config=Config({"KernelManager": {"shutdown_wait_time": PATIENCE + 10}})) # time for the step that is under way, and a checkpoint
     except pm.PapermillExecutionError as e:
         if e.ename == "UserError": raise UserError(e.evalue) from None
         raise RuntimeError(f"{notebook}.ipynb failed with {e.ename}: {e.evalue} (the executed copy is {target})") from None

@@ -321,4 +321,6 @@ def pretrain(
                        meta={"stage": "base", "model": vars(model_config), "tokenizer": tokenizer.hash}, evaluate=evaluate,
                        eval_every=section["eval_every"], save_minutes=section["save_minutes"], keep=section["keep_checkpoints"], dtype=dtype,
                        peak_flops=config["hardware"].get("peak_flops") or 0.0, desc="pretraining")
+        starts = PackedLoader(tokens_dir, "val", B, T, rank, world_size, device=device, crop=True) # rows that begin where documents do
+        result["bits_per_byte_of_beginnings"] = round(bits_per_byte(model, starts, token_bytes, eval_batches, dtype), 5)
         return run.finish("base", **result, **floor, parameters=model.num_params()["total"], world_size=world_size)

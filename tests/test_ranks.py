@@ -36,7 +36,9 @@ def test_two_ranks_agree_with_one(smoke, copy):
             assert two[stage][step]["targets"] == one[stage][step]["targets"] # the global batch
         last = max(one[stage])
         assert two[stage][last]["bits_per_byte"] == pytest.approx(one[stage][last]["bits_per_byte"], rel=0.05)
-    assert two["rl"].keys() == one["rl"].keys() and two["rl"][1]["length"] == pytest.approx(one["rl"][1]["length"], rel=0.3)
+    assert two["rl"].keys() == one["rl"].keys()
+    # a mean over 16 answers of 1 to 32 tokens, sampled from models that were trained apart
+    assert two["rl"][1]["length"] == pytest.approx(one["rl"][1]["length"], abs=10)
 
 
 def gone(processes, seconds=60):
