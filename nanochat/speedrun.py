@@ -392,9 +392,10 @@ def speedrun_command(preset, name, data, depth, minutes, dollars, until, nproc, 
     name = name or run_name(preset, data, depth, minutes, dollars)
     before = Run.open(name).config if (runs_dir()/name/"config.yaml").exists() and not plan_only else None
     plan = make_plan(preset, overrides, hardware=named_hardware(hardware) if hardware else None, depth=depth, data=data, before=before)
-    if before and not {"hardware.dtype", "dtype"} & set(overrides):
-        # a processor's dtype is chosen by measuring; a run that goes on must not change it because of a busy moment
-        if before["hardware"].get("device") == plan.config["hardware"]["device"]: plan.config["hardware"]["dtype"] = before["hardware"]["dtype"]
+    if before and before["hardware"].get("device") == plan.config["hardware"]["device"]:
+        # what was measured stays: a run that goes on must not change because of a busy moment
+        measured = {"dtype", "peak_flops"} - {name.removeprefix("hardware.") for name in overrides}
+        plan.config["hardware"] |= {name: before["hardware"][name] for name in measured if name in before["hardware"]}
     click.echo(plan)
     for warning in plan.warnings: click.echo(f"note: {warning}")
     if plan_only: return
