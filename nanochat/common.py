@@ -7,7 +7,7 @@ __all__ = ['NO_SPACE', 'TRACKERS', 'STAGES', 'UserError', 'run_command', 'say', 
            'distributed', 'barrier', 'group_rank_and_world', 'derive_seed', 'seed_everything', 'no_space', 'fsync_file',
            'fsync_dir', 'atomic_file', 'atomic_write', 'file_lock', 'sha256_file', 'sha256_json', 'read_json',
            'read_metrics', 'Metrics', 'open_tracker', 'cpu_name', 'n_cores', 'peak_memory', 'environment', 'base_dir',
-           'runs_dir', 'fingerprint', 'Run', 'StopSignal', 'progress_bar']
+           'runs_dir', 'fingerprint', 'Run', 'StopSignal', 'progress_bar', 'in_words']
 
 # %% ../nbs/00_common.ipynb #05da6210
 import errno
@@ -95,17 +95,13 @@ def distributed(
     "Join the process group that `torch.distributed.run` announced (NCCL on CUDA, gloo elsewhere); do nothing on a single process."
     import torch
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
     rank, world_size = rank_and_world()
     if world_size == 1 or dist.is_initialized():
         yield
         return
-    settings, restarts = {}, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1": # on several machines the counts may differ
-        settings["store"] = dist.PrefixStore(f"restart_{restarts}", next(rendezvous("env://", rank, world_size))[0])
     if device.type == "cuda": torch.cuda.set_device(device)
     else: torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size, **settings)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size)
     try: yield
     finally: dist.destroy_process_group()
 
@@ -470,7 +466,8 @@ class Run:
 
     def metrics(self, stage: str, resume_step: int = 0) -> Metrics:
         "The writer of this run's metrics for one stage."
-        return Metrics(self.dir/"metrics.jsonl", stage, resume_step, {"none": ""}.get(tracker := self.config.get("hardware", {}).get("tracker") or "", tracker), self.config)
+        tracker = self.config.get("hardware", {}).get("tracker") or "none"
+        return Metrics(self.dir/"metrics.jsonl", stage, resume_step, "" if tracker == "none" else tracker, self.config)
 
     def rows(self, stage: str | None = None) -> list[dict]:
         "The metrics lines of this run so far."
@@ -513,3 +510,14 @@ def progress_bar(
     "A `tqdm` bar on rank 0, silent on the others, redrawn once a second."
     from tqdm import tqdm
     return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=scale, disable=rank_and_world()[0] != 0, mininterval=1, dynamic_ncols=True, file=sys.stdout)
+
+# %% ../nbs/00_common.ipynb #4f73885e
+def in_words(
+    speed: dict, # a line of metrics: tokens_per_second, mfu (0 to 1) and memory_mb, as far as it has them
+) -> str:
+    "Throughput, MFU and memory, for a progress bar."
+    parts = []
+    if "tokens_per_second" in speed: parts.append(f"{speed['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in speed: parts.append(f"{100 * speed['mfu']:.0f} % MFU")
+    if "memory_mb" in speed: parts.append(f"{speed['memory_mb'] / 1000:.1f} GB")
+    return ", ".join(parts)

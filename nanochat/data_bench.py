@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_parquet', 'measure_shards', 'bench_shards', 'ScanningLoader', 'measure_loader', 'lost_in_epoch',
-           'lost_by_best_fit', 'bench_loader', 'bench_packing', 'packing_table', 'cli', 'shards_command',
-           'loader_command', 'packing_command', 'main']
+           'lost_by_best_fit', 'bench_loader', 'scratch_base_dir', 'bench_packing', 'packing_table', 'cli',
+           'shards_command', 'loader_command', 'packing_command', 'main']
 
 # %% ../nbs/25_data_bench.ipynb #e73e101b
 import json
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from bisect import bisect_right, insort
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../nbs/25_data_bench.ipynb #81c9bf53
@@ -179,6 +180,17 @@ def bench_loader(
             if cores: os.sched_setaffinity(0, cores)
 
 # %% ../nbs/25_data_bench.ipynb #7f9b625b
+@contextmanager
+def scratch_base_dir():
+    "A folder for runs that is gone afterwards."
+    before = os.environ.get("NANOCHAT_BASE_DIR")
+    with tempfile.TemporaryDirectory(prefix="nanochat-bench-") as tmp:
+        os.environ["NANOCHAT_BASE_DIR"] = tmp
+        try: yield Path(tmp)
+        finally:
+            if before is None: del os.environ["NANOCHAT_BASE_DIR"]
+            else: os.environ["NANOCHAT_BASE_DIR"] = before
+
 def bench_packing(
     text: Path, # a folder or file
     tokens: int = 1_200_000, # to train on
@@ -187,22 +199,17 @@ def bench_packing(
     **settings, # more of them
 ) -> list[dict]: # what was trained, and its bits per byte
     "Train the same model on rows that are packed and on rows that are cropped."
-    found, before = [], os.environ.get("NANOCHAT_BASE_DIR")
-    with tempfile.TemporaryDirectory(prefix="nanochat-bench-") as tmp:
-        os.environ["NANOCHAT_BASE_DIR"] = tmp
-        try:
-            for n in characters:
-                for crop in (False, True):
-                    overrides = {"data.characters": n, "base.tokens": tokens, "base.crop": crop} | settings
-                    run = Run.create(f"{n}-{crop}", make_plan(preset, overrides, data=str(text)).config)
-                    for stage in ("data", "tokenizer", "base"): result = run_stage(run, stage)
-                    T = run.config["model"]["sequence_len"]
-                    loader = PackedLoader(tokens_dir(run.config, Tokenizer.load(run.stage_dir("tokenizer"))), "train", 1, T, crop=crop)
-                    found.append({"text": run.manifest("data")["train"]["characters"], "packing": "cropped" if crop else "packed", "lost": lost_in_epoch(loader),
-                                  "epochs": result["tokens"] / T / loader.epoch_rows, "bits_per_byte": result["bits_per_byte"]})
-        finally:
-            if before is None: del os.environ["NANOCHAT_BASE_DIR"]
-            else: os.environ["NANOCHAT_BASE_DIR"] = before
+    found = []
+    with scratch_base_dir():
+        for n in characters:
+            for crop in (False, True):
+                overrides = {"data.characters": n, "base.tokens": tokens, "base.crop": crop} | settings
+                run = Run.create(f"{n}-{crop}", make_plan(preset, overrides, data=str(text)).config)
+                for stage in ("data", "tokenizer", "base"): result = run_stage(run, stage)
+                T = run.config["model"]["sequence_len"]
+                loader = PackedLoader(tokens_dir(run.config, Tokenizer.load(run.stage_dir("tokenizer"))), "train", 1, T, crop=crop)
+                found.append({"text": run.manifest("data")["train"]["characters"], "packing": "cropped" if crop else "packed", "lost": lost_in_epoch(loader),
+                              "epochs": result["tokens"] / T / loader.epoch_rows, "bits_per_byte": result["bits_per_byte"]})
     return found
 
 def packing_table(found: list[dict]) -> str:

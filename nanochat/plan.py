@@ -664,7 +664,8 @@ def _choose(given: dict, said: dict, hw: Hardware) -> tuple[dict, list[Candidate
     best = sorted(filter(None, (_candidate(shape, hw) for shape in shapes)), key=lambda candidate: candidate.bits_per_byte)[:4]
     if not best: _refuse_budget(given, hw)
     if hw.here:
-        best = [_candidate({n: v for n, v in x.c.items() if n in shapes[0]}, hw, _measured_rate(x.c)) or x for x in best]
+        best = list(filter(None, (_candidate({n: v for n, v in x.c.items() if n in shapes[0]}, hw, _measured_rate(x.c)) for x in best)))
+        if not best: _refuse_budget(given, hw) # it is slower than was reckoned
         best.sort(key=lambda candidate: candidate.bits_per_byte)
     return {name: best[0].c[name] for name in {*fixed, *CHOSEN} if name in best[0].c and name not in ("base.tokens", "dial.tokens_per_param")}, best
 
@@ -814,7 +815,8 @@ def make_plan(
     c = _derive(given, hw)
     _check(c, hw)
     if not _fits(c): _refuse_memory(given, c, hw)
-    if hw.here and hw.device != "cuda": rate = considered[0].rate if considered else _measured_rate(c)
+    if hw.here and considered: rate = considered[0].rate
+    elif hw.here and hw.device != "cuda": rate = _measured_rate(c)
     seconds = _stage_seconds(c, hw, rate)
     config = _config(preset, c)
     return Plan(config, _rows(c, hw, seconds, rate, considered), _warnings(given, c, hw, seconds), hw, seconds)

@@ -23,7 +23,7 @@ from pathlib import Path
 import click
 
 # %% ../nbs/23_speedrun.ipynb #b123c391
-from .common import STAGES, Run, UserError, atomic_write, file_lock, progress_bar, rank_and_world, run_command, runs_dir, say
+from .common import STAGES, Run, UserError, atomic_write, file_lock, in_words, progress_bar, rank_and_world, run_command, runs_dir, say
 
 # %% ../nbs/23_speedrun.ipynb #23034d39
 def data_stage(run: Run) -> dict: # the manifest
@@ -120,9 +120,7 @@ class Follower:
             self.bar = progress_bar(row["steps"], row["step"], desc=f"  {self.stage}")
         self.bar.update(max(0, row["step"] - self.bar.n))
         facts = [f"{name} {row[key]:.3f}" for key, name in (("loss", "loss"), ("reward", "reward"), ("bits_per_byte", "bpb")) if key in row]
-        if "tokens_per_second" in row: facts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
-        if "mfu" in row: facts.append(f"{100 * row['mfu']:.0f} % MFU")
-        if "memory_mb" in row: facts.append(f"{row['memory_mb'] / 1000:.1f} GB")
+        if speed := in_words(row): facts.append(speed)
         if facts: self.bar.set_postfix_str(", ".join(facts), refresh=False)
 
     def close(self):

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['all_reduce_sum', 'autocast', 'bits_per_byte', 'accumulate_gradients', 'agree', 'checkpoint_to_resume',
-           'rows_in_words', 'measured', 'in_words', 'train', 'grad_accum_steps', 'optimizer_for', 'prepare_model',
-           'pretrain']
+           'rows_in_words', 'measured', 'train', 'grad_accum_steps', 'optimizer_for', 'prepare_model', 'pretrain']
 
 # %% ../nbs/10_train.ipynb #192f8923
 import math
@@ -21,7 +20,7 @@ import torch.distributed as dist
 # %% ../nbs/10_train.ipynb #0c173349
 from .attention import choose_backends
 from .checkpoint import latest_checkpoint, load_checkpoint, mark_best, rng_state, save_checkpoint, set_rng_state
-from .common import (Run, StopSignal, UserError, barrier, derive_seed, distributed, group_rank_and_world, peak_memory, pick_device, pick_dtype,
+from .common import (Run, StopSignal, UserError, barrier, derive_seed, distributed, group_rank_and_world, in_words, peak_memory, pick_device, pick_dtype,
                              progress_bar, rank_and_world, say, seed_everything)
 from .dataloader import PackedLoader
 from .dataset import prepare_tokens
@@ -126,15 +125,6 @@ def measured(
     memory = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else peak_memory()
     return speed | ({"memory_mb": round(memory, 1)} if memory else {})
 
-def in_words(
-    speed: dict, # what `measured` gives
-) -> str:
-    "The same for a progress bar."
-    parts = [f"{speed['tokens_per_second']:,.0f} tokens/s"]
-    if "mfu" in speed: parts.append(f"{100 * speed['mfu']:.0f} % MFU")
-    if "memory_mb" in speed: parts.append(f"{speed['memory_mb'] / 1000:.1f} GB")
-    return ", ".join(parts)
-
 # %% ../nbs/10_train.ipynb #8c40cc3f
 def train(
     model: GPT, # on its device
@@ -215,10 +205,10 @@ def train(
             with quantize_weights(model): loss, n_targets = accumulate_gradients(model, batches, dtype, optimizer, scaler.scale)
             settings = schedule(step)
             norm = optimizer.step(**settings, **({"grad_scale": scaler.scale, "skip_nonfinite": True} if scaler.enabled else {}))
-            if scaler.enabled and not scaler.update(bool(norm.isfinite())): norm = None
+            if scaler.enabled and not scaler.update(bool(norm.isfinite())): norm = torch.zeros_like(norm) # the step was left out
             step += 1
             tokens += sum(x.numel() for x, _ in batches) * world_size
-            unseen.append((step, loss, loss.new_zeros(()) if norm is None else norm, before, loader.state()))
+            unseen.append((step, loss, norm, before, loader.state()))
             bar.update()
 
             want_save = time.perf_counter() - saved_at > save_minutes * 60

@@ -17,6 +17,7 @@ from nanochat.checkpoint import latest_checkpoint, load_checkpoint
 from nanochat.common import TRACKERS, Run, UserError, distributed, rank_and_world, read_metrics, run_command
 from nanochat.model import GPT, GPTConfig
 from nanochat.optim import make_optimizer
+from nanochat.speedrun import LAUNCHER_ENV
 from nanochat.train import train
 
 STEPS, ROWS = 20, 4 # rows of a step, over all ranks
@@ -67,7 +68,7 @@ def main(run: Path, what: str):
 def launch(run: Path, what="", *options):
     "Two ranks under `torch.distributed.run`, to their end."
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options, __file__, str(run), what],
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=300, env=os.environ | LAUNCHER_ENV)
 
 
 def saved(run): return sorted(int(path.name[-6:]) for path in (run/"base"/"checkpoints").glob("step_*"))
