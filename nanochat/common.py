@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_SPACE', 'TRACKERS', 'STAGES', 'UserError', 'run_command', 'say', 'rank_and_world', 'pick_device', 'pick_dtype',
-           'distributed', 'barrier', 'group_rank_and_world', 'derive_seed', 'seed_everything', 'no_space', 'fsync_file',
-           'fsync_dir', 'atomic_file', 'atomic_write', 'file_lock', 'sha256_file', 'sha256_json', 'read_json',
-           'read_metrics', 'Metrics', 'open_tracker', 'cpu_name', 'n_cores', 'peak_memory', 'environment', 'base_dir',
-           'runs_dir', 'fingerprint', 'Run', 'StopSignal', 'progress_bar', 'in_words']
+           'distributed', 'barrier', 'group_rank_and_world', 'gather', 'derive_seed', 'seed_everything', 'no_space',
+           'fsync_file', 'fsync_dir', 'atomic_file', 'atomic_write', 'file_lock', 'sha256_file', 'sha256_json',
+           'read_json', 'read_metrics', 'Metrics', 'open_tracker', 'cpu_name', 'n_cores', 'peak_memory', 'environment',
+           'base_dir', 'runs_dir', 'fingerprint', 'Run', 'StopSignal', 'progress_bar', 'in_words']
 
 # %% ../nbs/00_common.ipynb #05da6210
 import errno
@@ -115,6 +115,16 @@ def group_rank_and_world() -> tuple[int, int]: # rank, world size
     "This process's place in the group that it has joined; (0, 1) where it has joined none, whatever the environment says."
     import torch.distributed as dist
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+def gather(
+    mine: list, # of this rank; anything that can be pickled
+) -> list:
+    "The lists of all ranks, one behind the other, on every rank."
+    import torch.distributed as dist
+    if group_rank_and_world()[1] == 1: return mine
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return [item for part in parts for item in part]
 
 # %% ../nbs/00_common.ipynb #5cb93be1
 def derive_seed(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'SETS', 'WORLD_SHARD', 'WORLD_VAL', 'KINDS', 'SHARD_CHARACTERS', 'Source', 'hub_shards', 'data_root',
-           'world_folder', 'make_world', 'text_files', 'cut_text', 'take', 'iter_texts', 'set_files', 'set_rows',
-           'core_folders', 'conversations', 'val_characters', 'text_path', 'prepare_text', 'sample_texts',
+           'world_folder', 'make_world', 'text_files', 'cut_text', 'take', 'iter_texts', 'file_rows', 'set_files',
+           'set_rows', 'core_folders', 'conversations', 'val_characters', 'text_path', 'prepare_text', 'sample_texts',
            'prepare_data', 'batched', 'tokenize', 'tokens_dir', 'Arriving', 'start_download', 'prepare_tokens',
            'get_set', 'show_set', 'damaged_files']
 
@@ -303,7 +303,7 @@ def iter_texts(
     return take((text[:max_doc_characters] for text in texts), max_characters)
 
 # %% ../nbs/03_dataset.ipynb #08be132e
-def _rows(
+def file_rows(
     file: Path, # parquet, jsonl or jsonl.gz
     columns: tuple[str, ...], # those that a row must have
 ) -> Iterator[tuple[int, dict]]: # number of the line or row, from 1; these columns
@@ -344,11 +344,11 @@ def set_rows(
     split: str, # "train", "test", …
 ) -> Iterator[dict]: # column → value
     "The rows of one split of a set."
-    for file in set_files(name, split): yield from (row for _, row in _rows(file, SETS[name].columns))
+    for file in set_files(name, split): yield from (row for _, row in file_rows(file, SETS[name].columns))
 
 def core_folders() -> list[Path]:
-    "The folders that hold `eval_data` of CORE: your own data folder's `core` and `core_rebuilt`, or the archive, unpacked."
-    if mine := _in_data_root(SETS["core"].local): return [folder for folder in (mine, mine.with_name("core_rebuilt")) if folder.is_dir()]
+    "The folders that hold `eval_data` of CORE: those of your own data folder whose names begin with `core`, or the archive, unpacked."
+    if mine := _in_data_root(SETS["core"].local): return sorted(folder for folder in mine.parent.glob("core*") if folder.is_dir())
     return [download_archive(SETS["core"].url, SETS["core"].sha256, base_dir()/"data"/"core")/"eval_bundle"]
 
 # %% ../nbs/03_dataset.ipynb #9f17a9c2
@@ -360,7 +360,7 @@ def conversations(
     files = set_files(source, split) if source in SETS else text_files(_in_data_root(str(source)) or Path(source).expanduser())
     if files[0].name.lower().endswith(KINDS[2]): raise UserError(f"{files[0]} is plain text, and conversations are JSON lines: write one {{\"messages\": […]}} a line into a .jsonl file.")
     for file in files:
-        for n, row in _rows(file, ("messages",)):
+        for n, row in file_rows(file, ("messages",)):
             try: check_conversation(row)
             except UserError as e: raise UserError(f"{file}, line {n}: {e}") from None
             yield row
@@ -626,7 +626,7 @@ def show_set(
         if not here: here = [(split, file) for split, files in source.splits.items() for f in files if (file := base_dir()/"data"/name/f).exists()]
         if name == "core": here = [("", f) for f in (_in_data_root("core"), base_dir()/"data"/"core"/"eval_bundle") if f and f.exists()]
         lines += [f"here: {split} {file} ({_bytes(file.stat().st_size)})" if split else f"here: {file}" for split, file in here]
-        begins = [json.dumps(row, ensure_ascii=False) for split, file in here[:1] if split for _, row in islice(_rows(file, source.columns), 2)]
+        begins = [json.dumps(row, ensure_ascii=False) for split, file in here[:1] if split for _, row in islice(file_rows(file, source.columns), 2)]
     else:
         mine = text_path(name)
         folder = mine or (world_folder(42) if name == "world" else base_dir()/"data"/name)

@@ -323,7 +323,14 @@ class GPT(nn.Module):
             losses = head_loss(x.flatten(0, 1), self.lm_head.weight[:c.vocab_size], targets.flatten(), c.softcap, "none" if loss_reduction == "none" else "sum")
             if loss_reduction == "none": return losses.view(B, T)
             return losses if loss_reduction == "sum" else losses / (targets >= 0).sum().clamp(min=1) # a batch without any target has loss 0, not nan
-        logits = self.lm_head(x / c.softcap).float() # (B, T, padded_vocab_size)
+        return self.head(x)
+
+    def head(self,
+             x: torch.Tensor, # (..., n_embd) what the trunk gives
+             ) -> torch.Tensor: # (..., vocab_size) float32
+        "Logits."
+        c = self.config
+        logits = self.lm_head(x / c.softcap).float() # (..., padded_vocab_size)
         if c.padded_vocab_size != c.vocab_size: logits = logits[..., :c.vocab_size]
         return c.softcap * logits.tanh_() # in place: the largest tensor of the model
 

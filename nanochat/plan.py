@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_LR', 'REFERENCE_WEIGHT_DECAY', 'GPUS', 'BF16_PAYS', 'ATTAINED', 'ACTIVATIONS', 'PROGRAM', 'LOGITS', 'TASKS',
-           'SCHEMA', 'KEYS', 'SAME', 'RIVALS', 'USABLE', 'MICRO_BATCH', 'TOKENS_PER_CONVERSATION', 'GENERATION_COST',
-           'TEXT_RATE', 'STARTUP', 'DISK_RATE', 'LAW', 'CHOSEN', 'DEPTHS', 'WIDTHS', 'VOCABULARIES', 'SMALLEST_DIAL',
-           'SMALL_LR', 'padded_vocab', 'count_params', 'layer_windows', 'scaling_params', 'flops_per_token',
-           'model_shape', 'reference_params', 'optimal_batch', 'batch_scale', 'Hardware', 'named_hardware',
-           'cpu_hardware', 'detect_hardware', 'training_memory', 'Key', 'describe_settings', 'setting_name',
-           'presets_dir', 'known_presets', 'load_preset', 'expected_bits_per_byte', 'bytes_per_token', 'Candidate',
-           'Row', 'Plan', 'make_plan']
+           'ANSWER_TOKENS', 'SCHEMA', 'KEYS', 'SAME', 'RIVALS', 'USABLE', 'MICRO_BATCH', 'TOKENS_PER_CONVERSATION',
+           'GENERATION_COST', 'TEXT_RATE', 'STARTUP', 'DISK_RATE', 'CORE_TOKENS', 'CORE_ROWS', 'LAW', 'CHOSEN',
+           'DEPTHS', 'WIDTHS', 'VOCABULARIES', 'SMALLEST_DIAL', 'SMALL_LR', 'padded_vocab', 'count_params',
+           'layer_windows', 'scaling_params', 'flops_per_token', 'model_shape', 'reference_params', 'optimal_batch',
+           'batch_scale', 'Hardware', 'named_hardware', 'cpu_hardware', 'detect_hardware', 'training_memory', 'Key',
+           'describe_settings', 'setting_name', 'presets_dir', 'known_presets', 'load_preset', 'expected_bits_per_byte',
+           'bytes_per_token', 'Candidate', 'Row', 'Plan', 'make_plan']
 
 # %% ../nbs/08_plan.ipynb #28e33eb0
 import difflib
@@ -247,6 +247,8 @@ def training_memory(
 # %% ../nbs/08_plan.ipynb #c17aacd5
 TASKS = ("identity", "facts", "sums", "spelling", "counting", "choice", "smalltalk")
 
+ANSWER_TOKENS = {"arc-easy": 50, "arc-challenge": 50, "mmlu": 50, "gsm8k": 256, "humaneval": 384} # generated for an answer, or, where letters are compared, what reading the question costs
+
 class Key(NamedTuple):
     "One setting of a run."
     name: str # section.key
@@ -334,6 +336,8 @@ SCHEMA = [
     Key("rl.eval_every", int, None, "steps", "steps between evaluations; a sixth of the stage", 1),
     Key("rl.eval_problems", int, 200, "problems", "held-out problems in an evaluation", 1),
     Key("rl.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
+    Key("eval.core_questions", int, None, "questions", "of each CORE task after pretraining, more than ten; 0: no CORE; -1: all there are; 500 for text from a hub", -1),
+    Key("eval.tasks", str, None, "", f"what chat models are asked, separated by commas: {', '.join(['world', *ANSWER_TOKENS])}; all for text from a hub"),
     Key("eval.questions", int, 200, "questions", "held-out questions for each task", 1),
     Key("eval.max_new_tokens", int, 64, "tokens", "of one answer, at most", 1),
     Key("eval.batch", int, 64, "rows", "answers that are generated at a time", 1),
@@ -511,6 +515,12 @@ def _derive(given: dict, hw: Hardware) -> dict:
     # the text
     c.setdefault("data.characters", 5 * c["base.tokens"])
     c.setdefault("tokenizer.max_characters", min(2_000_000_000, c["data.characters"]))
+    # what is asked
+    on_hub = c["data.source"] in SOURCES and c["data.source"] != "world"
+    c.setdefault("eval.core_questions", 500 if on_hub else 0)
+    c.setdefault("eval.tasks", ",".join(["world", *ANSWER_TOKENS]) if on_hub else "world")
+    if unknown := set(_asked(c["eval.tasks"])) - {"world", *ANSWER_TOKENS}: raise UserError(f"eval.tasks names {sorted(unknown)[0]!r}: choose from world, {', '.join(ANSWER_TOKENS)}.")
+    if 0 < c["eval.core_questions"] <= 10: raise UserError(f"eval.core_questions is {c['eval.core_questions']}: ask more than ten, of which ten are examples, or 0 for no CORE.")
     return c
 
 # %% ../nbs/08_plan.ipynb #0dc46079
@@ -522,6 +532,11 @@ def _memory_share(c: dict, hw: Hardware) -> int:
     "Bytes that one process may fill: a device of its own, or its share of the one processor."
     return int(USABLE * hw.memory_bytes * hw.count / max(hw.count, c["hardware.nproc"]))
 
+def _asked(names: str, # separated by commas
+               ) -> list[str]: # at least "world"
+    "The names of what a chat model is asked."
+    return [name.strip() for name in names.split(",") if name.strip()] or ["world"]
+
 def _stage_tokens(c: dict, stage: str) -> int:
     "Tokens that mid-training or SFT goes through, roughly."
     return sum(c[f"{stage}.mixture.{task}"] for task in TASKS) * TOKENS_PER_CONVERSATION * c[f"{stage}.epochs"]
@@ -531,6 +546,8 @@ GENERATION_COST = 1 # training tokens that one generated token costs
 TEXT_RATE = 4e6 # characters a second on each CPU core
 STARTUP = 6.0 # seconds in which a stage's notebook gets ready
 DISK_RATE = 4e8 # bytes a second that a checkpoint is written and hashed at
+CORE_TOKENS = 550 # read for a question of CORE, examples and all options included: counted with 32,768 tokens
+CORE_ROWS = 4138 # questions of a task, on average of all 22
 
 def _reckoned_rate(c: dict, hw: Hardware) -> float: # training tokens in a second
     "What the machine's peak and the usual share of it make of a model."
@@ -546,13 +563,15 @@ def _stage_seconds(
     second = rate or _reckoned_rate(c, hw)
     evaluations = c["base.eval_tokens"] * (c["base.steps"] // c["base.eval_every"] + 1)
     sampled = c["rl.steps"] * c["rl.prompts_per_step"] * c["rl.samples_per_prompt"] + c["rl.eval_problems"] * (c["rl.steps"] // c["rl.eval_every"] + 1)
-    answers = c["eval.questions"] * len(TASKS) * 3 # after mid, SFT and RL
+    asked = _asked(c["eval.tasks"])
+    answers = 3 * c["eval.questions"] * ((len(TASKS) * c["eval.max_new_tokens"] / 2 if "world" in asked else 0) + sum(ANSWER_TOKENS.get(task, 0) for task in asked)) # after mid, SFT and RL
+    core = 22 * CORE_TOKENS * (CORE_ROWS if c["eval.core_questions"] < 0 else c["eval.core_questions"])
     tokens = {
-        "base": c["base.tokens"] + evaluations // 3,
+        "base": c["base.tokens"] + (evaluations + core) // 3,
         "mid": _stage_tokens(c, "mid"),
         "sft": _stage_tokens(c, "sft"),
         "rl": sampled * min(c["rl.max_new_tokens"], TOKENS_PER_CONVERSATION) * (GENERATION_COST + 1),
-        "evaluation": answers * c["eval.max_new_tokens"] / 2 * GENERATION_COST,
+        "evaluation": answers * GENERATION_COST,
     }
     looks = c["base.steps"] // c["base.eval_every"] + 1 # each with a checkpoint: weights, and up to two moments of each
     saving = {"base": looks * 12 * count_params(_model(c))["total"] / DISK_RATE}

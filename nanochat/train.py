@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['all_reduce_sum', 'autocast', 'bits_per_byte', 'accumulate_gradients', 'agree', 'checkpoint_to_resume',
-           'rows_in_words', 'measured', 'train', 'grad_accum_steps', 'optimizer_for', 'prepare_model', 'pretrain']
+           'rows_in_words', 'measured', 'train', 'grad_accum_steps', 'validation_bits_per_byte', 'optimizer_for',
+           'prepare_model', 'pretrain']
 
 # %% ../nbs/10_train.ipynb #192f8923
 import math
@@ -244,6 +245,29 @@ def grad_accum_steps(
                         f"change one of them, for example batch_tokens={max(1, round(batch_tokens / per_round)) * per_round}.")
     return batch_tokens // per_round
 
+# %% ../nbs/10_train.ipynb #f0b676d1
+class _OneEpoch:
+    "A loader's rows once each; what comes behind them is not asked."
+    def __init__(self, loader: PackedLoader):
+        self.loader, self.left = loader, loader.epoch_rows - loader.rank * loader.batch_size
+    def next_batch(self):
+        x, y = self.loader.next_batch()
+        y[max(0, self.left):] = -1
+        self.left -= self.loader.batch_size * self.loader.world_size
+        return x, y
+
+def validation_bits_per_byte(
+    model: GPT, # on its device
+    tokenizer: Tokenizer, # the one that it was trained with
+    tokens_dir: Path, # its token shards, as `nanochat.dataset.prepare_tokens` gives them
+    rows: int = 8, # at a time
+    dtype: torch.dtype = torch.float32, # of the matrix products
+) -> float: # bits per byte
+    "How well a model predicts the whole validation text."
+    device, (rank, world_size) = model.lm_head.weight.device, group_rank_and_world()
+    loader = PackedLoader(tokens_dir, "val", rows, model.config.sequence_len, rank, world_size, device=device, tokenizer_hash=tokenizer.hash)
+    return bits_per_byte(model, _OneEpoch(loader), torch.as_tensor(tokenizer.token_bytes(), device=device), -(-loader.epoch_rows // (rows * world_size)), dtype)
+
 # %% ../nbs/10_train.ipynb #ebca90f5
 def optimizer_for(
     model: GPT, # the model to train
@@ -271,6 +295,7 @@ def prepare_model(
 # %% ../nbs/10_train.ipynb #ae63f65d
 def pretrain(
     run: Run, # a run whose stage "tokenizer" is done
+    examine: Callable[..., dict] | None = None, # called with the trained model, tokenizer, step and dtype; what it gives joins the manifest
 ) -> dict: # the stage's manifest
     "Pretrain the base model of a run, or go on with it. Under `torch.distributed.run`, on all its ranks."
     run.needs("tokenizer")
@@ -313,4 +338,5 @@ def pretrain(
                        peak_flops=config["hardware"].get("peak_flops") or 0.0, desc="pretraining")
         starts = PackedLoader(tokens_dir, "val", B, T, rank, world_size, device=device, crop=True) # rows that begin where documents do
         result["bits_per_byte_of_beginnings"] = round(bits_per_byte(model, starts, token_bytes, eval_batches, dtype), 5)
+        if examine: result |= examine(model, tokenizer, result["step"], dtype)
         return run.finish("base", **result, **floor, parameters=model.num_params()["total"], world_size=world_size)

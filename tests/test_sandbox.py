@@ -1,0 +1,483 @@
+"""Programs that a model wrote: honest ones pass, hostile ones neither pass nor touch anything, and nothing of them stays. And the calculator."""
+import gzip
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import REPO, real_data, wait_for
+
+from nanochat import sandbox
+from nanochat.common import UserError, peak_memory
+from nanochat.sandbox import Limits, calculator, judge, judge_many, run_python, sandbox_kind
+
+QUICK = Limits(seconds=1)  # for what would never end
+
+
+@pytest.fixture(scope="module", params=["bubblewrap", "namespaces"])
+def kind(request):
+    "Each way to build a sandbox that this machine has."
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "namespaces": patch.setenv("PATH", "")  # hides bwrap
+        elif not shutil.which("bwrap"): pytest.skip("bubblewrap is not installed")
+        sandbox._walls.cache_clear()
+        found, why = sandbox._walls()
+        if found != request.param: pytest.skip(f"no {request.param} on this machine: {why}")
+        yield found
+    sandbox._walls.cache_clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def before():
+    "What this process holds before the first program runs: open files, and its memory in MB."
+    judge("def f(): return 1", "def check(f): assert f() == 1", "f", unprotected=True)
+    peak_memory(reset=True)
+    return {"files": psutil.Process().num_fds(), "memory": peak_memory()}
+
+
+def processes_named(name):
+    "Processes of this machine that call themselves so."
+    return [p for p in psutil.process_iter(["name", "status"]) if p.info["name"] == name and p.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+def gone(name, seconds=5):
+    "Whether no process of that name is left, within some seconds."
+    until = time.monotonic() + seconds
+    while processes_named(name) and time.monotonic() < until: time.sleep(0.05)
+    return not processes_named(name)
+
+
+# ---- honest programs
+
+PROBLEMS = { # entry point: a right solution, a wrong one, tests, and the context that the tests need
+    "running_max": ("def running_max(x):\n    out = []\n    for v in x: out.append(max([v, *out[-1:]]))\n    return out",
+                    "def running_max(x): return sorted(x)",
+                    "def check(candidate):\n    assert candidate([]) == []\n    assert candidate([2, 1, 3]) == [2, 2, 3]", ""),
+    "letters": ("from collections import Counter\ndef letters(text): return Counter(text.lower())",
+                "def letters(text): return {c: 1 for c in text.lower()}",
+                "def check(candidate):\n    assert candidate('') == {}\n    assert candidate('Abba') == {'a': 2, 'b': 2}", ""),
+    "unshift": ("def unshift(text): return ''.join(chr((ord(c) - 100) % 26 + 97) for c in text)",
+                "def unshift(text): return text",
+                "def check(candidate):\n    for word in ('', 'xyz', 'hello'): assert candidate(shift(word)) == word",
+                "def shift(text): return ''.join(chr((ord(c) - 94) % 26 + 97) for c in text)\ndef unshift(text):\n    '''Undo shift.'''\n"),
+    "mean": ("import math\ndef mean(*values, default=math.nan): return math.fsum(values) / len(values) if values else default",
+             "def mean(*values, default=0.0): return default",
+             "import math\ndef check(candidate):\n    assert abs(candidate(0.1, 0.2) - 0.15) < 1e-9\n    assert math.isnan(candidate())\n    assert candidate(default=math.inf) == math.inf", ""),
+    "kinds": ("def kinds(x): return x", "def kinds(x): return list(x)",
+              "def check(candidate):\n    for x in ((1, [2]), {3}, {(1, 2): b'x'}, 'text', frozenset({1}), (True, None, 2j, 10**50)):\n"
+              "        got = candidate(x)\n        assert (got, type(got)) == (x, type(x))", ""),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_right_passes_and_wrong_does_not(kind, name):
+    right, wrong, tests, context = PROBLEMS[name]
+    verdict = judge(right, tests, name, context)
+    assert verdict.passed and verdict.error is None and verdict.seconds < 5, verdict
+    for program, error in ((wrong, "AssertionError: "), (f"def {name}(*args, **kwargs): return 'none'", ("AssertionError: ", "TypeError: ")), ("", f"NameError: the solution does not define {name}"),
+                           ("def def", "SyntaxError: "), (f"def {name}(*args, **kwargs): return open", "TypeError: a builtin_function_or_method is not plain data")):
+        verdict = judge(program, tests, name, context)
+        assert not verdict.passed and verdict.error.startswith(error), verdict
+
+
+@pytest.mark.parametrize("program", [
+    "print('thinking')\ndef double(x): print(x); return 2 * x",
+    "import sys; sys.stdout.close(); sys.stderr = None\ndef double(x): return 2 * x",
+    "import os; os.close(1); os.close(2)\ndef double(x): return 2 * x",
+    "def double(x, depth=900): return double(x, depth - 1) if depth else 2 * x",
+    "try: open('/etc/passwd')\nexcept OSError: pass\ndef double(x): return 2 * x",
+    "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Pair:\n    a: int\n    def sum(self): return self.a * 2\ndef double(x): return Pair(x).sum()",
+    "import asyncio\nasync def later(x): return 2 * x\ndef double(x): return asyncio.run(later(x))",
+    "import tempfile\ndef double(x):\n    with tempfile.TemporaryFile('w+') as f: f.write('a' * x * 2); f.seek(0); return len(f.read())",
+    "if __name__ == '__main__': raise SystemExit\ndef double(x): return 2 * x",
+], ids=["prints", "closes stdout", "closes descriptors", "recurses", "looks around", "dataclass", "asyncio", "scratch file", "main"])
+def test_odd_but_honest(kind, program):
+    verdict = judge(program, "def check(candidate): assert candidate(21) == 42", "double")
+    assert verdict.passed, verdict
+
+
+def test_exceptions_travel_by_name(kind):
+    tests = """
+def check(candidate):
+    for kind, error in (("ValueError", ValueError), ("KeyError", KeyError), ("Own", Exception), ("UnicodeDecodeError", None)):
+        try: candidate(kind)
+        except Exception as e: assert error and (isinstance(e, error) and type(e).__name__ == kind), repr(e)
+        else: assert False, kind
+"""
+    program = "class Own(Exception): pass\ndef throw(name):\n    if name == 'UnicodeDecodeError': b'\\xff'.decode()\n    raise (Own if name == 'Own' else __builtins__[name])('text')"
+    verdict = judge(program, tests, "throw")
+    assert verdict.error == "the solution's answer cannot be read, or is too long"  # that one cannot be made from a text
+
+
+def test_the_tests_themselves_cannot_hang_or_crash(kind):
+    good = "def double(x): return 2 * x"
+    for tests, error in (("while True: pass", "time limit of 1 s"), ("import os; os._exit(0)", "the tests ended without a verdict"),
+                         ("raise SystemExit", "SystemExit: raise SystemExit"), ("print('nothing')", "ValueError: the tests never called the function"),
+                         ("def check(candidate): candidate(object())", "TypeError: a object is not plain data"),
+                         ("def check(candidate):\n    try: candidate(1)\n    except: pass\n    missing", "NameError: name 'missing' is not defined"),
+                         ("x = bytearray(10**10)", "MemoryError: x = bytearray(10**10)")):
+        verdict = judge(good, tests, "double", limits=QUICK)
+        assert not verdict.passed and verdict.error == error, verdict
+    # a test that swallows everything does not swallow the end of the solution
+    swallow = "def check(candidate):\n    for _ in range(3):\n        try: candidate(1)\n        except: pass"
+    assert judge("import os\ndef double(x): os._exit(0)", swallow, "double").error == "the solution ended before the tests did"
+
+
+def test_judge_many_keeps_the_order(kind):
+    problems = []
+    for name, (right, wrong, tests, context) in PROBLEMS.items():
+        problems += [(right, tests, name, context), {"solution": wrong, "tests": tests, "entry_point": name, "context": context}]
+    assert [v.passed for v in judge_many(problems, 2)] == [True, False] * len(PROBLEMS)
+    assert judge_many([]) == []
+
+
+def test_human_eval(kind):
+    with gzip.open(real_data("humaneval")/"HumanEval.jsonl.gz", "rt") as f: rows = [json.loads(line) for line in f]
+    assert len(rows) == 164
+    def verdicts(body): return judge_many([(row["prompt"] + (body or row["canonical_solution"]), row["test"], row["entry_point"], row["prompt"]) for row in rows], 2)
+    started = time.monotonic()
+    failed = [(row["task_id"], v.error) for row, v in zip(rows, verdicts("")) if not v.passed]
+    assert not failed
+    assert time.monotonic() - started < 60
+    assert not any(v.passed for v in verdicts("    return None\n"))
+
+
+# ---- programs that want to be thought right: the function is wrong, or what is around it makes sure that no honest verdict comes
+
+RIGHT, WRONG = "\ndef double(x): return 2 * x\n", "\ndef double(x): return 0\n"
+FORGERIES = {
+    "sys.exit": RIGHT + "import sys; sys.exit(0)",
+    "raise SystemExit": RIGHT + "raise SystemExit",
+    "os._exit": RIGHT + "import os; os._exit(0)",
+    "exit in the function": "import sys\ndef double(x): sys.exit(0)",
+    "_exit in the function": "import os\ndef double(x): os._exit(0)",
+    "KeyboardInterrupt": RIGHT + "raise KeyboardInterrupt",
+    "KeyboardInterrupt in the function": "def double(x): raise KeyboardInterrupt",
+    "AssertionError caught by nobody": "def double(x): raise StopIteration",
+    "prints success": WRONG + "import sys\nfor word in ('passed', 'OK', 'True', '0' * 32, '{\"passed\": true}'):\n    print(word, flush=True); print(word, file=sys.stderr)",
+    "prints at exit": WRONG + "import atexit, os; atexit.register(lambda: os.write(1, b'passed'))",
+    "redefines check": WRONG + "def check(candidate): pass\ncandidate = lambda x: 2 * x\nimport builtins; builtins.check = check; builtins.candidate = candidate",
+    "redefines assert": WRONG + "import builtins\nclass Never(Exception): pass\nbuiltins.AssertionError = Never\n__debug__ if True else 0",
+    "patches builtins": WRONG + "import builtins, operator\nfor name in ('isinstance', 'abs', 'len', 'all', 'any', 'compile', 'print'): setattr(builtins, name, lambda *a, **k: True)\noperator.eq = lambda a, b: True\nbuiltins.exec = lambda *a: None",
+    "patches json": WRONG + "import json; json.dumps = lambda *a: '[\"returned\", true]'",
+    "traces": WRONG + "import sys\ndef trace(frame, event, arg):\n    frame.f_globals['__builtins__'] = {}\n    return trace\nsys.settrace(trace); sys.setprofile(trace)",
+    "equal to all": "class Yes:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef double(x): return Yes()",
+    "equal to all, an int": "class Yes(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef double(x): return Yes(0)",
+    "equal to all, a str": "class Yes(str):\n    def __eq__(self, other): return True\n    __hash__ = str.__hash__\ndef double(x): return Yes('0')",
+    "equal to all, a list": "class Yes(list):\n    def __eq__(self, other): return True\ndef double(x): return Yes()",
+    "repr of the answer": "class Six:\n    def __repr__(self): return str(6)\n    __str__ = __repr__\ndef double(x): return Six()",
+    "pickle": "class Run:\n    def __reduce__(self): return (print, ('passed',))\ndef double(x): return Run()",
+    "pickle on the channel": "import os, pickle\ndef double(x):\n    for fd in range(3, 200):\n        try: os.write(fd, pickle.dumps(print) + b'\\n')\n        except OSError: pass",
+    "code on the channel": "import os\ndef double(x):\n    for fd in range(3, 200):\n        try: os.write(fd, b'[\"returned\", [\"exec\", \"import sys; sys.exit(0)\"]]\\n')\n        except OSError: pass",
+    "raises into the judge": "import os\ndef double(x):\n    for fd in range(3, 200):\n        try: os.write(fd, b'[\"raised\", \"SystemExit\", \"0\"]\\n')\n        except OSError: pass",
+    "garbage on the channel": "import os\ndef double(x):\n    for fd in range(3, 200):\n        try: os.write(fd, b'\\xff\\0' * 100 + b'\\n')\n        except OSError: pass",
+    "deep nesting on the channel": "import os\ndef double(x):\n    for fd in range(3, 200):\n        try: os.write(fd, b'[\"returned\", ' + b'[\"list\", ' * 20000 + b'\\n')\n        except OSError: pass",
+    "a number of many digits": "import os\ndef double(x):\n    for fd in range(3, 200):\n        try: os.write(fd, b'[\"returned\", ' + b'9' * 100000 + b']\\n')\n        except OSError: pass",
+    "a long answer": "def double(x): return 'x' * 10**7",
+    "closes the channel": WRONG + "import os; os.closerange(0, 200)",
+    "closes the channel later": "import os\ndef double(x): os.closerange(0, 200)",
+    "answers beforehand": WRONG + "import os\nfor fd in range(3, 200):\n    try: os.write(fd, b'[\"returned\", 6]\\n' * 9)\n    except OSError: pass",
+    "changes its answer later": "import threading, time\nkept = []\ndef change():\n    while True:\n        kept.extend([6]); time.sleep(0.001)\nthreading.Thread(target=change, daemon=True).start()\ndef double(x): return kept",
+    "generator": "def double(x): yield 6",
+    "NaN": "def double(x): return float('nan')",
+    "threads left running": WRONG + "import threading, time\nfor _ in range(2): threading.Thread(target=time.sleep, args=(99,)).start()",
+    "deep recursion": "def double(x): return double(x)",
+    "crash": "import sys\nsys.setrecursionlimit(10**9)\nclass A:\n    def __getattribute__(self, name): return getattr(self, name)\nf = lambda: f()\ndef double(x): return A().x + f()",
+    "segmentation fault": "import ctypes\ndef double(x): ctypes.string_at(0)",
+    "kills all": RIGHT + "import os; os.kill(-1, 9); os._exit(0)",
+    "kills its group": RIGHT + "import os; os.kill(0, 9); os._exit(0)",
+    "fills the folder": WRONG + "try:\n    for i in range(10**4): open(str(i), 'wb').write(bytes(1 << 20))\nexcept OSError: pass\nimport sys; sys.exit(0)",
+}
+ENDLESS = {
+    "loop": RIGHT + "while True: pass",
+    "loop in the function": "def double(x):\n    while True: pass",
+    "loop that catches everything": RIGHT + "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+    "ignores signals": RIGHT + "import signal, time\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: time.sleep(1)",
+    "sleep": "import time\ndef double(x): time.sleep(99); return 2 * x",
+    "stops itself": RIGHT + "import os, signal\nif not os.fork(): os.kill(os.getpid(), signal.SIGSTOP)\nwhile True: os.wait()",
+    "fork bomb": RIGHT + "import os\nwhile True: os.fork()",
+    "fork bomb that goes on": RIGHT + "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "thread bomb": RIGHT + "import threading\nwhile True:\n    try: threading.Thread(target=threading.Event().wait).start()\n    except RuntimeError: pass",
+    "long regular expression": "import re\ndef double(x): return re.match('(a+)+$', 'a' * 40 + 'b')",
+    "long integer": "def double(x): return 9**9**9",
+    "slow generator": "import time\ndef numbers():\n    while True: time.sleep(0.2); yield 6\ndef double(x): return sum(numbers())",
+    "10 GB of memory": RIGHT + "x = bytearray(10 * 2**30)",
+    "10 GB in pieces": RIGHT + "x = []\nwhile True:\n    try: x.append(bytearray(2**20))\n    except MemoryError: pass",
+    "1 GB of output": RIGHT + "for _ in range(2**10): print('x' * 2**20)",
+    "1 GB of errors": RIGHT + "import sys\nfor _ in range(2**10): sys.stderr.write('x' * 2**20)",
+    "1 GB on the channel": "import os\ndef double(x):\n    for fd in range(3, 200):\n        try:\n            for _ in range(2**10): os.write(fd, b'x' * 2**20)\n        except OSError: pass",
+    "does not listen": RIGHT + "import time\ntime.sleep(99)",
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forgery_fails(kind, name):
+    verdict = judge(FORGERIES[name], "def check(candidate):\n    assert candidate(3) == 6\n    assert candidate(5) == 10", "double")
+    assert not verdict.passed and verdict.error and len(verdict.error) <= 300 and "\n" not in verdict.error, verdict
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_endless_program_is_stopped(kind, name):
+    verdict = judge(ENDLESS[name], "def check(candidate):\n    assert candidate(3) == 6", "double", limits=QUICK)
+    assert not verdict.passed and verdict.error and verdict.seconds < 4 and len(verdict.output) <= QUICK.output_bytes, verdict
+
+
+# ---- programs that want to do what they must not: the function returns True if it succeeded, which is what the test asks for
+
+DEED = """
+import ctypes, errno, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def done(result):
+    if result < 0: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+def deed({arguments}):
+    try:
+{body}
+    except (Exception, MemoryError) as e: return f"{{type(e).__name__}}: {{e}}"
+    return True
+"""
+DEEDS = { # what it is called: the body, in which `path` is a file of the user, `port` one that listens and `pid` this process
+    "read /etc/passwd": "open('/etc/passwd').read()",
+    "read /etc through a link": "os.symlink('/etc', 'etc'); open('etc/passwd').read()",
+    "read a file of the user": "open(path).read()",
+    "read a file of the user by going up": "open('../' * 20 + path).read()",
+    "see the project": "os.listdir(project)",
+    "see the home": "found = set(os.listdir(home)) - {home_needed}; assert found, 'nothing'",
+    "see the environment": "assert 'NANOCHAT_TEST_SECRET' in os.environ",
+    "see other processes": "found = [p for p in os.listdir('/proc')]; assert found",
+    "read the judge's memory": "open(f'/proc/{pid}/mem', 'rb').read(1)",
+    "read the parent's environment": "open(f'/proc/{os.getppid()}/environ', 'rb').read(1)",
+    "find the tests or the secret": (
+        "import gc\n"
+        "word, frame, seen = 'ELDEEN'[::-1], sys._getframe().f_back, [sys.argv, sys.orig_argv]\n"
+        "while frame: seen += [frame.f_locals, frame.f_globals]; frame = frame.f_back\n"
+        "for fd in range(200):\n"
+        "    try: os.set_blocking(fd, False); seen.append([os.pread(fd, 10**6, 0)])\n"
+        "    except OSError: pass\n"
+        "seen = [thing for thing in seen + gc.get_objects() if type(thing) in (dict, list, tuple)]\n"
+        "values = [v for thing in seen for v in (thing.values() if type(thing) is dict else thing)]\n"
+        "texts = [v if type(v) is str else v.decode('latin-1') for v in values if type(v) in (str, bytes)]\n"
+        "assert any(word in text for text in texts if text != word) or any('secret' in thing for thing in seen if type(thing) is dict), len(texts)"),
+    "write outside": "open('../outside', 'w').write('x')",
+    "write into the system": "open('/usr/lib/outside', 'w').write('x')",
+    "write into Python": "open(os.path.dirname(os.__file__) + '/outside.py', 'w').write('x')",
+    "change a system file": "os.chmod(os.__file__, 0o777)",
+    "delete a system file": "os.unlink('/usr/bin/env')",
+    "connect": "import socket; socket.create_connection(('127.0.0.1', port), 1)",
+    "connect by IPv6": "import socket; socket.create_connection(('::1', port), 1)",
+    "send a datagram": "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', port))",
+    "listen": "import socket; socket.create_server(('127.0.0.1', 0))",
+    "a socket of the machine": "import socket; socket.socket(socket.AF_UNIX)",
+    "look up a name": "import socket; socket.getaddrinfo('example.com', 80)",
+    "kill its parent": "os.kill(os.getppid(), 9); import time; time.sleep(0.3); assert os.getppid() != 1, 'it lives'",
+    "kill this process": "os.kill(pid, 9)",
+    "trace its parent": "done(libc.ptrace(16, os.getppid(), 0, 0))",
+    "become root": "os.setuid(0)",
+    "raise a limit": "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "a file of 20 MB": "open('big', 'wb').write(bytes(20 << 20))",
+    "40 MB of files": "[open(str(i), 'wb').write(bytes(4 << 20)) for i in range(10)]",
+    "10 GB of memory": "assert len(bytearray(10 * 2**30))",
+    "1 GB of memory in pieces": "x = [bytearray(2**20) for _ in range(2**10)]",
+    "1 GB of shared memory": "import mmap; x = [mmap.mmap(-1, 1 << 20) for _ in range(2**10)]",
+    "memory that is a file": "done(os.memfd_create('x'))",
+    "memory of System V": "done(libc.shmget(0, 1 << 20, 0o1600))",
+    "20 processes": "import time\nfor _ in range(20):\n    if not os.fork(): time.sleep(9); os._exit(0)",
+    "a namespace of its own": "done(libc.unshare(0x10000000))",
+    "a clone in a namespace of its own": "done(libc.syscall(56 if os.uname().machine == 'x86_64' else 220, 0x10000011, 0, 0, 0, 0))",
+    "clone3": "done(libc.syscall(435, 0, 0))",
+    "a mount": "done(libc.mount(b'tmpfs', b'/scratch', b'tmpfs', 0, None))",
+    "make the system writable": "done(libc.mount(None, b'/usr', None, 0x1000 | 32, None))",
+    "leave the root folder": "os.mkdir('r'); os.chroot('r')",
+    "keys of the kernel": "done(libc.syscall(250 if os.uname().machine == 'x86_64' else 219, 0, -4, 0))",
+    "a device": "os.mknod('disk', 0o60666, os.makedev(8, 0)); open('disk', 'rb').read(1)",
+}
+
+
+def attempt(name, folder, **how):
+    "Judge a deed."
+    (folder/"file").write_text("here")
+    home = Path.home()
+    needed = {Path(p).relative_to(home).parts[0] for p, _ in sandbox._binds() if Path(p).is_relative_to(home)}  # the way to a Python in the home
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        known = {"path": str(folder/"file"), "port": server.getsockname()[1], "pid": os.getpid(), "project": str(REPO), "home": str(home)}
+        body = "\n".join("        " + line for line in DEEDS[name].replace("{home_needed}", repr(needed or {""})).splitlines())
+        # NEEDLE is what one of them looks for
+        return judge(DEED.format(arguments=", ".join(known), body=body), f"def check(candidate): assert (got := candidate(**{known})) is True, got  # NEEDLE", "deed", **how)
+
+
+@pytest.mark.parametrize("name", DEEDS)
+def test_deed_has_no_effect(kind, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_TEST_SECRET", "here")
+    verdict = attempt(name, tmp_path)
+    assert not verdict.passed and verdict.error.startswith("AssertionError: ") and "SyntaxError" not in verdict.error and "NameError" not in verdict.error, verdict
+
+
+# ---- what stays behind
+
+NAMED = "import ctypes, os, time\nctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\n"
+DAEMON = NAMED + "if not os.fork():\n    os.setsid()\n    ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n    if os.fork(): os._exit(0)\n    for fd in range(200):\n        try: os.close(fd)\n        except OSError: pass\n    time.sleep(60)\n    os._exit(0)\ntime.sleep(0.7)\n"
+
+
+def test_no_process_stays(kind):
+    name, verdicts = f"left{os.getpid()}"[:15], []
+    work = threading.Thread(target=lambda: verdicts.append(judge(DAEMON.format(name=name) + RIGHT, "def check(candidate): assert candidate(3) == 6", "double")))
+    work.start()
+    until = time.monotonic() + 5
+    while not processes_named(name) and time.monotonic() < until: time.sleep(0.02)
+    assert processes_named(name), "the test does not see what it looks for"
+    work.join()
+    assert gone(name), verdicts
+
+
+ALONE = """
+import sys
+from nanochat.sandbox import Limits, judge_many
+judge_many([({program!r}, "def check(f): f()", "f")] * 3, 2, limits=Limits(seconds=60))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_outlives_the_parent(kind, how, tmp_path):
+    name = f"orphan{os.getpid()}"[:15]
+    program = NAMED.format(name=name) + "ctypes.CDLL(None).prctl(1, 0, 0, 0, 0); os.setsid() if os.getpid() != os.getpgid(0) else 0\ntime.sleep(60)"
+    with open(tmp_path/"output.txt", "wb") as output:
+        parent = subprocess.Popen([sys.executable, "-c", ALONE.format(program=program)], stdout=output, stderr=output, cwd=REPO, start_new_session=True,
+                                  preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    wait_for(lambda: processes_named(name), parent, 20)
+    parent.send_signal(how)
+    assert parent.wait(10) != 0
+    assert gone(name), (tmp_path/"output.txt").read_text()
+
+
+# ---- single programs
+
+def test_run_python(kind):
+    verdict = run_python("import sys\nprint('out'); print('err', file=sys.stderr); print(__name__, sys.stdin.read())")
+    assert verdict.passed and verdict.output == "out\nerr\n__main__ \n", verdict
+    for program, error in (("1 / 0", "ZeroDivisionError: division by zero"), ("def", "SyntaxError: invalid syntax"), ("import sys; sys.exit(3)", "it ended with exit code 3"),
+                           ("import numpy", "ModuleNotFoundError: No module named 'numpy'"), ("import ctypes; ctypes.string_at(0)", "it was killed by signal 11"),
+                           ("input()", "EOFError: EOF when reading a line"), ("x = bytearray(10**10)", "MemoryError"), ("\0", None), ("'\ud800'", None)):
+        verdict = run_python(program)
+        assert not verdict.passed and (verdict.error == error or not error and verdict.error), (program, verdict)
+
+
+def test_nothing_is_inherited(kind, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_TEST_SECRET", "here")
+    verdict = run_python("import os\nprint(sorted(os.environ), os.getcwd(), hash('a'))\nprint([fd for fd in range(3, 300) if os.path.exists(f'/dev/fd/{fd}')])")
+    again = run_python("import os\nprint(sorted(os.environ), os.getcwd(), hash('a'))\nprint([fd for fd in range(3, 300) if os.path.exists(f'/dev/fd/{fd}')])")
+    assert verdict.output == again.output and "SECRET" not in verdict.output and "/scratch" in verdict.output, verdict
+
+
+def test_programs_do_not_meet(kind):
+    assert run_python("open('note', 'w').write('hello')").passed
+    assert run_python("import os; assert os.listdir() == [], os.listdir()").passed
+
+
+# ---- as an ordinary user, and without walls
+
+def test_as_an_ordinary_user():
+    if os.getuid() != 0: pytest.skip("these tests are an ordinary user's anyway")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, 12345, 12345)
+        how = dict(user=12345, group=12345, extra_groups=[], cwd=folder, capture_output=True, text=True, timeout=120, env={
+            "PATH": os.environ["PATH"], "HOME": folder, "TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": os.pathsep.join([str(REPO), *(p for p in sys.path if p.endswith("site-packages"))])})
+        for python in (sys.executable, "/usr/bin/python{}.{}".format(*sys.version_info)):
+            try: reached = subprocess.run([python, "-c", "import nanochat.sandbox, pytest, psutil"], **how).returncode == 0
+            except OSError: reached = False
+            if reached: break
+        else: pytest.skip("an ordinary user cannot reach this Python, and there is no other of its version")
+        done = subprocess.run([python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(REPO/"tests"/"test_sandbox.py"),
+                               "-k", "deed_has or process_stays or right_passes or fork or prints or kills or 10"], **how)
+    if " passed" not in done.stdout and "on this machine" in done.stdout: pytest.skip(done.stdout[-500:])
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.fixture
+def no_walls(monkeypatch):
+    monkeypatch.setattr(sandbox, "_walls", lambda: (None, "bubblewrap is not installed; namespaces failed with 'unshare: Operation not permitted'"))
+    monkeypatch.delenv("NANOCHAT_UNPROTECTED", raising=False)
+
+
+def test_without_walls_it_refuses(no_walls):
+    for call in (sandbox_kind, lambda: run_python("print(1)"), lambda: judge(RIGHT, "", "double"), lambda: judge_many([]), lambda: run_python("1", unprotected=False)):
+        with pytest.raises(UserError, match="install bubblewrap.*unprotected=True or NANOCHAT_UNPROTECTED=1") as e: call()
+        assert "\n" not in str(e.value) and "unshare: Operation not permitted" in str(e.value)
+
+
+def test_unprotected_keeps_the_limits(no_walls, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_UNPROTECTED", "1")
+    assert sandbox_kind() == "unprotected"
+    monkeypatch.delenv("NANOCHAT_UNPROTECTED")
+    assert "can read and change your files" in capsys.readouterr().out
+    tests = "def check(candidate):\n    assert candidate(3) == 6"
+    assert judge(RIGHT, tests, "double", unprotected=True).passed
+    for program in (WRONG, FORGERIES["sys.exit"], FORGERIES["os._exit"], FORGERIES["equal to all"], FORGERIES["prints success"], ENDLESS["loop"], ENDLESS["10 GB of memory"], ENDLESS["1 GB of output"]):
+        assert not judge(program, tests, "double", limits=QUICK, unprotected=True).passed, program
+    name = f"group{os.getpid()}"[:15]
+    assert not run_python(NAMED.format(name=name) + "os.fork()\ntime.sleep(60)", limits=QUICK, unprotected=True).passed
+    assert gone(name)
+    assert "can read" not in capsys.readouterr().out  # it is said once
+
+
+def test_without_walls_a_deed_succeeds(no_walls, tmp_path):
+    "Those that do no harm, so that it means something when they fail inside."
+    for name in ("read /etc/passwd", "read a file of the user", "see the project", *(["read /etc through a link", "see other processes"] if sys.platform == "linux" else [])):
+        verdict = attempt(name, tmp_path, unprotected=True)
+        assert verdict.passed, (name, verdict)
+
+
+def test_a_failing_way_is_named(monkeypatch, tmp_path):
+    if sys.platform != "linux": pytest.skip("Linux alone has namespaces")
+    (tmp_path/"bwrap").write_text("#!/bin/sh\necho bwrap: no permission >&2; exit 1\n")
+    (tmp_path/"bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    sandbox._walls.cache_clear()
+    try: found, why = sandbox._walls()
+    finally: sandbox._walls.cache_clear()
+    assert found in (None, "namespaces") and "bubblewrap failed with 'bwrap: no permission'" in why
+
+
+# ---- the calculator
+
+def test_calculator():
+    for text, value in (("12*(3+4)/2", "42"), ("12 * (3 + 4) / 2", "42"), ("0.1+0.2", "0.3"), ("2.5*4", "10"), ("7/2", "3.5"), ('"strawberry".count("r")', "3"),
+                        ("-2**2", "-4"), ("2**-1", "0.5"), ("1e3", "1000"), ("1,000*2", "2000"), ("10 % 4", "2"), ("7 // 2", "3"), ("'a'.count('b')", "0")):
+        assert calculator(text) == value, text
+
+
+STRANGERS = ["9**9**9", "9" * 10_000, "1+" * 5000 + "1", "(" * 100 + "1" + ")" * 100, "(" * 5000 + "1" + ")" * 5000, "-" * 5000 + "1", "[" * 199, "().__class__", "'a'.__class__", "'a'.upper()", "x", "x+1", "True", "None",
+             "print(1)", "open('/etc/passwd')", "__import__('os')", "(lambda: 1)()", "[1, 2][0]", "{1: 2}", "1 if 1 else 2", "1 < 2", "1 and 2", "not 1", "~1", "1 | 2", "1 << 99", "f'{1}'", "x := 1", "1j", "'a' * 10**9", "'a' + 'b'",
+             "'aaa'.count('a', 1)", "'a'.count(*['a'])", "'a'.count(1)", "'a'.count('a', end=1)", "b'a'.count(b'a')", "10**18 * 10", "10**64", "2**65", "2.0**1024", "1e308 * 10", "1/0", "0**-1", "1 % 0", "1 // 0", "(-8)**(1/3)", "nan", "inf",
+             "await x", "yield 1", "1;2", "1\n2", "#", "\0", "", " ", "١+١x", "1__0", "0x", "…"]
+
+
+@pytest.mark.parametrize("text", STRANGERS, ids=lambda text: text[:20])
+def test_calculator_refuses(text):
+    assert calculator(text) is None
+
+
+def test_calculator_is_quick():
+    for text in (*STRANGERS, "12*(3+4)/2", "((((((9**9)))))) % 7", "1+" * 99 + "1", "1**" * 60 + "1", "(10**17 + 1) ** 1", "99999999**2 // 7", '"' + "a" * 150 + '".count("a")'):
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            calculator(text)
+            times.append(time.perf_counter() - started)
+        assert min(times) < 0.01, (text[:50], times)
+
+
+# ---- at last: what all of this left in this process
+
+def test_the_parent_stays_small(before):
+    used = peak_memory()
+    if used is not None: assert used - before["memory"] < 20, (before, used)
+    assert psutil.Process().num_fds() <= before["files"] + 2
