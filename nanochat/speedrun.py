@@ -475,7 +475,7 @@ def show_scores(core: dict | None, chat: dict | None, bpb: float | None) -> str:
 @click.option("--stage", default="latest", show_default=True, help="base, mid, sft, rl, or the latest that is done.")
 @click.option("--tasks", help="Separated by commas: core, bpb, world, arc-easy, arc-challenge, mmlu, gsm8k, humaneval, or a single one of the world's. Without it, what the stage is evaluated with.")
 @click.option("--max-per-task", type=click.IntRange(1), help="Questions of each task, the same ones at every call; without it, all of CORE, and as many of the others as eval.questions says.")
-@click.option("--split", default="test", show_default=True, help="Of the chat tasks; validation is another one that some have.")
+@click.option("--split", default="test", show_default=True, help="Of the public chat tasks; validation is another one that some have.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Written answers to each question, for pass@k of HumanEval.")
 @click.option("--temperature", type=click.FloatRange(0, 5), default=0.0, show_default=True, help="Of written answers; more than 0 for several samples.")
 @click.option("--model", "folder", help="Instead of a run: a folder with a causal model of transformers, for CORE.")
@@ -506,8 +506,8 @@ def eval_command(name, stage, tasks, max_per_task, split, samples, temperature, 
             from nanochat.dataset import prepare_tokens
             from nanochat.train import validation_bits_per_byte
             bpb = validation_bits_per_byte(engine.model, engine.tokenizer, prepare_tokens(run), run.config["base"]["device_batch"], dtype)
-        if asked := task_names(",".join(set(wanted) - {"core", "bpb"})) if set(wanted) - {"core", "bpb"} else []:
-            chat = evaluate_chat(Engine(engine.model, engine.tokenizer, dtype), asked, max_per_task or section["questions"], split=split, seed=run.seed, max_new_tokens=section["max_new_tokens"],
+        if asked := ",".join(task for task in wanted if task not in ("core", "bpb")):
+            chat = evaluate_chat(Engine(engine.model, engine.tokenizer, dtype), task_names(asked), max_per_task or section["questions"], split=split, seed=run.seed, max_new_tokens=section["max_new_tokens"],
                                  batch=section["batch"], samples=samples, temperature=temperature)
             if split == "test": save_evaluation(run, stage, chat, run.needs(stage)["step"], add=True)
         say(show_scores(core, chat, bpb))
