@@ -157,9 +157,10 @@ def to_question(task: CoreTask,
     "Find what is judged. Examples that do not fit are cut off at the front, behind BOS."
     shared = common_length(texts)
     if task.type == LM: texts, gold = texts[1:], 0
-    shared = min(shared, min(map(len, texts)) - 1)
-    ends = common_length([t[::-1] for t in texts]) if task.type == SCHEMA else 0
-    starts = [max(0, len(t) - max(1, ends) - shared) if task.type == SCHEMA else 0 for t in texts]
+    shortest = min(map(len, texts))
+    judged = min(max(1, common_length([t[::-1] for t in texts])), shortest - 1) if task.type == SCHEMA else 1 # tokens at the end, at least; never BOS
+    shared = min(shared, shortest - judged)
+    starts = [len(t) - judged - shared if task.type == SCHEMA else 0 for t in texts]
     question = Question(index, texts[0][:shared - 1].astype(np.int64), [], [], [], gold)
     seen = {}
     for text, start in zip(texts, starts):

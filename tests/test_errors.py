@@ -95,7 +95,8 @@ def test_damaged_checkpoint_through_the_driver(interrupted):
     truncate(path/"model.safetensors")
     before = contents(interrupted.base, "3_pretrain.ipynb")
     assert_user_error(nanochat(interrupted.base, "speedrun", "--preset", "smoke"), "model.safetensors", f"delete the folder {path}")
-    assert contents(interrupted.base, "3_pretrain.ipynb") == before
+    assert f"delete the folder {path}" in (interrupted.run/"base"/"error.txt").read_text() # for the report
+    assert contents(interrupted.base, "3_pretrain.ipynb", "error.txt") == before
 
 
 def test_damaged_checkpoint_on_two_ranks(interrupted):
@@ -137,7 +138,7 @@ def test_damaged_manifest(copy):
 def test_damaged_tokenizer(copy):
     mine = copy("tokenizer")
     truncate(mine.run/"tokenizer"/"tokenizer.json")
-    before = contents(mine.base, "3_pretrain.ipynb")
+    before = contents(mine.base, "3_pretrain.ipynb", "error.txt")
     assert_user_error(nanochat(mine.base, "stage", "base", "--run", "smoke"), "tokenizer.json")
     assert_user_error(nanochat(mine.base, "speedrun", "--preset", "smoke"), "tokenizer.json")
-    assert contents(mine.base, "3_pretrain.ipynb") == before
+    assert contents(mine.base, "3_pretrain.ipynb", "error.txt") == before
