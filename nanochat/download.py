@@ -241,12 +241,15 @@ def download_archive(
     folder: Path, # where the file goes, and is unpacked
 ) -> Path: # the folder
     "Fetch a zip archive and unpack it, unless that is done. Raises `UserError` if that cannot be done."
+    from huggingface_hub import is_offline_mode
+    from huggingface_hub.errors import OfflineModeIsEnabled
     folder, name = Path(folder), url.rsplit("/", 1)[-1]
     done = folder/".unpacked"
     if done.exists(): return folder
     with _sentences(name, folder), file_lock(folder/".lock", f"downloading {name}"):
         if done.exists(): return folder
         if not (folder/name).exists():
+            if is_offline_mode(): raise OfflineModeIsEnabled
             with progress_bar(None, desc=name, unit="B", scale=True) as bar: fetch(url, folder/name, sha256, arrived=bar.update)
         with zipfile.ZipFile(folder/name) as archive: archive.extractall(folder)
         atomic_write(done, sha256)

@@ -36,7 +36,7 @@ def write_jsonl_gz(folder, texts):
 def pretrain(monkeypatch, tmp_path, source, **overrides):
     "Data, tokenizer and base model of a small run on a folder of text; returns the run."
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path/"base"))
-    plan = make_plan("smoke", {"base.eval_tokens": 4096, "base.warmup_steps": 2} | overrides, data=str(source))
+    plan = make_plan("smoke", {"base.eval_tokens": 4096, "base.warmup_steps": 2, "eval.core_questions": 0, "eval.tasks": "world"} | overrides, data=str(source))
     run = Run.create("own", plan.config)
     for stage in ("data", "tokenizer", "base"): run_stage(run, stage)
     return run
@@ -77,7 +77,7 @@ from nanochat.common import Run
 from nanochat.plan import make_plan
 from nanochat.speedrun import run_stage
 d.SOURCES["climbmix"] = d.Source("a test", "none", repo="someone/text", shards=5, shard_characters=40_000)
-run = Run.create("hub", make_plan("smoke", {"data.characters": 120_000, "tokenizer.max_characters": 40_000}, data="climbmix").config)
+run = Run.create("hub", make_plan("smoke", {"data.characters": 120_000, "tokenizer.max_characters": 40_000, "eval.core_questions": 0, "eval.tasks": "world"}, data="climbmix").config)
 for stage in ("data", "tokenizer"): run_stage(run, stage)
 """
 
