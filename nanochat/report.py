@@ -12,7 +12,8 @@ __all__ = ['TRAINED', 'PANELS', 'COLOURS', 'INK', 'KINDS', 'REPORT_CSS', 'PUBLIS
            'unfinished', 'run_seconds', 'measured_seconds', 'planned', 'scores', 'show_range', 'own_figure',
            'beside_published', 'core_scores', 'core_table', 'readable_answer', 'samples', 'show_rates',
            'two_bits_per_byte', 'training', 'code_commit', 'code_lines', 'code_size', 'size_of_code', 'settings',
-           'origin', 'Page', 'Report', 'write_report']
+           'origin', 'Page', 'Report', 'write_report', 'difference_interval', 'told_apart', 'curves_of_runs',
+           'compared_scores', 'compared_core', 'Comparison', 'write_comparison']
 
 # %% ../nbs/19_report.ipynb #1832dbb5
 import html
@@ -36,7 +37,7 @@ import yaml
 
 # %% ../nbs/19_report.ipynb #01a32e19
 import nanochat
-from .chat_eval import CHAT_CORE
+from .chat_eval import CHAT_CORE, mcnemar
 from .common import STAGES, Run, UserError, atomic_write, environment, fingerprint, sha256_json
 from .core_eval import mean_interval
 from .plan import named_hardware
@@ -953,3 +954,105 @@ def write_report(
 ) -> Path: # report.html
     "Write a run's `report.md` and `report.html`. Raises `UserError` if there is no such run; missing stages are named in it."
     return Report(run).write()
+
+# %% ../nbs/19_report.ipynb #850b5e77
+def difference_interval(
+    p1: float, ends1: tuple, # one estimate and its limits
+    p2: float, ends2: tuple, # the other
+) -> tuple[float, float]: # limits of p1 - p2
+    "The interval of the difference of two independent estimates (Newcombe 1998, method 10)."
+    (l1, u1), (l2, u2) = ends1, ends2
+    return p1 - p2 - math.hypot(p1 - l1, u2 - p2), p1 - p2 + math.hypot(u1 - p1, p2 - l2)
+
+def told_apart(
+    first: dict, second: dict, # results of a task: accuracy, ci95, and perhaps right, a digit a question
+) -> str: # what the second is beside the first
+    "`better`, `worse` or `not told apart`, at 95 %."
+    one, other = first.get("right"), second.get("right")
+    if isinstance(one, str) and isinstance(other, str) and len(one) == len(other): differ = mcnemar([c == "1" for c in one], [c == "1" for c in other]) < 0.05
+    else:
+        low, high = difference_interval(second["accuracy"], second["ci95"], first["accuracy"], first["ci95"])
+        differ = low > 0 or high < 0
+    return "not told apart" if not differ else "better" if second["accuracy"] > first["accuracy"] else "worse"
+
+# %% ../nbs/19_report.ipynb #90a11437
+def curves_of_runs(
+    records: dict, # name: Record
+): # -> matplotlib.figure.Figure, or None if none has logged anything
+    "Bits per byte of pretraining, and RL's reward, of all runs."
+    wanted = (("bits per byte, base", "base", "bits_per_byte"), ("reward of RL, smoothed", "rl", "reward"))
+    panels = [(title, name, found) for title, stage, name in wanted if any(found := [[row for row in r.rows[stage] if number(row.get(name)) is not None] for r in records.values()])]
+    if not panels: return None
+    with matplotlib.rc_context(_STYLE | {"figure.figsize": (4.2 * len(panels), 2.8)}):
+        figure, axes = plt.subplots(1, len(panels), squeeze=False, layout="constrained")
+        plt.close(figure)
+        for ax, (title, name, found) in zip(axes.flat, panels):
+            for k, (run, rows) in enumerate(zip(records, found)):
+                y = [row[name] for row in rows]
+                ax.plot([row["step"] for row in rows], smooth(y, 0.9) if name == "reward" else y, color=COLOURS[k % len(COLOURS)], ls=("-", "--", ":")[k // len(COLOURS) % 3], label=label(run))
+            ax.set(title=title, xlabel="step")
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, ncols=min(3, len(records)), loc="outside upper center")
+    return figure
+
+def _beside(found: list) -> list: # of str
+    "What each but the first is beside the first."
+    return [told_apart(found[0], t) if found[0] and t else "–" for t in found[1:]]
+
+def compared_scores(
+    records: dict, # name: Record
+    stage: str, # one of `TRAINED`
+) -> list: # of blocks, none if no run was evaluated there
+    "The scores of one stage in all runs."
+    evals = {name: r.evals.get(stage, {"tasks": {}})["tasks"] for name, r in records.items()}
+    rows = []
+    for task in dict.fromkeys(task for tasks in evals.values() for task in tasks):
+        found = [tasks.get(task) for tasks in evals.values()]
+        rows.append([task, *(f"{show_score(t)} of {t['n']:,}" if t else "–" for t in found), *_beside(found)])
+    first, *others = map(label, records)
+    return [Heading(f"Scores after {stage.upper()}"), Table(["task", first, *others, *(f"{name} beside {first}" for name in others)], rows)] if rows else []
+
+def compared_core(
+    records: dict, # name: Record
+) -> list: # of blocks, none if no base model has a CORE
+    "CORE of the base models."
+    cores = {label(name): r.cores["base"] for name, r in records.items() if "base" in r.cores}
+    if not cores: return []
+    blocks = [Heading("CORE"), Picture("core", core_picture(cores), "CORE by task, accuracy above chance, with 95 % intervals"), core_table(cores)]
+    (first, core), *others = cores.items()
+    for name, other in others:
+        if core["tasks"].keys() != other["tasks"].keys():
+            blocks.append(Prose(f"{first} and {name} were asked different tasks, so their CORE cannot be compared."))
+            continue
+        low, high = difference_interval(other["score"], other["ci95"], core["score"], core["ci95"])
+        apart = [f"{task} {verdict}" for task, t in core["tasks"].items() if (verdict := told_apart(t, other["tasks"][task])) != "not told apart"]
+        blocks.append(Prose(f"CORE of {name} is {other['score'] - core['score']:+.4f} beside {first}, 95 % interval {low:+.4f} to {high:+.4f}: {'not told apart' if low <= 0 <= high else 'told apart'}. "
+                            f"Training again with another seed moves CORE by up to {TRAINING_NOISE}. Single tasks: {', '.join(apart) or 'none is told apart'}."))
+    return blocks
+
+class Comparison(Page):
+    "Several runs side by side."
+    def __init__(self,
+                 runs: list, # two runs or more, or their names; the others are compared with the first
+                 ):
+        runs = [Run.open(run) if isinstance(run, str) else run for run in runs]
+        names = [run.name for run in runs]
+        if len(set(names)) < max(2, len(names)): raise UserError(f"a comparison needs two different runs or more, and it was given {', '.join(names) or 'none'}: name others.")
+        records = {run.name: read_run(run) for run in runs}
+        config = [settings(r.config) for r in records.values()]
+        differ = [[key, *(c.get(key, "–") for c in config)] for key in dict.fromkeys(key for c in config for key in c) if len({c.get(key) for c in config}) > 1]
+        def row(what, show): return [what, *(show(r) for r in records.values())]
+        stages = [row(stage, lambda r: f"{stage_status(r, stage)}, {show_time(stage_seconds(r, stage))}; {outcome(r, stage)}") for stage in TRAINED]
+        cost = row("cost", lambda r: show_money(total([stage_cost(r, s, stage_seconds(r, s)) for s in STAGES])))
+        blocks = [Heading("What differs"), Table(["setting", *names], differ) if differ else Prose("Their settings are the same."),
+                  Heading("What happened"), Table(["", *names], [*stages, row("together", lambda r: show_time(run_seconds(r))), cost])]
+        if figure := curves_of_runs(records): blocks.append(Picture("curves", figure, "Bits per byte of held-out text, and reward"))
+        blocks += compared_core(records) + [block for stage in TRAINED for block in compared_scores(records, stage)]
+        blocks += [Prose("Not told apart: the 95 % interval of the difference holds 0, or, on the same questions, McNemar's test finds p above 0.05. Of twenty equal pairs one looks different by chance."),
+                   *(Prose(f"{name}: {problem}") for name, r in records.items() for problem in r.problems)]
+        super().__init__(runs[0].dir, "vs_" + "_".join(names[1:]), f"nanochat: {' and '.join(names)}", blocks)
+
+def write_comparison(
+    runs: list, # two runs or more, or their names
+) -> Path: # an HTML file in the first one's folder
+    "Compare runs. Raises `UserError` for fewer than two different ones, or for one that there is not."
+    return Comparison(runs).write()
