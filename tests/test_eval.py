@@ -87,11 +87,8 @@ def test_pretraining_ends_with_core(tmp_path, data):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["nowhere"], ["there is no run 'nowhere'"]),
     (["smoke", "--stage", "basis"], ["stage 'basis' has no model"]),
-    (["smoke", "--model", "folder"], ["both given"]),
     (["--model", "nowhere"], ["nowhere has no config.json"]),
-    (["--model", "nowhere", "--tasks", "mmlu"], ["--model is measured by CORE alone"]),
     (["smoke", "--tasks", "core", "--data-root", "nowhere"], ["the data folder", "does not exist"]),
     (["smoke", "--tasks", "sums", "--samples", "4"], ["temperature above 0"]),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)
