@@ -31,12 +31,13 @@ from .train import autocast
 @torch.inference_mode()
 def one_by_one(reader: GPTReader,
                task: CoreTask,
-               rows: list[dict], # as `sample_rows` gives them
+               rows: list[dict], # as `sample_rows` gives them; examples are drawn from all of them
                dtype: torch.dtype = torch.float32, # of the matrix products
+               most: int | None = None, # answer only so many
                ) -> list[int]: # the answer to each
     "Answer a task's questions without a cache and without sharing anything."
     answers = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows[:most]):
         q = to_question(task, i, row.get("gold", 0), reader.encode(render(task, row, examples_for(rows, i, task.shots))), reader.context)
         ids, _ = pad([np.concatenate([q.prefix, tail]) for tail in q.tails], reader.device)
         with autocast(reader.device, dtype): logits = reader.model(ids[:, :-1]) # (options, T, vocab_size)
@@ -65,9 +66,10 @@ def spread_model(depth: int, # layers
 # %% ../nbs/27_eval_bench.ipynb #2c91ee89
 def bench_core(reader: GPTReader,
                questions: int = 500, # of each task
+               alone: int | None = None, # how many of them are asked one by one too; None: all
                folders: list[Path] | None = None, # that hold `eval_data`; None: your data folder's, or the downloaded archive
                dtype: torch.dtype = torch.float32, # of the matrix products, for both
-               ) -> list[dict]: # label, n, seconds, seconds_one_by_one, differ
+               ) -> list[dict]: # label, n, n_alone, seconds, seconds_one_by_one (of as many as `n`, reckoned from those that were asked), differ (of these)
     "Measure every task that is there, both ways in turn."
     folders, found = core_folders() if folders is None else folders, []
     for task in CORE:
@@ -76,17 +78,18 @@ def bench_core(reader: GPTReader,
         started = time.perf_counter()
         answers = [a["answer"] for a in ask(reader, task, rows, dtype)]
         between = time.perf_counter()
-        alone = one_by_one(reader, task, rows, dtype)
-        found.append({"label": task.label, "n": len(rows), "seconds": between - started, "seconds_one_by_one": time.perf_counter() - between, "differ": sum(a != b for a, b in zip(answers, alone))})
+        same = one_by_one(reader, task, rows, dtype, alone)
+        found.append({"label": task.label, "n": len(rows), "n_alone": len(same), "seconds": between - started, "seconds_one_by_one": (time.perf_counter() - between) * len(rows) / len(same),
+                      "differ": sum(a != b for a, b in zip(answers, same))})
         say(f"{task.label}: {found[-1]['seconds']:.1f} s, one by one {found[-1]['seconds_one_by_one']:.1f} s")
     if not found: raise UserError(f"none of CORE's files is in {', '.join(map(str, folders))}: fetch them with `nanochat data get core`, or give --data-root.")
     return found
 
 def core_table(found: list[dict]) -> str:
     "What was found, and the whole of it in the last line."
-    whole = {"label": "all", **{key: sum(x[key] for x in found) for key in ("n", "seconds", "seconds_one_by_one", "differ")}}
-    return table([["task", "questions", "together", "one by one", "times as fast", "answers that differ"]] + [
-        [x["label"], f"{x['n']:,}", f"{x['seconds']:.1f} s", f"{x['seconds_one_by_one']:.1f} s", f"{x['seconds_one_by_one'] / x['seconds']:.1f}", str(x["differ"])] for x in [*found, whole]])
+    whole = {"label": "all", **{key: sum(x[key] for x in found) for key in ("n", "n_alone", "seconds", "seconds_one_by_one", "differ")}}
+    return table([["task", "questions", "together", "one by one", "times as fast", "answers that differ", "of"]] + [
+        [x["label"], f"{x['n']:,}", f"{x['seconds']:.1f} s", f"{x['seconds_one_by_one']:.1f} s", f"{x['seconds_one_by_one'] / x['seconds']:.1f}", str(x["differ"]), f"{x['n_alone']:,}"] for x in [*found, whole]])
 
 # %% ../nbs/27_eval_bench.ipynb #95a4e433
 def bench_sandbox(rows: list[dict], # of HumanEval
@@ -106,17 +109,18 @@ def cli():
 
 @cli.command("core")
 @click.option("--questions", type=click.IntRange(11), default=500, show_default=True, help="Of each task.")
+@click.option("--alone", type=click.IntRange(1), help="How many of them are asked one by one too, from which that time is reckoned; without it, all.")
 @click.option("--depth", type=click.IntRange(1), default=4, show_default=True, help="Layers of the model.")
 @click.option("--vocab-size", type=click.IntRange(265), default=32768, show_default=True, help="Tokens of its vocabulary, which is learned from the questions.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Of the matrix products, both ways.")
-def core_command(questions, depth, vocab_size, dtype):
+def core_command(questions, alone, depth, vocab_size, dtype):
     """CORE: questions together against one question at a time, through the same model."""
     folders = core_folders()
     texts = [text for task in CORE if (file := core_file(task, folders)) for row in core_rows(task, file) for text in render(task, row)]
     tokenizer = Tokenizer.train(texts, vocab_size)
     reader = GPTReader(spread_model(depth, tokenizer.vocab_size), tokenizer)
     click.echo(f"{cpu_name()}, {n_cores()} cores, {dtype}; {reader.model.num_params()['total'] / 1e6:.1f} M parameters")
-    click.echo("\n" + core_table(bench_core(reader, questions, folders, getattr(torch, dtype))))
+    click.echo("\n" + core_table(bench_core(reader, questions, alone, folders, getattr(torch, dtype))))
 
 @cli.command("sandbox")
 def sandbox_command():
