@@ -34,6 +34,7 @@ from urllib.parse import quote
 import matplotlib
 import matplotlib.pyplot as plt
 import yaml
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 # %% ../nbs/19_report.ipynb #01a32e19
 import nanochat
@@ -54,10 +55,9 @@ def cut(
 def number(
     x, # whatever a file held
 ) -> float | int | None:
-    "A finite number as it is, None for everything else."
+    "A number that can be drawn as it is, None for everything else."
     if isinstance(x, bool) or not isinstance(x, (int, float)): return None
-    try: return x if math.isfinite(x) else None
-    except OverflowError: return None # an integer beyond any float
+    return x if -1e100 < x < 1e100 else None # not nan either: it is not between
 
 def interval(
     x, # whatever a file held
@@ -515,13 +515,13 @@ def figure_png(
 REPORT_CSS = """
 .nc-report { max-width: 60rem; margin: 0 auto; line-height: 1.5; font-family: system-ui, sans-serif; font-size: 15px; overflow-wrap: anywhere }
 .nc-report h1 { font-size: 1.7rem; margin: 1rem 0 } .nc-report h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; padding-bottom: .2rem; border-bottom: 1px solid #8885 }
-.nc-report .wide { overflow-x: auto } .nc-report table { border-collapse: collapse; font-size: .92em; color: inherit }
+.nc-report .wide { overflow-x: auto } .nc-report table { width: max-content; margin: 0; border-collapse: collapse; font-size: .92em; color: inherit }
 .nc-report th, .nc-report td { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #8884; overflow-wrap: normal }
-.nc-report td:not(:last-child), .nc-report th { white-space: nowrap }
-.nc-report figure { margin: 1rem 0 } .nc-report svg { max-width: 100%; height: auto } .nc-report figcaption { font-size: .85em; opacity: .75 }
-.nc-report dl { margin: 1rem 0; padding: .6rem .9rem; border-radius: .5rem; background: #8881 } .nc-report dt { font-weight: 600; margin-bottom: .3rem }
+.nc-report td:not(:last-child), .nc-report th { white-space: pre } .nc-report td:last-child { max-width: 34rem; white-space: pre-line }
+.nc-report figure { margin: 1rem 0; overflow-x: auto } .nc-report svg { max-width: 100%; min-width: 30rem; height: auto } .nc-report figcaption { font-size: .85em; opacity: .75 }
+.nc-report dl { margin: 1rem 0; padding: .6rem .9rem; border-radius: .5rem; background: #8881 } .nc-report dt { font-weight: 600; margin-bottom: .3rem; white-space: pre-wrap }
 .nc-report dd { margin: .2rem 0; display: grid; grid-template-columns: 4.5rem 1.2rem 1fr; white-space: pre-wrap }
-.nc-report .task { float: right; font-weight: 400; opacity: .6; font-size: .85em } .nc-report .right { color: #2f9e63 } .nc-report .wrong { color: #d8573f }
+.nc-report .task { float: right; padding-left: 1rem; font-weight: 400; opacity: .6; font-size: .85em } .nc-report .right { color: #2f9e63 } .nc-report .wrong { color: #d8573f }
 """
 
 def to_html(
@@ -662,7 +662,7 @@ def planned(
     if None not in (both := [b for _, _, b in times]) and both: figures.append(("together", show_time, sum(a for _, a, _ in times), sum(both)))
     figures.append(("memory of a process", show_bytes, plan.get("memory_bytes"), max(peaks, default=None)))
     cost = total(stage_cost(record, s, f(record, s)) for s in STAGES for f in (stage_seconds, evaluation_seconds))
-    if plan.get("dollars") or cost: figures.append(("cost", show_money, plan.get("dollars"), cost))
+    figures.append(("cost", show_money, plan.get("dollars") or None, cost)) # a plan writes 0 where it knows no price
     figures = [f for f in figures if f[2] is not None or f[3] is not None]
     if not figures: return []
     rows = [[name, show(a), show(b), f"{b / a:.2f}" if a and b is not None else "–"] for name, show, a, b in figures]
@@ -720,10 +720,10 @@ def own_figure(
 ) -> str: # empty if it was not measured
     "A figure of this run as the table shows it."
     core, found = record.cores.get(stage), record.evals.get(stage, {"tasks": {}})
-    if name == "core" and core: return f"{core['score']:.4f} ({show_range(core['ci95'])})" + (f", {len(core['tasks'])} tasks" if core["missing"] else "")
+    if name == "core" and core: return f"{core['score']:.4f}\n({show_range(core['ci95'])})" + (f"\n{len(core['tasks'])} tasks" if len(core["tasks"]) < (number(core.get("of")) or 0) else "")
     if name == "chat_core" and found.get("chat_core") is not None:
-        return f"{found['chat_core']:.4f}" + (f", {of} task{'s' if of != 1 else ''}" if (of := int(found.get("chat_core_of") or len(CHAT_CORE))) < len(CHAT_CORE) else "")
-    return f"{t['accuracy']:.4f} ({show_range(t['ci95'])})" if (t := found["tasks"].get(name)) else ""
+        return f"{found['chat_core']:.4f}" + (f"\n{of} task{'s' if of != 1 else ''}" if (of := int(found.get("chat_core_of") or len(CHAT_CORE))) < len(CHAT_CORE) else "")
+    return f"{t['accuracy']:.4f}\n({show_range(t['ci95'])})" if (t := found["tasks"].get(name)) else ""
 
 def beside_published(
     record: Record,
@@ -759,8 +759,8 @@ def core_scores(
     for stage, core in cores.items():
         n, of, most, cropped = len(core["tasks"]), number(core.get("of")) or len(core["tasks"]), number(core.get("max_per_task")), total(number(t.get("cropped")) for t in core["tasks"].values())
         blocks.append(Prose(f"{stage.upper()} has a CORE of {core['score']:.4f}, 95 % interval {show_range(core['ci95'], 4)}. " +
-            (f"It is the mean over all {n} tasks" if n == of else f"It is the mean over only {n} of the {of} tasks, so it is not comparable with a CORE of all; missing: {cut(', '.join(core['missing']), 400) or 'the names were not written down'}") +
-            (f", with at most {most:,} questions of each." if most else ", with all of their questions.") + (f" {cropped:,.0f} questions were too long, and were cropped in front." if cropped else "")))
+            (f"It is the mean over all {n} tasks." if n == of else f"It is the mean over only {n} of the {of} tasks, so it is not comparable with a CORE of all. Missing: {cut(', '.join(core['missing']), 400) or 'names that were not written down'}.") +
+            (f" At most {most:,} questions of each were asked." if most else " All questions of each were asked.") + (f" {cropped:,.0f} of them were too long for the context, and were cropped in front." if cropped else "")))
     blocks += [Prose(f"The interval is about the sampling of questions alone. Training has luck of its own: seven identical trainings of nanochat-2026's d24 spread CORE by {TRAINING_NOISE}."),
                Picture("core", core_picture({s.upper(): c for s, c in cores.items()}), "CORE by task: accuracy above chance, with 95 % intervals")]
     return blocks + [core_table({s.upper(): c for s, c in cores.items()})]
@@ -775,7 +775,7 @@ def core_table(
         if some := next((t for t in found if t), None):
             rows.append([text, KINDS.get(some.get("type"), "other") if isinstance(some.get("type"), str) else "other", show_number(number(some.get("shots"))), show_number(some["n"]), f"{100 * some['baseline']:.0f} %",
                          *(c for t in found for c in ((show_score(t), show_range([t["centred"]], 3)) if t else ("–", "–")))])
-    return Table(["task", "type", "shots", "questions", "chance", *(c if len(cores) == 1 else f"{name} {c}" for name in cores for c in ("accuracy", "above chance"))], rows)
+    return Table(["task", "type", "shots", "questions", "chance", *(c if len(cores) == 1 else f"{name}\n{c}" for name in cores for c in ("accuracy", "above chance"))], rows)
 
 # %% ../nbs/19_report.ipynb #20db3c78
 def readable_answer(
@@ -1031,7 +1031,7 @@ def side_by_side(
     stages, names = [s for s in STAGES if s != "report"], [r.name for r in records]
     rows = [[s, *(took(r, s, stage_seconds(r, s)) + (f" ({stage_status(r, s)})" if s not in r.manifests else "") for r in records)] for s in stages]
     costs = [total(stage_cost(r, s, f(r, s)) for s in stages for f in (stage_seconds, evaluation_seconds)) for r in records]
-    rows += [["evaluation", *(show_time(total(evaluation_seconds(r, s) for s in stages)) for r in records)],
+    rows += [["evaluation", *(show_time(total(evaluation_seconds(r, s) for s in stages)) + (f", {show_money(c)}" if (c := total(stage_cost(r, s, evaluation_seconds(r, s)) for s in stages)) is not None else "") for r in records)],
              ["together", *(show_time(run_seconds(r)) + (f", {show_money(c)}" if c is not None else "") for r, c in zip(records, costs))]]
     ends = []
     for stage in TRAINED:
@@ -1061,6 +1061,8 @@ def curves_of_runs(
                         marker="." if few else "", ls=("-", "--", ":")[k // len(COLOURS) % 3], label=label(r.name))
             ax.set_title(title)
             ax.set_xlabel("tokens" if by_tokens else "step")
+            ax.xaxis.set_major_locator(MaxNLocator(5))
+            if by_tokens: ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         handles = {text: line for ax in axes for line, text in zip(*ax.get_legend_handles_labels())}
         figure.legend(handles.values(), handles, frameon=False, ncols=3, loc="outside upper center")
     return figure
@@ -1142,7 +1144,7 @@ class Comparison(Page):
         if figure: blocks += [Heading("Curves"), Picture("curves", figure, "The same figure of every run in one panel")]
         blocks += [*compared_cores(records), *compared_scores(records)]
         if problems := [f"{r.name}: {p}" for r in records for p in [*(f"{s} failed: {why}" for s, why in r.errors.items()), *r.problems]]: blocks += [Heading("Problems"), *map(Prose, problems)]
-        super().__init__(runs[0].dir, stem, f"nanochat: {' and '.join(names)} side by side", blocks)
+        super().__init__(runs[0].dir, stem, f"nanochat: {', '.join(names)} side by side", blocks)
 
 def write_comparison(
     names: list, # of two or more runs, or their names

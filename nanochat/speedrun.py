@@ -326,7 +326,8 @@ def execute_notebook(
                             extra_arguments=["--log-level=50"], # a kernel's warnings would run into the bar
                             config=Config({"KernelManager": {"shutdown_wait_time": PATIENCE + 10}})) # time for the step that is under way, and a checkpoint
     except pm.PapermillExecutionError as e:
-        if stage in STAGES: atomic_write(error_file, e.evalue if e.ename == "UserError" else f"{e.ename}: {e.evalue}")
+        if e.evalue.startswith("stopped by"): error_file.unlink(missing_ok=True) # it goes on from there: nothing has failed
+        elif stage in STAGES: atomic_write(error_file, e.evalue if e.ename == "UserError" else f"{e.ename}: {e.evalue}")
         if e.ename == "UserError": raise UserError(e.evalue) from None
         raise RuntimeError(f"{notebook}.ipynb failed with {e.ename}: {e.evalue} (the executed copy is {target})") from None
     finally:

@@ -66,6 +66,7 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_DATA_ROOT", str(folder))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path/"base"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1") # what is not in the folder cannot be had
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True) # where it was imported before
     write_set(folder, "arc/ARC-Easy-test.jsonl.gz", map(science, range(70)))
     write_set(folder, "arc/ARC-Challenge-test.jsonl.gz", map(science, range(70, 80)))
     write_set(folder, "mmlu/test.jsonl.gz", ({"question": f"What is {i}+2?", "subject": "sums", "choices": [str(i), str(i + 1), str(i + 2), "none"], "answer": 2} for i in range(75)))
