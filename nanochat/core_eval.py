@@ -237,6 +237,7 @@ class TransformersReader:
         self.bos = next((id for id in (self.tokenizer.bos_token_id, config.bos_token_id, self.tokenizer.eos_token_id) if id is not None), None)
         if self.bos is None: raise UserError(f"the tokenizer in {folder} has no token that begins a text (bos_token or eos_token): set one in its configuration.")
         self.context, self.vocab_size, self.device = getattr(config, "max_position_embeddings", 1024), config.vocab_size, torch.device(device)
+        self.new_cache = transformers.DynamicCache # keeps all tokens, also of a model with windows, so that options can be taken off again
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         "The tokens of texts, BOS in front."
@@ -247,13 +248,15 @@ class TransformersReader:
         ids, lengths = pad(prefixes, self.device, left=True)
         if not lengths.any(): return None, ids.new_zeros(len(prefixes), 0)
         real = (torch.arange(ids.size(1), device=self.device) >= ids.size(1) - lengths[:, None]).long()
-        out = self.model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp(min=0), use_cache=True, logits_to_keep=1)
+        out = self.model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp(min=0),
+                         past_key_values=self.new_cache(), use_cache=True, logits_to_keep=1)
         return out.past_key_values, real
 
     def follow(self, state: tuple, ids: torch.Tensor, lengths: torch.Tensor, judged: torch.Tensor) -> torch.Tensor: # (number of judged, vocab_size) float32
         "Go on from the cache, and take it back to where it was."
         cache, real = state
-        positions = real.sum(1, keepdim=True) + torch.arange(ids.size(1), device=self.device)
+        # padding repeats the last position, or it might lie beyond those that the model has
+        positions = real.sum(1, keepdim=True) + torch.minimum(torch.arange(ids.size(1), device=self.device), lengths[:, None] - 1)
         out = self.model(input_ids=ids, attention_mask=torch.cat([real, torch.ones_like(ids)], 1), position_ids=positions, past_key_values=cache, use_cache=cache is not None)
         if cache is not None: cache.crop(-ids.size(1))
         return out.logits[judged].float()
