@@ -17,7 +17,7 @@ from statistics import NormalDist
 
 import torch
 
-from .common import Run, UserError, atomic_write, derive_seed, gather, group_rank_and_world, progress_bar, read_json, say
+from .common import Run, UserError, atomic_write, derive_seed, gather, group_rank_and_world, names_in, on_every_rank, progress_bar, read_json, say
 from .core_eval import centred, wilson_interval
 from .engine import Completion, Engine, _Row
 from .model import GPT
@@ -184,10 +184,8 @@ def evaluate_task(engine: Engine,
     "Ask a task's first n questions and count the right answers; on all ranks together, and all get the result. Raises `UserError` on all of them if one cannot."
     if n < 1: raise UserError(f"{n} questions cannot measure {task.name!r}: ask at least 1.")
     _check_samples(samples, temperature)
-    start, items, error = time.perf_counter(), [], None
-    try: items = _answer(engine, task, n, batch, max_new_tokens, temperature=temperature, seed=seed, samples=samples)
-    except UserError as e: error = str(e)  # the other ranks must hear of it before they wait for this one's items
-    if errors := [e for e in gather([error]) if e]: raise UserError(errors[0])
+    start = time.perf_counter()
+    items = on_every_rank(lambda: _answer(engine, task, n, batch, max_new_tokens, temperature=temperature, seed=seed, samples=samples))
     items = sorted(gather(items), key=lambda item: item["index"])
     n, passed, chances = len(items), [item.pop("passed") for item in items], [item.pop("chance") for item in items]
     right, tokens = sum(passed) / samples, sum(item.pop("tokens") for item in items)
@@ -234,7 +232,7 @@ def overlap(texts: str | Iterable[str],  # documents to search
 def task_names(text: str,  # names with commas between them; nothing stands for "world"
                ) -> list[str]:
     "The names in a setting, each once, with the world's tasks in place of \"world\"."
-    given = [name.strip() for name in (text or "world").split(",") if name.strip()]
+    given = names_in(text or "world")
     return list(dict.fromkeys(name for one in given for name in (TASKS if one == "world" else [one])))
 
 # %% ../nbs/15_chat_eval.ipynb #a8138f91

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 # %% ../nbs/14_core_eval.ipynb #730a6d77
-from .common import Run, UserError, atomic_write, gather, group_rank_and_world, progress_bar, say
+from .common import Run, UserError, atomic_write, gather, group_rank_and_world, on_every_rank, progress_bar, say
 from .dataset import core_folders, file_rows
 from .model import GPT
 from .tokenizer import Tokenizer
@@ -404,7 +404,7 @@ def evaluate_core(reader, # a `GPTReader` or `TransformersReader`
     "The CORE of a model, over those tasks whose file is there; on all ranks together. Raises `UserError` if none is."
     if most is not None and most < 1: raise UserError(f"{most} questions cannot measure a task: ask at least 11, of which ten are examples.")
     if unknown := set(labels or ()) - {task.label for task in CORE}: raise UserError(f"CORE has no task {sorted(unknown)[0]!r}: choose from {', '.join(task.label for task in CORE)}.")
-    folders, began = core_folders() if folders is None else folders, time.perf_counter()
+    folders, began = on_every_rank(core_folders) if folders is None else folders, time.perf_counter()
     chosen = [task for task in CORE if not labels or task.label in labels]
     found = {task.label: rows for task in chosen if (file := core_file(task, folders)) and (rows := core_rows(task, file))}
     missing = [task.label for task in chosen if task.label not in found]
@@ -435,11 +435,8 @@ def evaluate_core_stage(run: Run,
                         most: int | None = None, # questions of each task; None: all
                         ) -> dict: # what `evaluate_core` gives, with stage and step
     "The CORE of a stage's model, written to its `core.json`."
-    try: folders, error = core_folders(), None
-    except UserError as e: folders, error = [], str(e)
-    if errors := [e for e in gather([error]) if e]: raise UserError(errors[0])
     reader = GPTReader(model, tokenizer)
-    result = {"stage": stage, "step": step} | evaluate_core(reader, most, folders=folders, dtype=torch.float32 if reader.device.type == "cpu" else dtype)
+    result = {"stage": stage, "step": step} | evaluate_core(reader, most, dtype=torch.float32 if reader.device.type == "cpu" else dtype)
     if group_rank_and_world()[0] == 0:
         atomic_write(run.stage_dir(stage)/"core.json", json.dumps(result, indent=1))
         run.metrics(stage, resume_step=sys.maxsize).log(step, core=result["score"])

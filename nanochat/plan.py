@@ -26,7 +26,7 @@ from typing import NamedTuple
 import yaml
 
 # %% ../nbs/08_plan.ipynb #c9c294be
-from .common import STAGES, UserError, n_cores
+from .common import STAGES, UserError, n_cores, names_in
 from .dataset import SOURCES, text_path
 
 # %% ../nbs/08_plan.ipynb #00f383ad
@@ -519,7 +519,7 @@ def _derive(given: dict, hw: Hardware) -> dict:
     on_hub = c["data.source"] in SOURCES and c["data.source"] != "world"
     c.setdefault("eval.core_questions", 500 if on_hub else 0)
     c.setdefault("eval.tasks", ",".join(["world", *ANSWER_TOKENS]) if on_hub else "world")
-    if unknown := set(_asked(c["eval.tasks"])) - {"world", *ANSWER_TOKENS}: raise UserError(f"eval.tasks names {sorted(unknown)[0]!r}: choose from world, {', '.join(ANSWER_TOKENS)}.")
+    if unknown := set(names_in(c["eval.tasks"])) - {"world", *ANSWER_TOKENS}: raise UserError(f"eval.tasks names {sorted(unknown)[0]!r}: choose from world, {', '.join(ANSWER_TOKENS)}.")
     if 0 < c["eval.core_questions"] <= 10: raise UserError(f"eval.core_questions is {c['eval.core_questions']}: ask more than ten, of which ten are examples, or 0 for no CORE.")
     return c
 
@@ -531,11 +531,6 @@ def _model(c: dict) -> dict:
 def _memory_share(c: dict, hw: Hardware) -> int:
     "Bytes that one process may fill: a device of its own, or its share of the one processor."
     return int(USABLE * hw.memory_bytes * hw.count / max(hw.count, c["hardware.nproc"]))
-
-def _asked(names: str, # separated by commas
-               ) -> list[str]: # at least "world"
-    "The names of what a chat model is asked."
-    return [name.strip() for name in names.split(",") if name.strip()] or ["world"]
 
 def _stage_tokens(c: dict, stage: str) -> int:
     "Tokens that mid-training or SFT goes through, roughly."
@@ -563,7 +558,7 @@ def _stage_seconds(
     second = rate or _reckoned_rate(c, hw)
     evaluations = c["base.eval_tokens"] * (c["base.steps"] // c["base.eval_every"] + 1)
     sampled = c["rl.steps"] * c["rl.prompts_per_step"] * c["rl.samples_per_prompt"] + c["rl.eval_problems"] * (c["rl.steps"] // c["rl.eval_every"] + 1)
-    asked = _asked(c["eval.tasks"])
+    asked = names_in(c["eval.tasks"]) or ["world"]
     answers = 3 * c["eval.questions"] * ((len(TASKS) * c["eval.max_new_tokens"] / 2 if "world" in asked else 0) + sum(ANSWER_TOKENS.get(task, 0) for task in asked)) # after mid, SFT and RL
     core = 22 * CORE_TOKENS * (CORE_ROWS if c["eval.core_questions"] < 0 else c["eval.core_questions"])
     tokens = {

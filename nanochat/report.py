@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TRAINED', 'PANELS', 'COLOURS', 'INK', 'KINDS', 'REPORT_CSS', 'PUBLISHED', 'TRAINING_NOISE', 'FINAL', 'cut', 'number',
            'interval', 'sound_tasks', 'sound_rows', 'Record', 'read_run', 'show_time', 'show_number', 'show_bytes',
-           'last_figures', 'stage_status', 'stage_seconds', 'evaluation_seconds', 'clean', 'smooth', 'curves',
-           'show_curves', 'show_score', 'task_names', 'label', 'score_picture', 'core_lines', 'core_picture', 'Heading',
-           'Prose', 'Table', 'Picture', 'Sample', 'markdown_text', 'to_markdown', 'figure_svg', 'figure_png', 'to_html',
-           'machine', 'devices', 'hourly_price', 'stage_cost', 'outcome', 'show_money', 'total', 'happened',
-           'unfinished', 'run_seconds', 'measured_seconds', 'planned', 'scores', 'show_range', 'own_figure',
+           'last_figures', 'stage_tasks', 'stage_status', 'stage_seconds', 'evaluation_seconds', 'clean', 'smooth',
+           'curves', 'show_curves', 'show_score', 'task_names', 'label', 'score_picture', 'core_lines', 'core_picture',
+           'Heading', 'Prose', 'Table', 'Picture', 'Sample', 'markdown_text', 'to_markdown', 'figure_svg', 'figure_png',
+           'to_html', 'machine', 'devices', 'hourly_price', 'stage_cost', 'outcome', 'show_money', 'total', 'happened',
+           'unfinished', 'run_seconds', 'run_cost', 'measured_seconds', 'planned', 'scores', 'show_range', 'own_figure',
            'beside_published', 'core_scores', 'core_table', 'readable_answer', 'samples', 'show_rates',
            'two_bits_per_byte', 'training', 'code_commit', 'code_lines', 'code_size', 'size_of_code', 'settings',
            'origin', 'Page', 'Report', 'write_report', 'difference_interval', 'correlation', 'same_questions',
@@ -219,6 +219,14 @@ def last_figures(
     for row in rows: last |= row
     return last
 
+# %% ../nbs/19_report.ipynb #9d334a81
+def stage_tasks(
+    evals: dict, # stage: its eval.json
+    stage: str,
+) -> dict: # task: its figures
+    "What a stage was asked, nothing if it was not evaluated."
+    return evals[stage]["tasks"] if stage in evals else {}
+
 # %% ../nbs/19_report.ipynb #38d5ddbd
 def stage_status(
     record: Record,
@@ -248,7 +256,7 @@ def evaluation_seconds(
 ) -> float | None: # None if nothing is known
     "How long a stage's model was asked questions, which its own time leaves out."
     core = record.cores.get(stage, {})
-    seconds = [s for t in record.evals.get(stage, {"tasks": {}})["tasks"].values() if (s := number(t.get("seconds"))) is not None]
+    seconds = [s for t in stage_tasks(record.evals, stage).values() if (s := number(t.get("seconds"))) is not None]
     return sum(seconds) + (number(core.get("seconds")) or 0) if seconds or core else None
 
 # %% ../nbs/19_report.ipynb #8050df1b
@@ -375,7 +383,7 @@ def score_picture(
         figure, ax = plt.subplots(figsize=(6, 0.9 + 0.42 * len(names)), layout="constrained")
         plt.close(figure)
         for k, (stage, colour) in enumerate(zip(TRAINED, COLOURS)):
-            found = [(i, evals[stage]["tasks"][n]) for i, n in enumerate(names) if n in evals.get(stage, {"tasks": {}})["tasks"]]
+            found = [(i, evals[stage]["tasks"][n]) for i, n in enumerate(names) if n in stage_tasks(evals, stage)]
             if not found: continue
             x = [t["accuracy"] for _, t in found]
             whiskers = [[max(0, sign * (t["accuracy"] - t["ci95"][end])) for _, t in found] for end, sign in ((0, 1), (1, -1))]
@@ -390,12 +398,14 @@ def score_picture(
 # %% ../nbs/19_report.ipynb #78889b83
 KINDS = {"multiple_choice": "multiple choice", "schema": "schema", "language_modeling": "completion"} # CORE's types of task
 
+def _kind(task: dict) -> str: return KINDS.get(task.get("type"), "other") if isinstance(task.get("type"), str) else "other"
+
 def core_lines(
     cores: dict, # name: its core.json
 ) -> list: # of (text, task or None): None is the heading of a group
     "The lines of a picture of CORE: tasks by type, the best ones of the first evaluation first."
     tasks = {name: task for core in reversed(cores.values()) for name, task in core["tasks"].items()}
-    kinds = {name: KINDS.get(task.get("type"), "other") if isinstance(task.get("type"), str) else "other" for name, task in tasks.items()}
+    kinds = {name: _kind(task) for name, task in tasks.items()}
     lines = []
     for kind in [*KINDS.values(), "other"]:
         group = sorted((name for name in tasks if kinds[name] == kind), key=lambda name: -tasks[name]["centred"])
@@ -608,18 +618,16 @@ def happened(
     record: Record,
 ) -> list: # of blocks
     "Which stages ran, for how long, and where they ended."
-    rows, costs, stages = [], [], [s for s in STAGES if s != "report"]
+    rows, stages = [], [s for s in STAGES if s != "report"]
     for stage in stages:
         last, seconds = last_figures(record.rows[stage]), stage_seconds(record, stage)
         speeds = sorted(row["tokens_per_second"] for row in record.rows[stage] if number(row.get("tokens_per_second")) is not None)
-        costs.append(stage_cost(record, stage, seconds))
-        rows.append([stage, stage_status(record, stage).split(":")[0], show_time(seconds), show_money(costs[-1]),
+        rows.append([stage, stage_status(record, stage).split(":")[0], show_time(seconds), show_money(stage_cost(record, stage, seconds)),
                      f"{show_number(last['step'])} of {show_number(last.get('steps'))}" if last else "–",
                      show_number(speeds[len(speeds) // 2]) if speeds else "–", outcome(record, stage)])
     asked = {s: evaluation_seconds(record, s) for s in stages}
-    costs += [stage_cost(record, s, t) for s, t in asked.items() if t is not None]
-    if total(asked.values()) is not None: rows.append(["evaluation", f"of {', '.join(s for s in asked if asked[s] is not None)}", show_time(total(asked.values())), show_money(total(costs[len(stages):])), "–", "–", "–"])
-    rows.append(["together", "", show_time(run_seconds(record)), show_money(total(costs)), "", "", ""])
+    if total(asked.values()) is not None: rows.append(["evaluation", f"of {', '.join(s for s in asked if asked[s] is not None)}", show_time(total(asked.values())), show_money(total(stage_cost(record, s, t) for s, t in asked.items())), "–", "–", "–"])
+    rows.append(["together", "", show_time(run_seconds(record)), show_money(run_cost(record)), "", "", ""])
     prices = sorted({hourly_price(record, s) for s in stages if stage_seconds(record, s)} - {0.0})
     blocks = [Heading("What happened"), Table(["stage", "status", "time", "cost", "steps", "tokens/s", "ended at"], rows),
               Prose(f"The cost is the time at {' to '.join(f'${p:.2f}' for p in prices[::max(1, len(prices) - 1)])} an hour, a typical price for renting this hardware." if prices else "No price is known for an hour of this machine, so no cost is given.")]
@@ -642,6 +650,12 @@ def run_seconds(
     "What all stages and evaluations took, as far as it is known."
     return total(f(record, s) for s in STAGES for f in (stage_seconds, evaluation_seconds))
 
+def run_cost(
+    record: Record,
+) -> float | None: # dollars; None if no price is known
+    "What all stages and evaluations cost, as far as it is known."
+    return total(stage_cost(record, s, f(record, s)) for s in STAGES for f in (stage_seconds, evaluation_seconds))
+
 # %% ../nbs/19_report.ipynb #549dfa91
 def measured_seconds(
     record: Record,
@@ -661,8 +675,7 @@ def planned(
     figures = [(name, show_time, a, b) for name, a, b in times]
     if None not in (both := [b for _, _, b in times]) and both: figures.append(("together", show_time, sum(a for _, a, _ in times), sum(both)))
     figures.append(("memory of a process", show_bytes, plan.get("memory_bytes"), max(peaks, default=None)))
-    cost = total(stage_cost(record, s, f(record, s)) for s in STAGES for f in (stage_seconds, evaluation_seconds))
-    figures.append(("cost", show_money, plan.get("dollars") or None, cost)) # a plan writes 0 where it knows no price
+    figures.append(("cost", show_money, plan.get("dollars") or None, run_cost(record))) # a plan writes 0 where it knows no price
     figures = [f for f in figures if f[2] is not None or f[3] is not None]
     if not figures: return []
     rows = [[name, show(a), show(b), f"{b / a:.2f}" if a and b is not None else "–"] for name, show, a, b in figures]
@@ -682,7 +695,7 @@ def scores(
     rows = []
     for name in task_names(evals):
         if name in CHAT_CORE: continue # they stand in the table of published figures
-        found = [evals.get(stage, {"tasks": {}})["tasks"].get(name) for stage in TRAINED]
+        found = [stage_tasks(evals, stage).get(name) for stage in TRAINED]
         some = next(t for t in found if t)
         rows.append([cut(name, 60), show_number(some["n"]), f"{100 * some.get('chance', 0):.0f} %", *(show_score(t) if t else "–" for t in found)])
     worlds = [evals.get(stage, {}).get("world_score") for stage in TRAINED]
@@ -731,10 +744,11 @@ def beside_published(
     "The run's public figures beside those of nanochat-2025."
     heading, rows, notes = Heading("Beside nanochat-2025"), [], []
     for measure, (name, published) in PUBLISHED.items():
-        found = [t for s in TRAINED if (t := record.evals.get(s, {"tasks": {}})["tasks"].get(name))]
-        rows.append([measure, show_number(found[0]["n"]) if found else "", show_number(float(found[0]["chance"])) if found else "",
+        found = {s: t for s in TRAINED if (t := stage_tasks(record.evals, s).get(name))}
+        some = next(iter(found.values()), None)
+        rows.append([measure, show_number(some["n"]) if some else "", show_number(float(some["chance"])) if some else "",
                      *(own_figure(record, s, name) or "–" for s in TRAINED), *(f"{p:.4f}" if p is not None else "–" for p in published)])
-        for stage, t in ((s, t) for s in TRAINED if (t := record.evals.get(s, {"tasks": {}})["tasks"].get(name))):
+        for stage, t in found.items():
             if number(t.get("too_long")): notes.append(f"{measure}, {stage.upper()}: {show_number(t['too_long'])} questions did not fit the context.")
             tries = [f"pass@{k} {p:.4f}" for k, p in t.get("pass_at", {}).items() if number(p) is not None] if isinstance(t.get("pass_at"), dict) else []
             if len(tries) > 1: notes.append(f"{measure}, {stage.upper()}: {', '.join(tries)}, from {show_number(number(t.get('samples')))} answers to each question.")
@@ -773,7 +787,7 @@ def core_table(
     for text, name in core_lines(cores):
         found = [core["tasks"].get(name) for core in cores.values()]
         if some := next((t for t in found if t), None):
-            rows.append([text, KINDS.get(some.get("type"), "other") if isinstance(some.get("type"), str) else "other", show_number(number(some.get("shots"))), show_number(some["n"]), f"{100 * some['baseline']:.0f} %",
+            rows.append([text, _kind(some), show_number(number(some.get("shots"))), show_number(some["n"]), f"{100 * some['baseline']:.0f} %",
                          *(c for t in found for c in ((show_score(t), show_range([t["centred"]], 3)) if t else ("–", "–")))])
     return Table(["task", "type", "shots", "questions", "chance", *(c if len(cores) == 1 else f"{name}\n{c}" for name in cores for c in ("accuracy", "above chance"))], rows)
 
@@ -795,7 +809,7 @@ def samples(
     for name in task_names(record.evals):
         asked = {}
         for stage in TRAINED:
-            for item in record.evals.get(stage, {"tasks": {}})["tasks"].get(name, {"items": []})["items"]:
+            for item in stage_tasks(record.evals, stage).get(name, {"items": []})["items"]:
                 # conversations may end in the same question: the first one stands for all
                 asked.setdefault(cut(item["prompt"], 600), {}).setdefault(stage, (stage, readable_answer(item["answer"]), item["right"]))
         for prompt, answers in list(asked.items())[:per_task]: blocks.append(Sample(cut(name, 60), prompt, list(answers.values())))
@@ -1030,7 +1044,7 @@ def side_by_side(
     def took(record, stage, seconds): return show_time(seconds) + (f", {show_money(cost)}" if (cost := stage_cost(record, stage, seconds)) is not None else "")
     stages, names = [s for s in STAGES if s != "report"], [r.name for r in records]
     rows = [[s, *(took(r, s, stage_seconds(r, s)) + (f" ({stage_status(r, s)})" if s not in r.manifests else "") for r in records)] for s in stages]
-    costs = [total(stage_cost(r, s, f(r, s)) for s in stages for f in (stage_seconds, evaluation_seconds)) for r in records]
+    costs = [run_cost(r) for r in records]
     rows += [["evaluation", *(show_time(total(evaluation_seconds(r, s) for s in stages)) + (f", {show_money(c)}" if (c := total(stage_cost(r, s, evaluation_seconds(r, s)) for s in stages)) is not None else "") for r in records)],
              ["together", *(show_time(run_seconds(r)) + (f", {show_money(c)}" if c is not None else "") for r, c in zip(records, costs))]]
     ends = []
@@ -1083,7 +1097,7 @@ def compared_scores(
     "Every score of every stage beside the first run's, and whether questions enough were asked to tell them apart."
     rows, paired, counted, names = [], 0, 0, [r.name for r in records]
     for stage in TRAINED:
-        tasks = [r.evals.get(stage, {"tasks": {}})["tasks"] for r in records]
+        tasks = [stage_tasks(r.evals, stage) for r in records]
         for task in dict.fromkeys(name for t in tasks for name in t):
             row = [stage, cut(task, 60), ", ".join(dict.fromkeys(show_number(t[task]["n"]) for t in tasks if task in t)), show_score(tasks[0][task]) if task in tasks[0] else "–"]
             for other in tasks[1:]:

@@ -16,7 +16,7 @@ import torch
 
 from .chat_eval import evaluate_stage, evaluate_task
 from .checkpoint import load_checkpoint, load_model, rng_state, save_checkpoint, set_rng_state
-from .common import (Metrics, Run, StopSignal, UserError, barrier, derive_seed, distributed, group_rank_and_world, pick_device, pick_dtype, progress_bar,
+from .common import (STOPPED, Metrics, Run, StopSignal, UserError, barrier, derive_seed, distributed, group_rank_and_world, pick_device, pick_dtype, progress_bar,
                              rank_and_world, read_metrics, say, seed_everything)
 from .engine import Completion, Engine
 from .model import GPT
@@ -188,7 +188,7 @@ def reinforce(engine: Engine,
             due = step == steps or step % eval_every == 0
             if due or want_stop or want_save: save()
             if want_stop and step < steps:
-                raise UserError(f"stopped by {stop.name or 'a signal to another rank'} after step {step} of {steps}, which is saved: the same command goes on from there.")
+                raise UserError(f"{STOPPED} {stop.name or 'a signal to another rank'} after step {step} of {steps}, which is saved: the same command goes on from there.")
             if due: evaluate()
     return {"step": step, "seconds": round(seconds + time.perf_counter() - clock, 1), "tokens": tokens, **result}
 

@@ -24,14 +24,14 @@ from pathlib import Path
 import click
 
 # %% ../nbs/23_speedrun.ipynb #b123c391
-from .common import STAGES, Run, UserError, atomic_write, file_lock, in_words, progress_bar, rank_and_world, run_command, runs_dir, say
+from .common import STAGES, STOPPED, Run, UserError, atomic_write, file_lock, in_words, names_in, progress_bar, rank_and_world, run_command, runs_dir, say
 
 # %% ../nbs/23_speedrun.ipynb #23034d39
 def fetch_questions(run: Run):
     "Fetch what the run's models will be asked, before anything is trained. What cannot be had is said, and left out later."
     from nanochat.dataset import SETS, core_folders, set_files
     section = run.config["eval"]
-    wanted = [(name, lambda name=name: set_files(name, "test")) for name in section["tasks"].split(",") if name.strip() in SETS]
+    wanted = [(name, lambda name=name: set_files(name, "test")) for name in names_in(section["tasks"]) if name in SETS]
     if section["core_questions"]: wanted.insert(0, ("core", core_folders))
     for name, fetch in wanted:
         try: fetch()
@@ -326,7 +326,7 @@ def execute_notebook(
                             extra_arguments=["--log-level=50"], # a kernel's warnings would run into the bar
                             config=Config({"KernelManager": {"shutdown_wait_time": PATIENCE + 10}})) # time for the step that is under way, and a checkpoint
     except pm.PapermillExecutionError as e:
-        if e.evalue.startswith("stopped by"): error_file.unlink(missing_ok=True) # it goes on from there: nothing has failed
+        if e.evalue.startswith(STOPPED): error_file.unlink(missing_ok=True) # it goes on from there: nothing has failed
         elif stage in STAGES: atomic_write(error_file, e.evalue if e.ename == "UserError" else f"{e.ename}: {e.evalue}")
         if e.ename == "UserError": raise UserError(e.evalue) from None
         raise RuntimeError(f"{notebook}.ipynb failed with {e.ename}: {e.evalue} (the executed copy is {target})") from None
@@ -485,7 +485,7 @@ def show_scores(core: dict | None, chat: dict | None, bpb: float | None) -> str:
 def eval_command(name, stage, tasks, max_per_task, split, samples, temperature, folder, device):
     """Measure a model: CORE, bits per byte, and what a chat model is asked."""
     from nanochat.common import distributed, pick_device, pick_dtype
-    device, wanted = pick_device(device), [task.strip() for task in (tasks or "").split(",") if task.strip()]
+    device, wanted = pick_device(device), names_in(tasks or "")
     dtype = pick_dtype(device)
     if folder and name: raise UserError(f"--model {folder} and run {name!r} were both given: measure one of them.")
     if folder and set(wanted) - {"core"}: raise UserError(f"--model is measured by CORE alone: leave out --tasks {tasks}.")

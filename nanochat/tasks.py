@@ -543,12 +543,7 @@ class RealTask:
         "Whether the answer is right."
         raise UserError(f"{self.name} has no right answers: it is there to learn from, not to be judged by.")
 
-    def reward(self,
-        conversation: dict, # one of this task's
-        completion: str, # visible text of a model's answer
-    ) -> float:
-        "1 for a right answer, 0 for a wrong one."
-        return float(self.evaluate(conversation, completion))
+    reward = Task.reward
 
 # %% ../nbs/13_tasks.ipynb #d64db7d1
 def choice_conversation(
@@ -579,7 +574,7 @@ class Mmlu(RealTask):
 
     def conversation(self, row): return choice_conversation(row["question"], row["choices"], row["answer"])
 
-    def evaluate(self, conversation, completion): return same_letter(visible_text(conversation["messages"][-1]), completion)
+    evaluate = Arc.evaluate
 
 # %% ../nbs/13_tasks.ipynb #382d5e66
 def solution_parts(

@@ -21,7 +21,7 @@ import torch.distributed as dist
 # %% ../nbs/10_train.ipynb #0c173349
 from .attention import choose_backends
 from .checkpoint import latest_checkpoint, load_checkpoint, mark_best, rng_state, save_checkpoint, set_rng_state
-from .common import (Run, StopSignal, UserError, barrier, derive_seed, distributed, group_rank_and_world, in_words, peak_memory, pick_device, pick_dtype,
+from .common import (STOPPED, Run, StopSignal, UserError, barrier, derive_seed, distributed, group_rank_and_world, in_words, peak_memory, pick_device, pick_dtype,
                              progress_bar, rank_and_world, say, seed_everything)
 from .dataloader import PackedLoader
 from .dataset import prepare_tokens
@@ -228,7 +228,7 @@ def train(
                 logged_at = time.perf_counter() # its time is not the training's
             if want_stop:
                 kept = "which is saved: the same command or cell goes on from there" if checkpoints else "and nothing is kept, because no folder for checkpoints was given"
-                raise UserError(f"stopped by {stop.name or 'a signal to another rank'} after step {step} of {steps}, {kept}.")
+                raise UserError(f"{STOPPED} {stop.name or 'a signal to another rank'} after step {step} of {steps}, {kept}.")
     return {"step": step, "seconds": round(seconds + time.perf_counter() - clock, 1), "tokens": tokens, "loss": loss_value, **last_eval}
 
 # %% ../nbs/10_train.ipynb #b1a0c747
