@@ -245,7 +245,7 @@ def training_memory(
     return parts | {"total": sum(parts.values())}
 
 # %% ../nbs/08_plan.ipynb #c17aacd5
-TASKS = ("identity", "facts", "sums", "spelling", "counting", "choice", "smalltalk")
+TASKS = ("identity", "facts", "twofacts", "memory", "unknown", "sums", "problems", "spelling", "counting", "choice", "smalltalk")
 
 ANSWER_TOKENS = {"arc-easy": 50, "arc-challenge": 50, "mmlu": 50, "gsm8k": 256, "humaneval": 384} # generated for an answer, or, where letters are compared, what reading the question costs
 
@@ -323,9 +323,9 @@ SCHEMA = [
     Key("base.eval_tokens", int, None, "tokens", "tokens in an evaluation; a hundredth of the run, at most 10.5 million", 1),
     Key("base.keep_checkpoints", int, 2, "checkpoints", "latest ones that stay; the best one stays besides", 1),
     Key("base.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
-    *_training_keys("mid", dict(identity=2000, facts=40_000, sums=20_000, spelling=20_000, counting=20_000, choice=20_000, smalltalk=20_000), 1, 0.8),
-    *_training_keys("sft", dict(identity=1000, facts=8000, sums=8000, spelling=1000, counting=1000, choice=4000, smalltalk=4000), 1, 0.1),
-    Key("rl.task", str, "sums", "", "the task with the verifiable reward", choices=TASKS),
+    *_training_keys("mid", dict(identity=2000, facts=40_000, twofacts=40_000, memory=20_000, unknown=10_000, sums=20_000, problems=2000, spelling=20_000, counting=20_000, choice=20_000, smalltalk=20_000), 1, 0.8),
+    *_training_keys("sft", dict(identity=1000, facts=8000, twofacts=8000, memory=4000, unknown=2000, sums=8000, problems=1000, spelling=1000, counting=1000, choice=4000, smalltalk=4000), 1, 0.1),
+    Key("rl.task", str, "problems", "", "the task with the verifiable reward", choices=TASKS),
     Key("rl.steps", int, 400, "steps", "optimizer steps", 1),
     Key("rl.prompts_per_step", int, 16, "prompts", "problems in a step", 1),
     Key("rl.samples_per_prompt", int, 16, "samples", "answers for each problem; one alone has nothing to be compared with", 2),

@@ -143,8 +143,8 @@ class Stubborn:
     def evaluate(self, conversation, text): return False
 
 
-def one_rank(rank, port, folder, names):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def one_rank(rank, port, folder, names, environment):
+    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with distributed(torch.device("cpu")):
         found = without_times(evaluate_chat(engine(), names, 20, max_new_tokens=4))
         sampled = evaluate_task(engine(), make_task("gsm8k", "test"), 3, max_new_tokens=4, temperature=1.0, samples=3)["items"]
@@ -159,7 +159,7 @@ def test_results_do_not_depend_on_the_number_of_ranks(data, sandbox, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanochat.chat_eval"]) # imported once for both
     with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
-    ranks = [context.Process(target=one_rank, args=(rank, port, tmp_path, names)) for rank in range(2)]
+    ranks = [context.Process(target=one_rank, args=(rank, port, tmp_path, names, dict(os.environ))) # a server that another test started has another environment for rank in range(2)]
     for rank in ranks: rank.start()
     for rank in ranks: rank.join(120)
     codes = [rank.exitcode for rank in ranks]
