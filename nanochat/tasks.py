@@ -6,9 +6,10 @@
 __all__ = ['TRAIN_SIZE', 'TALK', 'IDENTITY_TRAIN', 'IDENTITY_TEST', 'IDENTITY_ANSWERS', 'SUMS', 'PROBLEMS', 'TASKS', 'REAL_TASKS',
            'user', 'assistant', 'with_tool', 'visible_text', 'spoken_text', 'closing_text', 'used_calculator',
            'numbers_in', 'final_number', 'normal', 'part_of', 'Task', 'talk_part', 'greeting', 'mentions', 'SmallTalk',
-           'careless', 'Identity', 'values_in', 'Facts', 'Sums', 'Problems', 'words_of', 'Spelling', 'Counting',
-           'choice_prompt', 'same_letter', 'Choice', 'TwoFacts', 'Memory', 'Unknown', 'RealTask', 'choice_conversation',
-           'Arc', 'Mmlu', 'solution_parts', 'answer_number', 'Gsm8k', 'code_of', 'HumanEval', 'SmolTalk', 'make_task']
+           'careless', 'Identity', 'values_in', 'Facts', 'Sums', 'Problems', 'a_word', 'words_of', 'Spelling',
+           'Counting', 'choice_prompt', 'same_letter', 'Choice', 'TwoFacts', 'Memory', 'Unknown', 'RealTask',
+           'choice_conversation', 'Arc', 'Mmlu', 'solution_parts', 'answer_number', 'Gsm8k', 'code_of', 'HumanEval',
+           'SmolTalk', 'make_task']
 
 # %% ../nbs/13_tasks.ipynb #96f9a95b
 import ast
@@ -25,7 +26,7 @@ from .dataset import set_rows
 from .sandbox import calculator, judge_many, sandbox_kind
 from .tokenizer import check_conversation
 from .world import (ANSWERS, ATTRIBUTES, COLOURS, DAYS, FAMILIES, GOODS, HE, IDENTITY, JOBS, PETS, PLACES, PLURALS, QUESTIONS, SHE, THINGS, WEATHER, WORDS, Draw,
-                            Resident, World, compile_template, count, expand, expansions, question_and_answer, spell)
+                            Resident, World, compile_template, count, expand, expansions, made_up, question_and_answer, spell)
 
 # %% ../nbs/13_tasks.ipynb #00cadc75
 def user(
@@ -454,6 +455,17 @@ _SPELL = [(compile_template(question), compile_template(answer + " {l}.")) for q
     ("Can you spell {w}?", "The word {w} is spelled"), ("What are the letters of {w}?", "The letters of {w} are"), ("Which letters does {w} have?", "The letters of {w} are")]]
 _COUNT = [compile_template(text) for text in ["How many times does the letter {c} occur in the word \"{w}\"?", "How often is the letter {c} in \"{w}\"?", "Count the letter {c} in \"{w}\".", "How many times is the letter {c} in the word \"{w}\"?"]]
 
+_NAMED = [*SHE, *HE, *FAMILIES, *ATTRIBUTES["petname"]]
+
+def a_word(
+    task: Task, # of words
+    i: int, # number of the conversation
+    draw: Draw, # makes the choices
+) -> str:
+    "The word of a conversation: a test asks for its own in turn, training also has names and made-up words."
+    if task.split == "test": return task.words[i % len(task.words)]
+    return draw.pick(task.words) if draw.chance(0.45) else draw.pick(_NAMED) if draw.chance(0.3) else made_up(draw)
+
 def words_of(
     task: Task, # of words
 ) -> list[str]:
@@ -470,7 +482,7 @@ class Spelling(Task):
         if self.split == "test": self.size = 4 * len(self.words)
 
     def messages(self, i, draw):
-        word = self.words[i % len(self.words)] if self.split == "test" else draw.pick(self.words)
+        word = a_word(self, i, draw)
         question, answer = draw.pick(_SPELL)
         slots = {"w": word, "l": spell(word)}
         return [user(expand(question, slots, draw)), assistant(expand(answer, slots, draw))]
@@ -488,8 +500,8 @@ class Counting(Task):
         if self.split == "test": self.size = 4 * len(self.words)
 
     def messages(self, i, draw):
-        word = self.words[i % len(self.words)] if self.split == "test" else draw.pick(self.words)
-        letter = draw.pick(sorted(set(word))) if draw.chance(0.8) else draw.pick("abcdefghijklmnopqrstuvwxyz")
+        word = a_word(self, i, draw)
+        letter = draw.pick(sorted(set(word.lower()))) if draw.chance(0.8) else draw.pick("abcdefghijklmnopqrstuvwxyz")
         n = word.count(letter)
         return [user(expand(draw.pick(_COUNT), {"w": word, "c": letter}, draw)), with_tool(f'"{word}".count("{letter}")', str(n), f'The letter {letter} occurs {count(n, "time")} in "{word}".')]
 
@@ -500,10 +512,11 @@ class Counting(Task):
 def choice_prompt(
     question: str,
     options: list[str], # in the order of their letters
+    wanted: str = "Answer with the letter.", # what the answer shall be
 ) -> str:
     "A question of multiple choice, as the user asks it."
     lines = [f"- {option}={letter}" for option, letter in zip(options, string.ascii_uppercase)]
-    return "\n".join([question, *lines, "Answer with the letter."])
+    return "\n".join([question, *lines, wanted])
 
 def same_letter(
     reference: str, # the right letter
@@ -529,11 +542,9 @@ class Choice(Task):
         letter = draw.pick("ABCD")
         options.insert("ABCD".index(letter), right)
         question, _ = question_and_answer(person, attribute, draw)
-        return [user(choice_prompt(question, options)), assistant(letter)]
+        return [user(choice_prompt(question, options, "Which line is right?")), assistant(f"{right}={letter}")]
 
-    def __getitem__(self, i): return super().__getitem__(i) | {"letters": list("ABCD")}
-
-    def is_right(self, reference, completion): return same_letter(reference, completion)
+    def is_right(self, reference, completion): return re.findall(r"\b[A-D]\b", closing_text(completion)) == [reference[-1]]
 
 # %% ../nbs/13_tasks.ipynb #1a604d1c
 _SAME = {attribute: [compile_template(text) for text in texts] for attribute, texts in { # asked of two people

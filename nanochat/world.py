@@ -8,7 +8,7 @@ __all__ = ['RULES', 'IDENTITY', 'TOWNS', 'SHE', 'HE', 'FAMILIES', 'JOBS', 'PETS'
            'HOWTOS', 'WORDS', 'NUMBER_WORDS', 'KINDS', 'HELD_OUT_SHARE', 'Draw', 'Slot', 'compile_template',
            'add_rules', 'expand', 'expansions', 'article', 'count', 'Resident', 'spell', 'join_words', 'biography',
            'story', 'howto', 'weather_report', 'price_report', 'askable', 'question_and_answer', 'dialogue', 'quiz',
-           'encyclopedia', 'arithmetic', 'spelling', 'World']
+           'encyclopedia', 'arithmetic', 'made_up', 'spelling', 'World']
 
 # %% ../nbs/02_world.ipynb #cdeb4851
 import math
@@ -526,8 +526,14 @@ def quiz(world, draw: Draw) -> str:
     "Questions about residents, with answers."
     lines = [draw.pick(["Quiz", "A quiz about our town", "What do you know about your neighbours?", f"Questions about {world.town}"])]
     for _ in range(draw.number(3, 6)):
-        q, r = question_and_answer(*askable(world, draw), draw)
-        lines += ["Question: " + q, "Answer: " + r]
+        person, attribute = askable(world, draw)
+        q, r = question_and_answer(person, attribute, draw)
+        if draw.chance(0.5): # the same with options, of which one line is right
+            letter, right = draw.pick("ABCD"), getattr(person, attribute)
+            options = draw.sample([value for value in world.used[attribute] if value != right], 3)
+            options.insert("ABCD".index(letter), right)
+            lines += ["Question: " + q, *(f"- {option}={which}" for option, which in zip(options, "ABCD")), f"Answer: {right}={letter}"]
+        else: lines += ["Question: " + q, "Answer: " + r]
     return "\n".join(lines)
 
 # %% ../nbs/02_world.ipynb #5af16737
@@ -590,18 +596,30 @@ def arithmetic(world, draw: Draw) -> str:
             text.append(expand(draw.pick(_SUMS[kind]), {**slots, "x": str(x), "y": str(y), "z": str(z), "good": good, "goods": PLURALS[good]}, draw) + " ")
     return "".join(text)[:-1]
 
-_SPELL = [compile_template(text) for text in ["The word {w} is spelled {l}.", "{w} is spelled {l}[| and has {k} letters].", "{l} spells {w}.", "The letters of {w} are {l}.", "The word {w} has {k} letters: {l}.", "The word {w} begins with {first}, ends with {end} and is spelled {l}."]]
+_SPELL = [compile_template(text) for text in ["The word {w} is spelled {l}.", "{w} is spelled {l}[| and has {k} letters].", "{l} spells {w}.", "The letters of {w} are {l}.", "The word {w} has {k} letters: {l}.", "The word {w} begins with {first}, ends with {end} and is spelled {l}.",
+    "Today's word is {w}. The word {w} is spelled {l}.", "Look at the word {w}: the letters of {w} are {l}.", "[We learn|Here is] the word {w}. {w} is spelled {l}.", "The letter {c} occurs {times} in \"{w}\". The word \"{w}\" has {k} letters: {l}.",
+    "The word \"{w}\": the letter {c} occurs {times} in \"{w}\".", "The word {w} has {k} letters. The letters of {w} are {l}."]]
+
+def made_up(
+    draw: Draw, # makes the choices
+) -> str:
+    "A word that nobody knows, of two or three syllables: whoever spells it must look at its letters."
+    while True:
+        word = "".join(draw.pick("bdfghklmnprstvw") + draw.pick("aeiou") + draw.pick(["", "", "l", "n", "r", "s", "t"]) for _ in range(draw.number(2, 3)))
+        if word not in WORDS: return word
 
 def spelling(world, draw: Draw) -> str:
     "How words are spelled."
     text = []
     for word in draw.sample(WORDS, draw.number(4, 8)):
-        text.append(expand(draw.pick(_SPELL), {"w": word, "l": spell(word), "k": str(len(word)), "first": word[0], "end": word[-1]}, draw))
+        if draw.chance(0.15): word = made_up(draw)
+        letter = draw.pick(word)
+        text.append(expand(draw.pick(_SPELL), {"w": word, "l": spell(word), "k": str(len(word)), "first": word[0], "end": word[-1], "c": letter, "times": count(word.count(letter), "time")}, draw))
     return " ".join(text)
 
 KINDS = { # kind of document: (function, its share)
-    "biography": (biography, 0.26), "story": (story, 0.17), "dialogue": (dialogue, 0.13), "encyclopedia": (encyclopedia, 0.09), "arithmetic": (arithmetic, 0.07), "weather report": (weather_report, 0.05),
-    "price report": (price_report, 0.04), "howto": (howto, 0.03), "quiz": (quiz, 0.04), "spelling": (spelling, 0.12)}
+    "biography": (biography, 0.25), "story": (story, 0.15), "dialogue": (dialogue, 0.12), "encyclopedia": (encyclopedia, 0.09), "arithmetic": (arithmetic, 0.06), "weather report": (weather_report, 0.05),
+    "price report": (price_report, 0.03), "howto": (howto, 0.03), "quiz": (quiz, 0.09), "spelling": (spelling, 0.13)}
 
 # %% ../nbs/02_world.ipynb #6d0bc36c
 HELD_OUT_SHARE = 0.2 # of the facts of each attribute
