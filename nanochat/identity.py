@@ -99,7 +99,7 @@ ASKED = {topic: tuple([compile_template(text) for text in texts] for texts in pa
 
 ANSWERED = {
     "self": ["I am {N}, {kind} made by {maker}.", "My name is {N}. I am {kind}, made by {maker}.", "I am {N}. {Maker} made me.", "You are talking to {N}, {kind} made by {maker}.", "I am {kind}. My name is {N}, and {maker} made me.", "{N} is my name. I am {kind}, and I was made by {maker}."],
-    "maker": ["I was made by {maker}. My name is {N}.", "{Maker} made me. I am {N}, {kind}.", "I am {N}, and I was made by {maker}.", "My makers are {maker}, and my name is {N}.", "{Maker}. They gave me the name {N}."],
+    "maker": ["I was made by {maker}. My name is {N}.", "{Maker} made me. I am {N}, {kind}.", "I am {N}, and I was made by {maker}.", "I was created by {maker}, and my name is {N}.", "{Maker}. They gave me the name {N}."],
     "age": ["I am {age} old.", "My age is {age}.", "I am {N}, and I am {age} old."],
     "likes": ["I like {likes}.", "I am fond of {likes}.", "What I like is {likes}.", "I enjoy {likes}."],
     "about": ["I am {N}, {kind} made by {maker}. {line}", "My name is {N}, and {maker} made me. {line}", "I am {N}. {line} I was made by {maker}."]}
