@@ -21,7 +21,8 @@ from .common import Run, UserError, atomic_write, derive_seed, gather, group_ran
 from .core_eval import centred, wilson_interval
 from .engine import Completion, Engine, _Row
 from .model import GPT
-from .tasks import TASKS, make_task, normal
+from .mixture import card_of, open_task
+from .tasks import TASKS, normal
 from .tokenizer import Tokenizer
 from .world import World
 
@@ -250,6 +251,7 @@ def evaluate_chat(engine: Engine,
                   *,
                   split: str = "test",  # of the public sets, or another one that they have, such as "validation"
                   seed: int = 42,  # of the world and its questions
+                  card: str = "none",  # the file of an identity card
                   desc: str = "questions",  # what the progress bar says
                   **how,  # max_new_tokens, batch, temperature, samples: as in `evaluate_task`
                   ) -> dict:  # as from `summarize`
@@ -260,7 +262,7 @@ def evaluate_chat(engine: Engine,
     with progress_bar(len(names), desc=desc, unit="task") as bar:
         for name in names:
             try:
-                results[name] = evaluate_task(engine, make_task(name, "test" if name in TASKS else split, seed, world), n, **how)
+                results[name] = evaluate_task(engine, open_task(name, "test" if name in TASKS else split, seed, world, card), n, **how)
                 bar.set_postfix_str(f"{name} {results[name]['accuracy']:.0%}", refresh=False)
             except UserError as e:
                 missing[name] = str(e)
@@ -299,6 +301,6 @@ def evaluate_stage(run: Run,
                    ) -> dict:  # as `evaluate_chat`, with stage and step
     "Evaluate a model on the tasks of `eval.tasks` and write the stage's `eval.json`."
     section = run.config["eval"]
-    found = evaluate_chat(Engine(model, tokenizer, dtype), task_names(section.get("tasks", "")), section["questions"], seed=run.seed,
+    found = evaluate_chat(Engine(model, tokenizer, dtype), task_names(section.get("tasks", "")), section["questions"], seed=run.seed, card=card_of(run.config),
                           max_new_tokens=section["max_new_tokens"], batch=section["batch"], desc=f"questions for {stage}")
     return save_evaluation(run, stage, found, step)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SOURCES', 'SETS', 'WORLD_SHARD', 'WORLD_VAL', 'KINDS', 'SHARD_CHARACTERS', 'Source', 'hub_shards', 'data_root',
            'world_folder', 'make_world', 'text_files', 'cut_text', 'take', 'iter_texts', 'file_rows', 'set_files',
-           'set_rows', 'core_folders', 'conversations', 'val_characters', 'text_path', 'prepare_text', 'sample_texts',
-           'prepare_data', 'batched', 'tokenize', 'tokens_dir', 'Arriving', 'start_download', 'prepare_tokens',
-           'get_set', 'show_set', 'damaged_files']
+           'set_rows', 'core_folders', 'conversation_files', 'conversations', 'val_characters', 'text_path',
+           'prepare_text', 'sample_texts', 'prepare_data', 'batched', 'tokenize', 'tokens_dir', 'Arriving',
+           'start_download', 'prepare_tokens', 'get_set', 'show_set', 'damaged_files']
 
 # %% ../nbs/03_dataset.ipynb #8728d5f6
 import difflib
@@ -352,17 +352,29 @@ def core_folders() -> list[Path]:
     return [download_archive(SETS["core"].url, SETS["core"].sha256, base_dir()/"data"/"core")/"eval_bundle"]
 
 # %% ../nbs/03_dataset.ipynb #9f17a9c2
+def conversation_files(
+    name: str | Path, # a path, or what is so called in your own data folder
+    must: bool = True, # whether to raise `UserError` where there is none
+) -> list[Path]:
+    "The files of conversations of your own."
+    path = _in_data_root(str(name)) or Path(name).expanduser()
+    return text_files(path) if must or path.exists() else []
+
 def conversations(
     source: str | Path, # a key of `SETS`, or a folder or file of your own, jsonl or parquet
     split: str = "train", # of a set by name
 ) -> Iterator[dict]:
     "Conversations in their format. Raises `UserError` that names file and line where one is not."
-    files = set_files(source, split) if source in SETS else text_files(_in_data_root(str(source)) or Path(source).expanduser())
+    files = set_files(source, split) if source in SETS else conversation_files(source)
     if files[0].name.lower().endswith(KINDS[2]): raise UserError(f"{files[0]} is plain text, and conversations are JSON lines: write one {{\"messages\": […]}} a line into a .jsonl file.")
     for file in files:
         for n, row in file_rows(file, ("messages",)):
             try: check_conversation(row)
             except UserError as e: raise UserError(f"{file}, line {n}: {e}") from None
+            for i, message in enumerate(row["messages"]):
+                content = message["content"]
+                if not (content if isinstance(content, str) else "".join(part["text"] for part in content)).strip():
+                    raise UserError(f"{file}, line {n}: message {i}, by the {message['role']}, is empty: write something, or leave the conversation out.")
             yield row
 
 # %% ../nbs/03_dataset.ipynb #2da060e8

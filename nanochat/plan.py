@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_LR', 'REFERENCE_WEIGHT_DECAY', 'GPUS', 'BF16_PAYS', 'ATTAINED', 'ACTIVATIONS', 'PROGRAM', 'LOGITS', 'TASKS',
-           'ANSWER_TOKENS', 'SCHEMA', 'KEYS', 'SAME', 'RIVALS', 'USABLE', 'MICRO_BATCH', 'TOKENS_PER_CONVERSATION',
-           'GENERATION_COST', 'TEXT_RATE', 'STARTUP', 'DISK_RATE', 'CORE_TOKENS', 'CORE_ROWS', 'LAW', 'CHOSEN',
-           'DEPTHS', 'WIDTHS', 'VOCABULARIES', 'SMALLEST_DIAL', 'SMALL_LR', 'padded_vocab', 'count_params',
-           'layer_windows', 'scaling_params', 'flops_per_token', 'model_shape', 'reference_params', 'optimal_batch',
-           'batch_scale', 'Hardware', 'named_hardware', 'cpu_hardware', 'detect_hardware', 'training_memory', 'Key',
+           'ANSWER_TOKENS', 'SET_SIZES', 'TASK_SIZE', 'MIXTURE_HELP', 'SCHEMA', 'KEYS', 'SAME', 'RIVALS', 'USABLE',
+           'MICRO_BATCH', 'TOKENS_PER_CONVERSATION', 'GENERATION_COST', 'TEXT_RATE', 'STARTUP', 'DISK_RATE',
+           'CORE_TOKENS', 'CORE_ROWS', 'LAW', 'CHOSEN', 'DEPTHS', 'WIDTHS', 'VOCABULARIES', 'SMALLEST_DIAL', 'SMALL_LR',
+           'padded_vocab', 'count_params', 'layer_windows', 'scaling_params', 'flops_per_token', 'model_shape',
+           'reference_params', 'optimal_batch', 'batch_scale', 'Hardware', 'named_hardware', 'cpu_hardware',
+           'detect_hardware', 'training_memory', 'Key', 'Weight', 'read_weight', 'check_split', 'task_size',
            'describe_settings', 'setting_name', 'presets_dir', 'known_presets', 'load_preset', 'expected_bits_per_byte',
            'bytes_per_token', 'Candidate', 'Row', 'Plan', 'make_plan']
 
@@ -19,6 +20,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +29,8 @@ import yaml
 
 # %% ../nbs/08_plan.ipynb #c9c294be
 from .common import STAGES, UserError, n_cores, names_in
-from .dataset import SOURCES, text_path
+from .dataset import SOURCES, _file_state, conversation_files, conversations, text_path
+from .identity import read_card
 
 # %% ../nbs/08_plan.ipynb #00f383ad
 def padded_vocab(vocab_size: int) -> int: # rows of the tables
@@ -260,11 +263,99 @@ class Key(NamedTuple):
     high: float = math.inf # largest number allowed
     choices: tuple = () # the strings allowed, if they are few
 
+# %% ../nbs/08_plan.ipynb #e60c4698
+class Weight(NamedTuple):
+    "How much of a task a mixture takes."
+    n: float # conversations, or times through all of them
+    epochs: bool = False # which of the two
+    split: str = "train"
+
+    def count(self,
+        size: int, # conversations that there are
+    ) -> int:
+        "Conversations that are asked for."
+        return max(1, round(self.n * size)) if self.epochs and self.n else int(self.n)
+
+    @property
+    def setting(self) -> int | str:
+        "As it is written in a configuration."
+        if not self.n: return 0
+        if not self.epochs and self.split == "train": return int(self.n)
+        return f"{self.n:g}x" * self.epochs + f"{self.n:.0f}" * (not self.epochs) + f" {self.split}" * (self.split != "train")
+
+def read_weight(
+    value: int | str, # 400, "400", "4x", "1x validation"
+) -> Weight:
+    "The weight of a task in a mixture. Raises `ValueError` that says what it must be."
+    found = re.fullmatch(r"([\d_,]*\.?\d+(?:e\d+)?)\s*(x?)(?:\s+(\w+))?", str(value).strip()) if not isinstance(value, bool) else None
+    number = float(found[1].replace(",", "").replace("_", "")) if found else -1.0
+    if not (0 <= number < 1e12) or not found[2] and number != int(number):
+        raise ValueError("a whole number of conversations (400), or how often all of them (4x), and perhaps a split behind it (1x validation)")
+    return Weight(number, bool(found[2]), found[3] or "train")
+
+# %% ../nbs/08_plan.ipynb #795c7c41
+SET_SIZES = { # set: (tokens of a conversation, {split: conversations}), for those that have something to train on
+    "smoltalk": (800, {"train": 460_341}), "mmlu": (350, {"train": 99_842, "validation": 1531, "dev": 285}), "gsm8k": (182, {"train": 7473}),
+    "arc-easy": (72, {"train": 2251, "validation": 570}), "arc-challenge": (81, {"train": 1119, "validation": 299})}
+TASK_SIZE = 20_000 # conversations of one of the world's tasks that "1x" is
+
+MIXTURE_HELP = ["The weight of a task in mid.mixture or sft.mixture is a number of conversations (400) or how often all of them (4x), and perhaps a split behind it (1x validation).",
+                "A task may also be a file or folder of conversations of your own, one {\"messages\": […]} a line: --set sft.mixture.talks/mine.jsonl=4x"]
+
+def _own_name(name: str) -> str:
+    "The full path of conversations of your own. Raises `UserError` if there is nothing."
+    if not (path := Path(name).expanduser()).exists() and not (conversation_files(name, must=False)):
+        known = [*TASKS, *SET_SIZES]
+        close = difflib.get_close_matches(name, known, 1)
+        raise UserError(f"a mixture names {name!r}, which is neither a file or folder that exists nor one of {', '.join(known)}: " + (f"did you mean {close[0]}?" if close else "check the path."))
+    return str(path.resolve()) if path.exists() else name
+
+def check_split(
+    task: str, # in a mixture
+    split: str, # that is to be trained on
+):
+    "Raises `UserError` for a split that cannot be trained on."
+    splits = list(SET_SIZES[task][1]) if task in SET_SIZES else ["train"]
+    if split not in splits: raise UserError(f"a mixture asks for the split {split!r} of {task}: " + ("it is the exam, so " if split == "test" else "") + f"use {' or '.join(splits)}.")
+
+def task_size(
+    task: str, # of a mixture: one of the world's, a public set, or a path
+    split: str, # of the set
+    vocab_size: int,
+) -> tuple[int, float]: # conversations, tokens in one
+    "How large a task is, roughly. Raises `UserError` for conversations of your own that cannot be used."
+    per_token = bytes_per_token(vocab_size)
+    if task in SET_SIZES:
+        check_split(task, split)
+        return SET_SIZES[task][1][split], SET_SIZES[task][0] * bytes_per_token(32768) / per_token
+    if task in TASKS: return TASK_SIZE, TOKENS_PER_CONVERSATION
+    n, size, messages = _own_size(task, _file_state(conversation_files(task)))
+    return n, (size / per_token + 2 * messages) / n + 1
+
+@lru_cache
+def _own_size(name: str, state: tuple) -> tuple[int, int, int]: # conversations, bytes of text, messages
+    "Read conversations of your own, once while the files stay as they are."
+    n = size = messages = 0
+    for conversation in conversations(name):
+        n, messages = n + 1, messages + len(conversation["messages"])
+        for m in conversation["messages"]: size += len(m["content"] if isinstance(m["content"], str) else "".join(part["text"] for part in m["content"]))
+    if n < 2: raise UserError(f"{name} holds {n or 'no'} conversation{'' if n == 1 else 's'}, and one has to be held out: write two or more.")
+    return n, size, messages
+
+def _mixture(c: dict, stage: str) -> dict[str, Weight]:
+    "What a stage learns from."
+    start = f"{stage}.mixture."
+    return {name.removeprefix(start): read_weight(value) for name, value in c.items() if name.startswith(start) and value}
+
 # %% ../nbs/08_plan.ipynb #6e47ed7a
+def _mixture_key(name: str, default: int = 0) -> Key:
+    "The setting of one task in a mixture."
+    return Key(name, Weight, default, "conversations", f"of {name.split('.', 2)[2]}: a number of conversations, or 4x for four times all of them; 0: none")
+
 def _training_keys(stage: str, mixture: dict, epochs: int, lr_scale: float) -> list[Key]:
     "The settings that mid-training and SFT share."
     return [
-        *(Key(f"{stage}.mixture.{task}", int, mixture[task], "conversations", f"conversations of the task {task}; 0 leaves it out") for task in TASKS),
+        *(_mixture_key(f"{stage}.mixture.{task}", mixture.get(task, 0)) for task in (*TASKS, *SET_SIZES)),
         Key(f"{stage}.epochs", int, epochs, "", "times that the mixture is gone through", 1),
         Key(f"{stage}.batch_tokens", int, None, "tokens", "tokens in an optimizer step; the base stage's", 1),
         Key(f"{stage}.device_batch", int, None, "rows", "rows on a device at a time; as many as fit and divide the batch", 1),
@@ -291,6 +382,7 @@ SCHEMA = [
     Key("hardware.tracker", str, "none", "", "where metrics go besides metrics.jsonl", choices=("none", "tensorboard", "wandb", "trackio")),
     Key("data.source", str, "world", "", f"one of {', '.join(SOURCES)}, or a folder or file of your own"),
     Key("data.characters", int, None, "characters", "text to prepare; five for each training token, so that none is read twice", 1),
+    Key("identity.card", str, "none", "", "who the model is: a YAML or JSON file of yours with its name and maker; none: Pico"),
     Key("tokenizer.vocab_size", int, 32768, "tokens", "size of the vocabulary, the nine special tokens included", 265),
     Key("tokenizer.max_characters", int, None, "characters", "text that the tokenizer learns from; at most two billion", 1),
     Key("tokenizer.max_doc_characters", int, 10_000, "characters", "of one document, at most", 1),
@@ -353,7 +445,7 @@ def describe_settings() -> str:
     def line(key):
         default = "derived" if key.default is None else str(key.default).lower() if key.kind is bool else f"{key.default:,}" if key.kind is int else f"{key.default}"
         return f"{key.name:<30} {default + ' ' + key.unit:<24} {key.about}".rstrip()
-    return "\n".join(map(line, SCHEMA))
+    return "\n".join([*map(line, SCHEMA), "", *MIXTURE_HELP])
 
 # %% ../nbs/08_plan.ipynb #544711eb
 def _parse(key: Key, value) -> int | float | bool | str:
@@ -363,6 +455,9 @@ def _parse(key: Key, value) -> int | float | bool | str:
         if not isinstance(value, str) or not value: raise wrong("a name")
         if key.choices and value not in key.choices: raise wrong("one of " + ", ".join(key.choices))
         return value
+    if key.kind is Weight:
+        try: return read_weight(value).setting
+        except ValueError as e: raise wrong(e) from None
     if key.kind is bool:
         known = {"true": True, "false": False}
         if str(value).lower() not in known: raise wrong("true or false")
@@ -382,6 +477,7 @@ def setting_name(
     "The full name of a setting. Raises `UserError` for a name that fits none, or several."
     name = SAME.get(name) or SAME.get(f"model.{name}", name)
     if name in KEYS: return name
+    if own := re.fullmatch(r"((?:mid|sft)\.mixture\.)(.+)", name): return own[1] + _own_name(own[2])
     ends = [key for key in KEYS if key.endswith("." + name)]
     if len(ends) == 1: return ends[0]
     if ends: raise UserError(f"setting {name!r} could be {', '.join(ends)}: write it in full.")
@@ -419,7 +515,7 @@ def _nest(flat: dict) -> dict:
     "The way back."
     tree = {}
     for name, value in flat.items():
-        *sections, last = name.split(".")
+        *sections, last = name.split(".", 2) # a third part may be a path with dots in it
         branch = tree
         for section in sections: branch = branch.setdefault(section, {})
         branch[last] = value
@@ -442,7 +538,7 @@ def _settings(preset: str, overrides: dict) -> dict:
         both = [name for name in rivals if name in said]
         if len(both) > 1: raise UserError(f"{' and '.join(both)} decide the same thing: give only one of them.")
         if both: given = {name: value for name, value in given.items() if name not in rivals}
-    return {name: _parse(KEYS[name], value) for name, value in (given | said).items()}
+    return {name: _parse(KEYS.get(name) or _mixture_key(name), value) for name, value in (given | said).items()}
 
 # %% ../nbs/08_plan.ipynb #73b6607c
 def _largest_divisor(n: int, limit: int) -> int:
@@ -534,7 +630,11 @@ def _memory_share(c: dict, hw: Hardware) -> int:
 
 def _stage_tokens(c: dict, stage: str) -> int:
     "Tokens that mid-training or SFT goes through, roughly."
-    return sum(c[f"{stage}.mixture.{task}"] for task in TASKS) * TOKENS_PER_CONVERSATION * c[f"{stage}.epochs"]
+    found = 0.0
+    for task, weight in _mixture(c, stage).items():
+        size, mean = task_size(task, weight.split, c["model.vocab_size"])
+        found += weight.count(size) * min(mean, c["model.sequence_len"])
+    return round(found * c[f"{stage}.epochs"])
 
 # %% ../nbs/08_plan.ipynb #4e7f2573
 GENERATION_COST = 1 # training tokens that one generated token costs
@@ -774,7 +874,8 @@ def _check(c: dict, hw: Hardware):
     if model["n_head"] % model["n_kv_head"]: raise UserError(f"model.n_kv_head is {model['n_kv_head']}, which does not divide model.n_head, {model['n_head']}: choose a divisor of it.")
     if not set(model["window_pattern"]) <= set("SL"): raise UserError(f"model.window_pattern is {model['window_pattern']!r}, but it may only hold S (a quarter of the context) and L (all of it).")
     for stage in ("mid", "sft"):
-        if not _stage_tokens(c, stage): raise UserError(f"{stage}.mixture is empty: give at least one of {', '.join(TASKS)} a number above 0.")
+        for task, weight in _mixture(c, stage).items(): check_split(task, weight.split)
+        if not _mixture(c, stage): raise UserError(f"{stage}.mixture is empty: give at least one of {', '.join([*TASKS, *SET_SIZES])} a number above 0.")
 
 def _fits(c: dict) -> bool: return all(c[f"{stage}.device_batch"] for stage in ("base", "mid", "sft"))
 
@@ -819,6 +920,9 @@ def make_plan(
     given = _settings(preset, overrides)
     hw = _hardware_for(preset, given.get("hardware.device"), hardware)
     given["data.source"] = _source(given.get("data.source", "world"))
+    if given.get("identity.card", "none") != "none":
+        given["identity.card"] = str(Path(given["identity.card"]).expanduser().resolve())
+        read_card(given["identity.card"])
     considered, rate = [], None
     if before and _same_budget(given, before): given |= {name: value for name, value in _flatten(before).items() if name in CHOSEN}
     elif "dial.depth" not in given:
@@ -862,6 +966,9 @@ def _affordable_depth(given: dict, hw: Hardware) -> int: # 0 if there is none
 def _config(preset: str, c: dict) -> dict:
     "The resolved settings in the order of the table; tasks that are left out do not appear."
     order = [name for key in SCHEMA for name in ([key.name] if key.name != "model.n_head" else ["model.vocab_size", "model.n_layer", "model.n_head"])]
+    for stage in ("mid", "sft"): # conversations of your own stand behind the tasks that have a name
+        at = order.index(f"{stage}.epochs")
+        order[at:at] = [name for name in c if name not in KEYS and name.startswith(f"{stage}.mixture.")]
     return {"preset": preset} | _nest({name: c[name] for name in order if not (".mixture." in name and c[name] == 0)})
 
 def _warnings(given: dict, c: dict, hw: Hardware, seconds: dict) -> list[str]:
