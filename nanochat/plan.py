@@ -9,8 +9,8 @@ __all__ = ['REFERENCE_LR', 'REFERENCE_WEIGHT_DECAY', 'GPUS', 'BF16_PAYS', 'ATTAI
            'DEPTHS', 'WIDTHS', 'VOCABULARIES', 'SMALLEST_DIAL', 'SMALL_LR', 'padded_vocab', 'count_params',
            'layer_windows', 'scaling_params', 'flops_per_token', 'model_shape', 'reference_params', 'optimal_batch',
            'batch_scale', 'Hardware', 'named_hardware', 'cpu_hardware', 'detect_hardware', 'training_memory', 'Key',
-           'describe_settings', 'setting_name', 'presets_dir', 'known_presets', 'load_preset', 'expected_bits_per_byte',
-           'bytes_per_token', 'Candidate', 'Row', 'Plan', 'make_plan']
+           'describe_settings', 'setting_name', 'presets_dir', 'known_presets', 'load_preset', 'checked_settings',
+           'expected_bits_per_byte', 'bytes_per_token', 'Candidate', 'Row', 'Plan', 'make_plan']
 
 # %% ../nbs/08_plan.ipynb #28e33eb0
 import difflib
@@ -441,6 +441,10 @@ def _said(overrides: dict) -> dict:
         if said.get(full, value) != value: raise UserError(f"{full} was given twice, as {said[full]!r} and as {value!r}: give it once.")
         said[full] = value
     return said
+
+def checked_settings(overrides: dict) -> dict:
+    "Settings as a person says them, checked, under full names. Raises `UserError` for one that is not known or has a wrong value."
+    return {name: _parse(KEYS[name], value) for name, value in _said(overrides).items()}
 
 def _settings(preset: str, overrides: dict) -> dict:
     "What preset and person say, checked, under full names."
