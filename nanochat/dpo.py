@@ -25,7 +25,7 @@ import torch.nn.functional as F
 # %% ../nbs/18_dpo.ipynb #76cb548f
 from .chat_eval import evaluate_stage, length_groups
 from .checkpoint import load_checkpoint, load_model, rng_state, save_checkpoint, set_rng_state
-from .common import (STOPPED, Metrics, Run, StopSignal, UserError, atomic_write, derive_seed, fingerprint, group_rank_and_world, pick_device, pick_dtype, progress_bar, read_json,
+from .common import (STOPPED, Metrics, Run, StopSignal, UserError, atomic_write, derive_seed, fingerprint, pick_device, pick_dtype, progress_bar, rank_and_world, read_json,
                              read_metrics, say, seed_everything, sha256_json)
 from .engine import Engine
 from .model import GPT
@@ -351,7 +351,8 @@ def simulate_preferences(engine: Engine,  # the model that answers
     tasks = {name: make_task(name, "train", world.seed, world) for name in ("facts", "identity")}
     good, spare, seen, number = [], [], set(), 0
     with progress_bar(n, desc="simulated preferences", unit="pair") as bar:
-        for _ in range(rounds):
+        for round in range(rounds):
+            if round >= 3 and not good and len(spare) >= n: break # it will not be right
             asked = [(number + k, *_question(number + k, seed, world, tasks)) for k in range(min(2 * n, 3 * (n - len(good)) + 8))]
             number += len(asked)
             prompts = [engine.tokenizer.render_for_completion(conversation) for _, _, conversation, _ in asked]
@@ -401,7 +402,7 @@ def train_dpo(run: Run,  # a run with a finished chat model
               changed: dict | None = None,  # settings that differ from the configuration's
               ) -> dict:  # the stage's manifest
     "Preference training of a run's last chat model, from the start or from its last checkpoint; afterwards it answers the held-out questions of every task."
-    if group_rank_and_world()[1] > 1: raise UserError("preference training runs on one process: start it with `nanochat dpo`, without torch.distributed.run.")
+    if rank_and_world()[1] > 1: raise UserError("preference training runs on one process: start it with `nanochat dpo`, without torch.distributed.run.")
     start = "rl" if run.manifest("rl") else "sft"
     run.needs(start)
     config, section, folder = run.config, dpo_settings(run.config, changed), run.stage_dir("dpo")
