@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEEDBACK', 'MIN_PAIRS', 'NOT_LEARNED', 'implicit_rewards', 'preference_loss', 'save_feedback', 'read_feedback',
            'Preference', 'preferences_from', 'Row', 'answer_row', 'pair_rows', 'preference_batches', 'answer_logprobs',
-           'score_pairs', 'preference_gradient', 'accuracy_of', 'reward_figures', 'hold_out', 'prefer', 'shorter',
+           'score_pairs', 'preference_gradient', 'accuracy_of', 'reward_figures', 'hold_out', 'prefer', 'longer',
            'simulate_preferences', 'dpo_settings', 'train_dpo', 'task_changes', 'show_dpo']
 
 # %% ../nbs/18_dpo.ipynb #957baa1f
@@ -30,10 +30,10 @@ from .common import (STOPPED, Metrics, Run, StopSignal, UserError, atomic_write,
 from .engine import Engine
 from .model import GPT
 from .plan import SCHEMA
-from .tasks import IDENTITY_TRAIN, assistant, make_task, normal, user
+from .tasks import IDENTITY_ANSWERS, IDENTITY_TRAIN, assistant, normal, user
 from .tokenizer import Tokenizer, check_conversation
 from .train import autocast, checkpoint_to_resume, optimizer_for
-from .world import Draw, World, question_and_answer
+from .world import ANSWERS, Draw, World, expansions, question_and_answer
 
 # %% ../nbs/18_dpo.ipynb #f9bb466b
 def implicit_rewards(logprobs: torch.Tensor,  # log π of each answer, summed over its tokens
@@ -323,51 +323,51 @@ def _order(n: int, seed: int, epoch: int) -> list[int]:
     return order
 
 # %% ../nbs/18_dpo.ipynb #d0209761
-def shorter(a: str, b: str) -> int: # 1: the first is better, -1: the second, 0: neither
-    "The taste of a judge who is in a hurry."
-    return (len(a) < len(b)) - (len(a) > len(b))
+def longer(a: str, b: str) -> int: # 1: the first is better, -1: the second, 0: neither
+    "The taste of a judge who likes it thorough."
+    return (len(a) > len(b)) - (len(a) < len(b))
 
-def _question(number: int, seed: int, world: World, tasks: dict): # task, conversation with a right answer, group
+def _question(number: int, seed: int, world: World): # question, all right answers, group
     "A question to have answered twice: about a fact that may be asked in training, or about the model itself."
     draw = Draw(f"dpo {seed} {number}")
     if draw.chance(0.2):
         question = draw.pick(IDENTITY_TRAIN)
-        return tasks["identity"], {"messages": [user(question), tasks["identity"][0]["messages"][-1]]}, f"identity: {normal(question)}"
+        return question, set(IDENTITY_ANSWERS), f"identity: {normal(question)}"
     index, attribute = draw.pick(world.asked)
-    question, answer = question_and_answer(world.residents[index], attribute, draw)
-    return tasks["facts"], {"messages": [user(question), assistant(answer)]}, f"resident {index}"
+    person = world.residents[index]
+    right = {text for form in ("first", "full") for template in ANSWERS[attribute] for text in expansions(template, person.subject(form))}
+    return question_and_answer(person, attribute, draw)[0], right, f"resident {index}"
 
 def simulate_preferences(engine: Engine,  # the model that answers
                          world: World,  # that it was trained on
                          n: int,  # pairs wanted
                          seed: int,
                          *,
-                         judge: Callable[[str, str], int] = shorter,
+                         judge: Callable[[str, str], int] = longer,
                          max_new_tokens: int = 48, batch: int = 64,  # answers at a time
                          rounds: int = 12,  # tries, of 2n questions each at most
                          ) -> list[Preference]:
     "Have a model answer questions twice, and a judge choose. Raises `UserError` if the answers hardly ever differ."
     if n < MIN_PAIRS: raise UserError(f"--simulate {n} is too few: at least {MIN_PAIRS} preferences.")
-    tasks = {name: make_task(name, "train", world.seed, world) for name in ("facts", "identity")}
     good, spare, seen, number = [], [], set(), 0
     with progress_bar(n, desc="simulated preferences", unit="pair") as bar:
         for round in range(rounds):
             if round >= 3 and not good and len(spare) >= n: break # it will not be right
-            asked = [(number + k, *_question(number + k, seed, world, tasks)) for k in range(min(2 * n, 3 * (n - len(good)) + 8))]
+            asked = [(number + k, *_question(number + k, seed, world)) for k in range(min(2 * n, 3 * (n - len(good)) + 8))]
             number += len(asked)
-            prompts = [engine.tokenizer.render_for_completion(conversation) for _, _, conversation, _ in asked]
+            prompts = [engine.tokenizer.render_for_completion({"messages": [user(question)]}) for _, question, *_ in asked]
             for some in length_groups([len(prompt) for prompt in prompts], max(1, batch // 2)):
                 done = engine.generate([prompts[i] for i in some for _ in range(2)], max_new_tokens=max_new_tokens, seed=[derive_seed(seed, "dpo sample", asked[i][0], s) for i in some for s in range(2)])
                 for i, a, b in zip(some, done[::2], done[1::2]):
-                    _, task, conversation, group = asked[i]
+                    _, question, right, group = asked[i]
                     verdict, both = judge(a.text, b.text), (a, b)
-                    rights = [bool(task.evaluate(conversation, c.text)) and c.finish == "stop" for c in both]
+                    rights = [c.text in right and c.finish == "stop" for c in both]
                     if not verdict or rights[0] != rights[1] or any("<|" in c.text for c in both): continue
                     best, other = both if verdict > 0 else both[::-1]
-                    key = (prompts[i].__repr__(), best.text, other.text)
+                    key = (question, best.text, other.text)
                     if key in seen: continue
                     seen.add(key)
-                    (good if rights[0] else spare).append(Preference(conversation["messages"][:-1], best.text, other.text, best.finish == "stop", other.finish == "stop", group))
+                    (good if rights[0] else spare).append(Preference([user(question)], best.text, other.text, best.finish == "stop", other.finish == "stop", group))
             bar.n = min(n, len(good)); bar.refresh()
             if len(good) >= n: return good[:n]
     if len(good) + len(spare) < n:

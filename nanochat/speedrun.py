@@ -438,7 +438,7 @@ def chat_command(name, stage, prompt, temperature, top_k, seed, keep_feedback):
 
 @cli.command("dpo")
 @click.argument("name", required=False)
-@click.option("--simulate", type=click.IntRange(1), help="Train on so many preferences of a simulated judge, who likes the shorter of two right answers, instead of the run's feedback.")
+@click.option("--simulate", type=click.IntRange(1), help="Train on so many preferences of a simulated judge, who likes the longer of two right answers, instead of the run's feedback.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one of the settings dpo.*; may be repeated.")
 def dpo_command(name, simulate, settings):
     """Train a run's chat model (the last run's, without a NAME) on what its users liked better.
