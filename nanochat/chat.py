@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPERATURE', 'CHAT_CSS', 'CONSENT', 'HELP', 'Piece', 'answer', 'content_of', 'render_piece', 'render_message',
-           'render_transcript', 'open_engine', 'Talk', 'save_feedback', 'Chat', 'open_chat', 'readable', 'write_stream',
-           'converse', 'terminal_chat']
+           'render_transcript', 'open_engine', 'Talk', 'FeedbackKeeper', 'Chat', 'open_chat', 'readable',
+           'write_stream', 'converse', 'terminal_chat']
 
 # %% ../nbs/20_chat.ipynb #a7a9f7dd
 import html
@@ -20,7 +20,8 @@ from pathlib import Path
 
 # %% ../nbs/20_chat.ipynb #363cc54f
 from .checkpoint import load_model
-from .common import Run, UserError, atomic_write, derive_seed, pick_device, read_json
+from .common import EXTRA_STAGES, Run, UserError, atomic_write, derive_seed, pick_device, read_json
+from .dpo import FEEDBACK, preferences_from, read_feedback, save_feedback
 from .engine import Engine, trim_conversation
 from .tokenizer import check_conversation
 
@@ -35,6 +36,7 @@ class Piece:
     kind: str = "text" # "text", "python" or "python_output", as in a conversation's parts; or "note"
     prob: float | None = None # the model's probability of the token; None if the model did not choose it
     alternatives: list = field(default_factory=list) # of (text, probability): the most likely tokens at this place
+    finish: str | None = None # how the answer ended, on its last piece: "stop" if the model ended it
 
 def answer(
     engine: Engine, # or anything with its `tokenizer`, `context` and `stream`
@@ -56,7 +58,7 @@ def answer(
     kind = "text"
     for e in engine.stream(prompt, max_new_tokens=room, temperature=temperature, top_k=top_k or None, seed=seed, stop=stop):
         if e.token in kinds: kind = kinds[e.token]
-        elif e.text: yield Piece(e.text, kind, None if e.forced else e.prob, e.alternatives)
+        elif e.text or e.finish: yield Piece(e.text, kind, None if e.forced else e.prob, e.alternatives, e.finish)
 
 # %% ../nbs/20_chat.ipynb #e0c0e17f
 def content_of(
@@ -65,7 +67,7 @@ def content_of(
     "Join pieces into the content of an assistant's message."
     parts = []
     for p in pieces:
-        if p.kind == "note": continue
+        if p.kind == "note" or not p.text: continue
         if parts and parts[-1]["type"] == p.kind: parts[-1]["text"] += p.text
         else: parts.append({"type": p.kind, "text": p.text})
     return parts if any(part["type"] != "text" for part in parts) else "".join(part["text"] for part in parts)
@@ -106,7 +108,7 @@ def render_message(
     out, notes, kind = [], [], None
     for p in pieces:
         if p.kind == "note": notes.append(f'<div class="note">{html.escape(p.text)}</div>')
-        else:
+        elif p.text:
             if p.kind != kind: out.append(f'{"</span>" if kind else ""}<span class="{p.kind}">')
             kind = p.kind
             out.append(render_piece(p))
@@ -127,15 +129,15 @@ def render_transcript(
 # %% ../nbs/20_chat.ipynb #b7961d49
 def open_engine(
     run_name: str, # the run's name
-    stage: str = "latest", # "base", "mid", "sft", "rl", or the last one of them that is done
+    stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or the newest one that is done
     device: str = "auto", # "auto", "cpu", "cuda" or "mps"
 ) -> tuple[Engine, Run, str]: # the engine, the run, the stage
     "Load the model of a run for talking. Raises `UserError` if there is no such run or stage."
     run = Run.open(run_name)
     if stage == "latest":
-        stage = next((s for s in ("rl", "sft", "mid", "base") if run.manifest(s)), None)
+        stage = run.latest()
         if stage is None: raise UserError(f"run {run.name!r} has no trained model yet: run `nanochat speedrun --run {run.name}` first.")
-    elif stage not in ("base", "mid", "sft", "rl"): raise UserError(f"stage {stage!r} has no model: use base, mid, sft, rl or latest.")
+    elif stage not in ("base", "mid", "sft", "rl", *EXTRA_STAGES): raise UserError(f"stage {stage!r} has no model: use base, mid, sft, rl, dpo or latest.")
     model, tokenizer, _ = load_model(run, stage, pick_device(device))
     return Engine(model, tokenizer), run, stage
 
@@ -150,7 +152,13 @@ class Talk:
                  max_new_tokens: int = 256, # of one answer
                  ):
         self.engine, self.temperature, self.top_k, self.seed, self.max_new_tokens = engine, temperature, top_k, seed, max_new_tokens
-        self.messages, self.pieces, self.answers = [], {}, 0
+        self.messages, self.pieces, self.answers, self.replaced = [], {}, 0, []
+
+    @property
+    def ended(self) -> bool:
+        "Whether the model ended its last answer itself, as far as it is known."
+        pieces = self.pieces.get(len(self.messages) - 1)
+        return not pieces or pieces[-1].finish == "stop"
 
     def reply(self, stop: threading.Event | None = None) -> Iterator[Piece]:
         "Answer the last message; the conversation holds what has come so far, also if the answer is stopped or fails."
@@ -175,24 +183,28 @@ class Talk:
         "Say something and stream the answer. A question that never got one is replaced."
         if self.messages and self.messages[-1]["role"] == "user": self.messages.pop()
         self.messages.append({"role": "user", "content": text})
+        self.replaced = []
         return self.reply(stop)
 
     def retry(self, stop: threading.Event | None = None) -> Iterator[Piece]:
-        "Answer the last question once more, with other random numbers."
-        self.pieces.pop(len(self.messages) - 1, None)
-        if self.messages and self.messages[-1]["role"] == "assistant": self.messages.pop()
+        "Answer the last question once more, with other random numbers; `replaced` holds the answers that this one takes the place of."
+        if self.messages and self.messages[-1]["role"] == "assistant":
+            self.replaced.append({"content": self.messages[-1]["content"], "ended": self.ended})
+            self.pieces.pop(len(self.messages) - 1, None)
+            self.messages.pop()
         if not self.messages or self.messages[-1]["role"] != "user": raise UserError("there is no question to answer again yet: ask one first.")
         return self.reply(stop)
 
     def take_back(self) -> str: # the last question, "" if there is none
         "Remove the last question and its answer, so that it can be asked differently."
         self.pieces.pop(len(self.messages) - 1, None)
+        self.replaced = []
         if self.messages and self.messages[-1]["role"] == "assistant": self.messages.pop()
         return self.messages.pop()["content"] if self.messages and self.messages[-1]["role"] == "user" else ""
 
     def clear(self):
         "Forget what was said."
-        self.messages, self.pieces = [], {}
+        self.messages, self.pieces, self.replaced = [], {}, []
 
     def save(self, path: Path):
         "Write the conversation as JSON. Raises `UserError` if nothing was said."
@@ -202,21 +214,29 @@ class Talk:
     def load(self, conversation: dict):
         "Go on with a conversation. Raises `UserError` if its messages are not in order."
         check_conversation(conversation)
-        self.messages, self.pieces = [{"role": m["role"], "content": m["content"]} for m in conversation["messages"]], {}
+        self.messages, self.pieces, self.replaced = [{"role": m["role"], "content": m["content"]} for m in conversation["messages"]], {}, []
 
 # %% ../nbs/20_chat.ipynb #a227c43d
-CONSENT = "Each thumb saves the conversation up to the rated answer in this run's feedback.jsonl on this computer, to train on later. Nothing is sent anywhere."
+CONSENT = "thumbs and regenerated answers, with the conversation up to there, are kept in runs/{}/feedback.jsonl on this machine, for `nanochat dpo` to train on. Nothing is sent anywhere."
 
-def save_feedback(
-    path: Path, # feedback.jsonl of a run
-    messages: list, # of the conversation, the rated answer last
-    rating: int, # 1 or -1
-    **circumstances, # stage, temperature, …
-):
-    "Append a rated conversation to a file of JSON lines. Raises `UserError` if there is no answer to rate."
-    if not messages or messages[-1]["role"] != "assistant": raise UserError("there is no answer to rate yet: ask something first.")
-    line = {"time": round(time.time(), 3), "rating": rating, **circumstances, "conversation": {"messages": messages}}
-    with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(line, ensure_ascii=False) + "\n")
+class FeedbackKeeper:
+    "Writes what somebody thinks of a run's answers into the run's folder."
+    def __init__(self,
+                 run: Run, # whose model answers
+                 stage: str, # of which stage it is
+                 ):
+        self.run, self.stage, self.path = run, stage, run.dir/FEEDBACK
+        self.step = (run.manifest(stage) or {}).get("step") if stage else None
+
+    def keep(self,
+             talk: Talk, # its last answer is meant
+             rating: int = 0, # 1, -1, or 0 for an answer that was made by regenerating
+             ) -> str: # what was done, for the screen
+        "Keep a thumb, or an answer that replaces others. Raises `UserError` if there is no answer, or no room on the disk."
+        try: save_feedback(self.path, talk.messages, rating, ended=talk.ended, instead_of=talk.replaced, stage=self.stage, step=self.step, temperature=talk.temperature, top_k=talk.top_k)
+        except OSError as e: raise UserError(f"the feedback cannot be kept in {self.path} ({e.strerror}): make it writable.") from None
+        pairs = len(preferences_from(read_feedback(self.path)[0]))
+        return f"{'👍' if rating > 0 else '👎' if rating else 'New answer'} kept; {pairs} pair{'' if pairs == 1 else 's'} of answers for `nanochat dpo` so far."
 
 # %% ../nbs/20_chat.ipynb #032a0681
 class Chat:
@@ -227,10 +247,12 @@ class Chat:
                  engine: Engine,
                  run: Run | None = None, # where thumbs and saved conversations go; without it there are none
                  stage: str = "", # whose model it is, for the thumbs
+                 keep_feedback: bool = True, # offer to keep thumbs and regenerated answers; False: no thumbs, and nothing is ever kept
                  **settings, # temperature, top_k, seed, max_new_tokens: as in `Talk`
                  ):
         import ipywidgets
         self.talk, self.run, self.stage = Talk(engine, **settings), run, stage
+        self.keeper = FeedbackKeeper(run, stage) if run and keep_feedback else None
         self.error, self.note, self._thread, self._stop, self._drawn = "", "", None, threading.Event(), 0.0
         self._lock = threading.RLock()
         def button(text, tip, action):
@@ -243,7 +265,7 @@ class Chat:
         self.box.on_msg(lambda _, content, buffers: self.send() if content.get("event") == "submit" else None) # Enter
         self.temperature = ipywidgets.FloatSlider(value=self.talk.temperature, min=0, max=2, step=0.05, description="temperature", **slider)
         self.top_k = ipywidgets.IntSlider(value=self.talk.top_k, min=0, max=200, description="top-k (0: all)", **slider)
-        self.consent = ipywidgets.Checkbox(value=False, description="Keep my thumbs", indent=False, layout={"width": "auto"})
+        self.consent = ipywidgets.Checkbox(value=False, description="Keep my feedback", indent=False, layout={"width": "auto"})
         self.upload = ipywidgets.FileUpload(accept=".json", description="Load", layout={"width": "auto"})
         self.upload.observe(lambda change: self._uploaded(), "value")
         self._send, self._halt = button("Send", "Send the message (Enter)", self.send), button("Stop", "Stop the answer", self.stop)
@@ -253,9 +275,9 @@ class Chat:
         rows = [self.transcript, ipywidgets.HBox([self.box, self._send, self._halt]),
                 ipywidgets.HBox([*self._idle, self.temperature, self.top_k], layout={"flex_flow": "row wrap"})]
         if run:
-            rows.append(ipywidgets.HBox([self.consent, *self._thumbs, button("Save", "Save the conversation into the run's folder", self.save), self.upload],
+            rows.append(ipywidgets.HBox([*([self.consent, *self._thumbs] if self.keeper else []), button("Save", "Save the conversation into the run's folder", self.save), self.upload],
                                         layout={"flex_flow": "row wrap"}))
-            rows.append(ipywidgets.HTML(f'<div style="opacity: .75; font-size: .85em; line-height: 1.4">{CONSENT}</div>'))
+        if self.keeper: rows.append(ipywidgets.HTML(f'<div style="opacity: .75; font-size: .85em; line-height: 1.4">{html.escape("With this box ticked, " + CONSENT.format(run.name))}</div>'))
         self.widget = ipywidgets.VBox(rows)
         self.consent.observe(lambda change: self._draw(), "value")
         self._draw()
@@ -270,17 +292,20 @@ class Chat:
             for b in self._idle: b.disabled = working
             for b in self._thumbs: b.disabled = working or not self.consent.value
 
-    def _answer(self, stream: Iterator[Piece]):
-        "The thread: run through an answer and show it as it comes."
+    def _answer(self, stream: Iterator[Piece], kept: bool):
+        "The thread: run through an answer and show it as it comes; then keep it, if it is to be."
         try:
             for _ in stream:
                 if time.monotonic() - self._drawn > 1 / self.updates_per_second: self._draw()
         except Exception as e: self.error = str(e) if isinstance(e, UserError) else f"The answer failed ({type(e).__name__}: {e})."
         if self._stop.is_set() and not self.error: self.note = "Stopped."
+        if kept and not self.error and self.talk.messages[-1]["role"] == "assistant":
+            try: self.note = " ".join([*filter(None, [self.note]), self.keeper.keep(self.talk)])
+            except UserError as e: self.error = str(e)
         self._thread = None
         self._draw()
 
-    def _start(self, make_stream):
+    def _start(self, make_stream, kept=False):
         "Start a thread with an answer, unless one is running."
         if self._thread is not None: return self
         self.error = self.note = ""
@@ -289,7 +314,7 @@ class Chat:
         try: stream = make_stream(self._stop)
         except UserError as e: self.error = str(e)
         else:
-            self._thread = threading.Thread(target=self._answer, args=(stream,), daemon=True)
+            self._thread = threading.Thread(target=self._answer, args=(stream, kept), daemon=True)
         self._draw()
         if self._thread: self._thread.start()
         return self
@@ -302,8 +327,8 @@ class Chat:
         return self._start(lambda stop: self.talk.ask(text, stop))
 
     def regenerate(self) -> "Chat":
-        "Answer the last question again; returns at once."
-        return self._start(self.talk.retry)
+        "Answer the last question again, and keep both answers, if that was agreed to; returns at once."
+        return self._start(self.talk.retry, kept=self.keeper is not None and self.consent.value)
 
     def wait(self, timeout: float | None = None) -> "Chat": # seconds
         "Wait for the answer to end: `chat.send(\"Hello\").wait()` in a notebook that runs by itself."
@@ -328,22 +353,21 @@ class Chat:
         self.talk.clear()
         self._draw()
 
-    def _try(self, action, done: str):
-        "Do something that may be refused, and say how it went."
+    def _try(self, action, done: str = ""):
+        "Do something that may be refused, and say how it went: `done`, or what the action tells."
         self.error = self.note = ""
-        try: action()
+        try: self.note = action() or done
         except (UserError, OSError) as e: self.error = str(e)
-        else: self.note = done
         self._draw()
 
     def rate(self, rating: int):
         "Keep a thumb up (1) or down (-1) for the last answer, if that was agreed to."
         if self._thread is not None: return
         def keep():
-            if self.run is None: raise UserError("thumbs need a run to be kept in: make the chat with `open_chat`.")
-            if not self.consent.value: raise UserError("tick “Keep my thumbs” below the chat first: thumbs are kept only with your consent.")
-            save_feedback(self.run.dir/"feedback.jsonl", self.talk.messages, rating, stage=self.stage, temperature=self.talk.temperature, top_k=self.talk.top_k)
-        self._try(keep, f"Rated {'👍' if rating > 0 else '👎'}.")
+            if self.keeper is None: raise UserError("thumbs need a run to be kept in: make the chat with `open_chat`, without keep_feedback=False.")
+            if not self.consent.value: raise UserError("tick “Keep my feedback” below the chat first: thumbs are kept only with your consent.")
+            return self.keeper.keep(self.talk, rating)
+        self._try(keep)
 
     def save(self, path: Path | None = None):
         "Write the conversation as JSON, by default into the run's folder `chats`."
@@ -372,10 +396,10 @@ class Chat:
 
 def open_chat(
     run_name: str, # the run's name
-    stage: str = "latest", # "base", "mid", "sft", "rl", or the last one of them that is done
-    **settings, # temperature, top_k, seed, max_new_tokens: as in `Talk`
+    stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or the newest one that is done
+    **settings, # keep_feedback: as in `Chat`; temperature, top_k, seed, max_new_tokens: as in `Talk`
 ) -> Chat:
-    "A chat cell with the model of a run."
+    "A chat cell with the model of a run. It offers to keep thumbs and regenerated answers, unless keep_feedback=False."
     return Chat(*open_engine(run_name, stage), **settings)
 
 # %% ../nbs/20_chat.ipynb #5dda1588
@@ -389,6 +413,7 @@ def readable(
 # %% ../nbs/20_chat.ipynb #826661c4
 HELP = """Commands:
   /regenerate      answer the last question again
+  /good, /bad      rate the last answer (with --keep-feedback)
   /clear           start anew
   /temperature X   0 takes the most likely token; higher is more varied
   /help            this list
@@ -417,6 +442,7 @@ def converse(
     talk: Talk,
     read, # called for a line; raises `EOFError` at the end
     write, # called with each bit of text
+    keeper: FeedbackKeeper | None = None, # keeps ratings and regenerated answers; None: they are not kept
 ):
     "The terminal's loop: read a line, answer it, until the end of the input."
     while True:
@@ -431,7 +457,12 @@ def converse(
             elif command == "/quit": return
             elif command == "/clear": talk.clear()
             elif command == "/help": write(HELP + "\n")
-            elif command == "/regenerate": write_stream(talk.retry(), write)
+            elif command == "/regenerate":
+                write_stream(talk.retry(), write)
+                if keeper and talk.messages[-1]["role"] == "assistant": write(f"({keeper.keep(talk)})\n")
+            elif command in ("/good", "/bad"):
+                if keeper is None: raise UserError("ratings are kept only if you agree to it: leave, and start with --keep-feedback.")
+                write(f"({keeper.keep(talk, 1 if command == '/good' else -1)})\n")
             elif command == "/temperature":
                 try: temperature = float(value)
                 except ValueError: temperature = -1
@@ -444,24 +475,26 @@ def converse(
 # %% ../nbs/20_chat.ipynb #08e4a1c1
 def terminal_chat(
     run_name: str, # the run's name
-    stage: str = "latest", # "base", "mid", "sft", "rl", or the last one of them that is done
+    stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or the newest one that is done
     prompt: str | None = None, # answer this and leave
     temperature: float = TEMPERATURE, # 0 takes the most likely token
     top_k: int = 50, # draw from that many; 0 draws from all
     seed: int = 42,
+    keep_feedback: bool = False, # keep what /good, /bad and /regenerate say
 ):
     "Chat in the terminal; without a terminal, answer each line of the standard input. Raises `UserError` if there is no such run or stage."
     engine, run, stage = open_engine(run_name, stage)
-    talk = Talk(engine, temperature, top_k, seed)
+    talk, keeper = Talk(engine, temperature, top_k, seed), FeedbackKeeper(run, stage) if keep_feedback else None
     def write(text): print(text, end="", flush=True)
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace") # a terminal without UTF-8 shows ? instead of failing
     if prompt is not None: return write_stream(talk.ask(prompt), write)
+    if keeper: write(f"With --keep-feedback, {CONSENT.format(run.name)}\n")
     if not sys.stdin.isatty():
         def read_line():
             if not (line := sys.stdin.readline()): raise EOFError
             return line
-        return converse(talk, read_line, write)
+        return converse(talk, read_line, write, keeper)
     try: import readline # arrow keys and history, where there are any
     except ImportError: pass
     print(f"Talking to {run.name}, stage {stage}. /help lists the commands." + (" A base model only goes on with a text." if stage == "base" else ""))
-    converse(talk, lambda: input("\n> "), write)
+    converse(talk, lambda: input("\n> "), write, keeper)

@@ -10,8 +10,8 @@ __all__ = ['REFERENCE_LR', 'REFERENCE_WEIGHT_DECAY', 'GPUS', 'BF16_PAYS', 'ATTAI
            'padded_vocab', 'count_params', 'layer_windows', 'scaling_params', 'flops_per_token', 'model_shape',
            'reference_params', 'optimal_batch', 'batch_scale', 'Hardware', 'named_hardware', 'cpu_hardware',
            'detect_hardware', 'training_memory', 'Key', 'Weight', 'read_weight', 'check_split', 'task_size',
-           'describe_settings', 'setting_name', 'presets_dir', 'known_presets', 'load_preset', 'expected_bits_per_byte',
-           'bytes_per_token', 'Candidate', 'Row', 'Plan', 'make_plan']
+           'describe_settings', 'setting_name', 'presets_dir', 'known_presets', 'load_preset', 'checked_settings',
+           'expected_bits_per_byte', 'bytes_per_token', 'Candidate', 'Row', 'Plan', 'make_plan']
 
 # %% ../nbs/08_plan.ipynb #28e33eb0
 import difflib
@@ -428,6 +428,14 @@ SCHEMA = [
     Key("rl.eval_every", int, None, "steps", "steps between evaluations; a sixth of the stage", 1),
     Key("rl.eval_problems", int, 200, "problems", "held-out problems in an evaluation", 1),
     Key("rl.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
+    Key("dpo.beta", float, 0.1, "", "how near to its start preference training keeps the model; 0.5 to 5 where lengths are normalised", 0.001),
+    Key("dpo.length_normalised", bool, False, "", "divide log-probabilities by the answer's tokens"),
+    Key("dpo.epochs", int, 3, "", "times that the pairs are gone through", 1),
+    Key("dpo.pairs_per_step", int, 16, "pairs", "pairs of answers in an optimizer step", 1),
+    Key("dpo.lr_scale", float, 0.05, "", "learning rates as a share of the base stage's"),
+    Key("dpo.eval_share", float, 0.25, "", "share of the pairs that is held out", 0.01, 0.9),
+    Key("dpo.eval_every", int, 5, "steps", "steps between evaluations", 1),
+    Key("dpo.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
     Key("eval.core_questions", int, None, "questions", "of each CORE task after pretraining, more than ten; 0: no CORE; -1: all there are; 500 for text from a hub", -1),
     Key("eval.tasks", str, None, "", f"what chat models are asked, separated by commas: {', '.join(['world', *ANSWER_TOKENS])}; all for text from a hub"),
     Key("eval.questions", int, 200, "questions", "held-out questions for each task", 1),
@@ -529,6 +537,10 @@ def _said(overrides: dict) -> dict:
         if said.get(full, value) != value: raise UserError(f"{full} was given twice, as {said[full]!r} and as {value!r}: give it once.")
         said[full] = value
     return said
+
+def checked_settings(overrides: dict) -> dict:
+    "Settings as a person says them, checked, under full names. Raises `UserError` for one that is not known or has a wrong value."
+    return {name: _parse(KEYS[name], value) for name, value in _said(overrides).items()}
 
 def _settings(preset: str, overrides: dict) -> dict:
     "What preset and person say, checked, under full names."

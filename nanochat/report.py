@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'PANELS', 'COLOURS', 'INK', 'KINDS', 'REPORT_CSS', 'PUBLISHED', 'TRAINING_NOISE', 'FINAL', 'cut', 'number',
-           'interval', 'sound_tasks', 'sound_rows', 'Record', 'read_run', 'show_time', 'show_number', 'show_bytes',
-           'last_figures', 'stage_tasks', 'stage_status', 'stage_seconds', 'evaluation_seconds', 'clean', 'smooth',
-           'curves', 'show_curves', 'show_score', 'task_names', 'label', 'score_picture', 'core_lines', 'core_picture',
-           'Heading', 'Prose', 'Table', 'Picture', 'Sample', 'markdown_text', 'to_markdown', 'figure_svg', 'figure_png',
-           'to_html', 'machine', 'devices', 'hourly_price', 'stage_cost', 'outcome', 'show_money', 'total', 'happened',
-           'unfinished', 'run_seconds', 'run_cost', 'measured_seconds', 'planned', 'scores', 'show_range', 'own_figure',
-           'beside_published', 'core_scores', 'core_table', 'readable_answer', 'samples', 'show_rates',
-           'two_bits_per_byte', 'training', 'code_commit', 'code_lines', 'code_size', 'size_of_code', 'settings',
-           'origin', 'Page', 'Report', 'write_report', 'difference_interval', 'correlation', 'same_questions',
-           'difference', 'verdict', 'settings_that_differ', 'side_by_side', 'curves_of_runs', 'compare_tasks',
-           'compared_scores', 'show_difference', 'compared_cores', 'Comparison', 'write_comparison']
+           'interval', 'sound_tasks', 'sound_rows', 'with_extras', 'Record', 'read_run', 'show_time', 'show_number',
+           'show_bytes', 'last_figures', 'stage_tasks', 'stage_status', 'stage_seconds', 'evaluation_seconds', 'clean',
+           'smooth', 'curves', 'show_curves', 'show_score', 'task_names', 'label', 'score_picture', 'core_lines',
+           'core_picture', 'Heading', 'Prose', 'Table', 'Picture', 'Sample', 'markdown_text', 'to_markdown',
+           'figure_svg', 'figure_png', 'to_html', 'machine', 'devices', 'hourly_price', 'stage_cost', 'outcome',
+           'show_money', 'total', 'happened', 'unfinished', 'run_seconds', 'run_cost', 'measured_seconds', 'planned',
+           'scores', 'show_range', 'own_figure', 'beside_published', 'core_scores', 'core_table', 'readable_answer',
+           'samples', 'show_rates', 'two_bits_per_byte', 'training', 'code_commit', 'code_lines', 'code_size',
+           'size_of_code', 'settings', 'origin', 'Page', 'Report', 'write_report', 'difference_interval', 'correlation',
+           'same_questions', 'difference', 'verdict', 'settings_that_differ', 'side_by_side', 'curves_of_runs',
+           'compare_tasks', 'compared_scores', 'show_difference', 'compared_cores', 'Comparison', 'write_comparison']
 
 # %% ../nbs/19_report.ipynb #1832dbb5
 import html
@@ -39,7 +39,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 # %% ../nbs/19_report.ipynb #01a32e19
 import nanochat
 from .chat_eval import CHAT_CORE
-from .common import STAGES, Run, UserError, atomic_write, environment, fingerprint, sha256_json
+from .common import EXTRA_STAGES, STAGES, Run, UserError, atomic_write, environment, fingerprint, sha256_json
 from .core_eval import mean_interval
 from .plan import named_hardware
 
@@ -88,17 +88,24 @@ def sound_rows(
     text: str, # of metrics.jsonl
 ) -> tuple[dict, int]: # stage: its lines, how many others could not be used
     "The lines of metrics by stage, their figures only."
-    rows, lost, lines = {s: [] for s in STAGES}, 0, text.splitlines()
+    rows, lost, lines = {s: [] for s in (*STAGES, *EXTRA_STAGES)}, 0, text.splitlines()
     for i, line in enumerate(lines):
         try: row = json.loads(line)
         except (ValueError, RecursionError): row = None
-        if isinstance(row, dict) and isinstance(row.get("stage"), str) and row["stage"] in STAGES and number(row.get("step")) is not None:
+        if isinstance(row, dict) and isinstance(row.get("stage"), str) and row["stage"] in rows and number(row.get("step")) is not None:
             rows[row["stage"]].append({k: v for k, v in row.items() if k == "stage" or number(v) is not None or isinstance(v, float)})
         elif i < len(lines) - 1 or row is not None: lost += 1
     return rows, lost
 
 # %% ../nbs/19_report.ipynb #b3d4e3a6
 TRAINED = ("base", "mid", "sft", "rl") # the stages that have curves and scores
+
+def with_extras(
+    stages, # names of stages
+    found: dict, # stage: what it left behind
+) -> list:
+    "The stages, and those that no speedrun runs (preference training) if they left something."
+    return [*stages, *(extra for extra in EXTRA_STAGES if found.get(extra))]
 
 @dataclass
 class Record:
@@ -118,7 +125,7 @@ def read_run(
 ) -> Record:
     "Read a run's files. Raises `UserError` if there is no such run."
     run = Run.open(run) if isinstance(run, str) else run
-    record = Record(run.name, _sections(run.config), {s: [] for s in STAGES}, {}, {}, [])
+    record = Record(run.name, _sections(run.config), {s: [] for s in (*STAGES, *EXTRA_STAGES)}, {}, {}, [])
     if dropped := [str(k) for k in run.config if k not in record.config]:
         record.problems.append(f"config.yaml holds what no run writes, and is left out here: {cut(', '.join(dropped), 200)}.")
     if (run.dir/"metrics.jsonl").exists():
@@ -127,7 +134,7 @@ def read_run(
         else:
             if lost: record.problems.append(f"metrics.jsonl is damaged: {lost} of its lines hold no figures of a stage and are left out.")
     record.plan = _read_plan(_load(record, run.dir/"plan.json", "it is left out."))
-    for stage in STAGES: _read_stage(record, run.dir/stage, stage)
+    for stage in (*STAGES, *EXTRA_STAGES): _read_stage(record, run.dir/stage, stage)
     others = [stage for stage, m in record.manifests.items() if m.get("fingerprint") != fingerprint(record.config, stage)]
     if others: record.problems.append(f"config.yaml has changed since {', '.join(others)} ran, so they count as not done.")
     for stage in others: del record.manifests[stage]
@@ -382,7 +389,7 @@ def score_picture(
     with matplotlib.rc_context(_STYLE):
         figure, ax = plt.subplots(figsize=(6, 0.9 + 0.42 * len(names)), layout="constrained")
         plt.close(figure)
-        for k, (stage, colour) in enumerate(zip(TRAINED, COLOURS)):
+        for k, (stage, colour) in enumerate(zip(with_extras(TRAINED, evals), COLOURS)):
             found = [(i, evals[stage]["tasks"][n]) for i, n in enumerate(names) if n in stage_tasks(evals, stage)]
             if not found: continue
             x = [t["accuracy"] for _, t in found]
@@ -392,7 +399,7 @@ def score_picture(
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.set_xlim(-0.02, 1.02)
         ax.set_xlabel("share of right answers")
-        figure.legend(frameon=False, ncols=4, loc="outside upper center")
+        figure.legend(frameon=False, ncols=5, loc="outside upper center")
     return figure
 
 # %% ../nbs/19_report.ipynb #78889b83
@@ -618,7 +625,7 @@ def happened(
     record: Record,
 ) -> list: # of blocks
     "Which stages ran, for how long, and where they ended."
-    rows, stages = [], [s for s in STAGES if s != "report"]
+    rows, stages = [], with_extras([s for s in STAGES if s != "report"], record.rows)
     for stage in stages:
         last, seconds = last_figures(record.rows[stage]), stage_seconds(record, stage)
         speeds = sorted(row["tokens_per_second"] for row in record.rows[stage] if number(row.get("tokens_per_second")) is not None)
@@ -648,13 +655,13 @@ def run_seconds(
     record: Record,
 ) -> float | None: # None if nothing is known
     "What all stages and evaluations took, as far as it is known."
-    return total(f(record, s) for s in STAGES for f in (stage_seconds, evaluation_seconds))
+    return total(f(record, s) for s in with_extras(STAGES, record.rows) for f in (stage_seconds, evaluation_seconds))
 
 def run_cost(
     record: Record,
 ) -> float | None: # dollars; None if no price is known
     "What all stages and evaluations cost, as far as it is known."
-    return total(stage_cost(record, s, f(record, s)) for s in STAGES for f in (stage_seconds, evaluation_seconds))
+    return total(stage_cost(record, s, f(record, s)) for s in with_extras(STAGES, record.rows) for f in (stage_seconds, evaluation_seconds))
 
 # %% ../nbs/19_report.ipynb #549dfa91
 def measured_seconds(
@@ -695,12 +702,12 @@ def scores(
     rows = []
     for name in task_names(evals):
         if name in CHAT_CORE: continue # they stand in the table of published figures
-        found = [stage_tasks(evals, stage).get(name) for stage in TRAINED]
+        found = [stage_tasks(evals, stage).get(name) for stage in with_extras(TRAINED, evals)]
         some = next(t for t in found if t)
         rows.append([cut(name, 60), show_number(some["n"]), f"{100 * some.get('chance', 0):.0f} %", *(show_score(t) if t else "–" for t in found)])
-    worlds = [evals.get(stage, {}).get("world_score") for stage in TRAINED]
+    worlds = [evals.get(stage, {}).get("world_score") for stage in with_extras(TRAINED, evals)]
     if any(w is not None for w in worlds): rows.append(["world score", "", "", *(show_number(w) for w in worlds)])
-    if rows: blocks.append(Table(["task", "questions", "chance", *(s.upper() for s in TRAINED)], rows))
+    if rows: blocks.append(Table(["task", "questions", "chance", *(s.upper() for s in with_extras(TRAINED, evals))], rows))
     blocks.append(Prose("Share of right answers to held-out questions; in brackets the 95 % interval. Stages whose intervals overlap by much have not been told apart. "
                         "The world score is the mean over the world's tasks of what is above chance, (share − chance) / (1 − chance)."))
     for stage in evals:
@@ -808,7 +815,7 @@ def samples(
     blocks = []
     for name in task_names(record.evals):
         asked = {}
-        for stage in TRAINED:
+        for stage in with_extras(TRAINED, record.evals):
             for item in stage_tasks(record.evals, stage).get(name, {"items": []})["items"]:
                 # conversations may end in the same question: the first one stands for all
                 asked.setdefault(cut(item["prompt"], 600), {}).setdefault(stage, (stage, readable_answer(item["answer"]), item["right"]))
@@ -843,9 +850,9 @@ def training(
     record: Record,
 ) -> list: # of blocks
     "A picture for each stage that logged figures."
-    titles = {"base": "Base: pretraining", "mid": "Mid-training", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
+    titles = {"base": "Base: pretraining", "mid": "Mid-training", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning", "dpo": "Preference training"}
     blocks = []
-    for stage in TRAINED:
+    for stage in with_extras(TRAINED, record.rows):
         floor = _floor(record) if stage == "base" else None
         figure = curves(record.rows[stage], floor)
         if figure is None: continue
@@ -857,6 +864,7 @@ def training(
                                 f"bound of its entropy). What is left to learn is {found[-1] - floor:.3f} bits per byte."))
         if stage == "base": blocks += map(Prose, two_bits_per_byte(record))
         accuracy = [row["heldout_accuracy"] for row in record.rows[stage] if number(row.get("heldout_accuracy")) is not None]
+        if stage == "dpo" and len(accuracy) > 1: blocks.append(Prose(f"On held-out pairs the implicit reward agreed with the judge in {accuracy[0]:.1%} before and {accuracy[-1]:.1%} after."))
         if stage == "rl" and len(accuracy) > 1: blocks.append(Prose(f"Held-out accuracy went from {accuracy[0]:.1%} to {accuracy[-1]:.1%}."))
     return blocks
 

@@ -6,8 +6,8 @@
 __all__ = ['PATIENCE', 'LAUNCHER_ENV', 'fetch_questions', 'fetch_mixtures', 'data_stage', 'tokenizer_stage', 'stage_function',
            'report_stage', 'run_stage', 'Follower', 'as_rank', 'launch', 'run_name', 'default_preset', 'open_run',
            'notebooks_dir', 'run_lock', 'last_lines', 'tidy_outputs', 'execute_notebook', 'speedrun', 'cli',
-           'speedrun_command', 'chat_command', 'report_command', 'last_run', 'show_scores', 'eval_command',
-           'data_group', 'data_get', 'data_show', 'data_verify', 'stage_command', 'main']
+           'speedrun_command', 'chat_command', 'dpo_command', 'report_command', 'last_run', 'show_scores',
+           'eval_command', 'data_group', 'data_get', 'data_show', 'data_verify', 'stage_command', 'main']
 
 # %% ../nbs/23_speedrun.ipynb #ab164c1b
 import json
@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 
 # %% ../nbs/23_speedrun.ipynb #b123c391
-from .common import STAGES, STOPPED, Run, UserError, atomic_write, file_lock, in_words, names_in, progress_bar, rank_and_world, run_command, runs_dir, say
+from .common import EXTRA_STAGES, STAGES, STOPPED, Run, UserError, atomic_write, file_lock, in_words, names_in, progress_bar, rank_and_world, run_command, runs_dir, say
 
 # %% ../nbs/23_speedrun.ipynb #23034d39
 def fetch_questions(run: Run):
@@ -441,15 +441,34 @@ def speedrun_command(preset, name, data, depth, minutes, dollars, until, nproc, 
 # %% ../nbs/23_speedrun.ipynb #3035d81a
 @cli.command("chat")
 @click.option("--run", "name", help="Which run's model; without it, the run that was trained last.")
-@click.option("--stage", default="latest", show_default=True, help="base, mid, sft, rl, or the latest that is done.")
+@click.option("--stage", default="latest", show_default=True, help="base, mid, sft, rl, dpo, or the latest that is done.")
 @click.option("-p", "--prompt", help="Answer this one question and exit.")
 @click.option("--temperature", type=click.FloatRange(0, 5), default=0.3, show_default=True, help="0 always takes the likeliest token.")
 @click.option("--top-k", type=click.IntRange(1), default=50, show_default=True, help="Sample among this many tokens.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def chat_command(name, stage, prompt, temperature, top_k, seed):
+@click.option("--keep-feedback", is_flag=True, help="Keep what /good, /bad and /regenerate say of answers in the run's folder, for `nanochat dpo`.")
+def chat_command(name, stage, prompt, temperature, top_k, seed, keep_feedback):
     """Talk to a trained model in the terminal."""
     from nanochat.chat import terminal_chat
-    terminal_chat(name or last_run(), stage, prompt=prompt, temperature=temperature, top_k=top_k, seed=seed)
+    terminal_chat(name or last_run(), stage, prompt=prompt, temperature=temperature, top_k=top_k, seed=seed, keep_feedback=keep_feedback)
+
+@cli.command("dpo")
+@click.argument("name", required=False)
+@click.option("--simulate", type=click.IntRange(1), help="Train on so many preferences of a simulated judge, who likes the longer of two right answers, instead of the run's feedback.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one of the settings dpo.*; may be repeated.")
+def dpo_command(name, simulate, settings):
+    """Train a run's chat model (the last run's, without a NAME) on what its users liked better.
+
+    It reads the thumbs and regenerated answers that the chat has kept, and starts from the model after RL, or SFT. The same command again goes on where it was stopped."""
+    from nanochat.plan import checked_settings
+    changed = checked_settings(_settings(settings))
+    if others := [key for key in changed if not key.startswith("dpo.")]: raise UserError(f"--set {others[0]} has no place here: the settings of preference training begin with dpo.")
+    from nanochat.dpo import show_dpo, train_dpo
+    run = Run.open(name or last_run())
+    if run.config["hardware"]["nproc"] > 1: say(f"Preference training runs on one process, not on {run.config['hardware']['nproc']}: pairs are few.")
+    with run_lock(run): manifest = train_dpo(run, simulate or 0, {key.removeprefix("dpo."): value for key, value in changed.items()})
+    click.echo(show_dpo(run, manifest))
+    click.echo(f"to talk to it: nanochat chat --run {run.name}; in the report: nanochat report {run.name}")
 
 @cli.command("report")
 @click.argument("names", nargs=-1)
@@ -466,7 +485,7 @@ def report_command(names):
 def last_run() -> str:
     "The name of the run whose latest stage finished last. Raises `UserError` if there is none."
     manifests = sorted(runs_dir().glob("*/*/manifest.json"), key=lambda p: p.stat().st_mtime)
-    trained = [p for p in manifests if p.parent.name in ("base", "mid", "sft", "rl")]
+    trained = [p for p in manifests if p.parent.name in ("base", "mid", "sft", "rl", *EXTRA_STAGES)]
     if not trained: raise UserError(f"there is no trained model in {runs_dir()}: make one with `nanochat speedrun`.")
     return trained[-1].parent.parent.name
 
@@ -489,7 +508,7 @@ def show_scores(core: dict | None, chat: dict | None, bpb: float | None) -> str:
 # %% ../nbs/23_speedrun.ipynb #36f0afed
 @cli.command("eval")
 @click.argument("name", required=False)
-@click.option("--stage", default="latest", show_default=True, help="base, mid, sft, rl, or the latest that is done.")
+@click.option("--stage", default="latest", show_default=True, help="base, mid, sft, rl, dpo, or the latest that is done.")
 @click.option("--tasks", help="Separated by commas: core, bpb, world, arc-easy, arc-challenge, mmlu, gsm8k, humaneval, or a single one of the world's. Without it, what the stage is evaluated with.")
 @click.option("--max-per-task", type=click.IntRange(1), help="Questions of each task, the same ones at every call; without it, all of CORE, and as many of the others as eval.questions says.")
 @click.option("--split", default="test", show_default=True, help="Of the public chat tasks; validation is another one that some have.")
