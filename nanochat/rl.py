@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['advantages', 'k3', 'beyond_clip', 'policy_loss', 'Answer', 'MicroBatch', 'policy_batches', 'policy_gradient', 'judge',
-           'problem', 'rollout', 'rollout_sums', 'lay_out', 'note_distance', 'reinforce', 'rl_tasks', 'train_rl']
+           'problem', 'rollout', 'rollout_sums', 'lay_out', 'note_distance', 'reinforce', 'rl_tasks', 'train_rl',
+           'Rollouts', 'show_rollouts']
 
 # %% ../nbs/17_rl.ipynb #626277d0
 import copy
 import html
 import math
 import numbers
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -359,3 +362,63 @@ def train_rl(run: Run,  # a run whose stage "sft" is done
                            meta={"stage": "rl", "model": vars(model.config), "tokenizer": tokenizer.hash}, dtype=dtype)
         summary = evaluate_stage(run, "rl", model, tokenizer, result["step"], dtype)
         return run.finish("rl", **result, world_score=summary["world_score"], world_size=rank_and_world()[1])
+
+# %% ../nbs/17_rl.ipynb #c238a37b
+_GREY = "color:#888;font-size:.85em"
+
+def _token_html(text: str, p: float, forced: bool) -> str:
+    "A token as HTML: the redder, the less likely; from one in a thousand on it is as red as can be."
+    tip = "the calculator wrote it" if forced else f"probability {p:.3g}"
+    look = "border-bottom:2px dotted #888" if forced else f"background:rgba(214,69,65,{0.8 * min(1, -math.log10(max(p, 1e-3)) / 3):.2f})"
+    return f'<span title="{tip}" style="unicode-bidi:isolate;{look}">{html.escape(text).replace(chr(10), "↵" + chr(10))}</span>'
+
+class Rollouts:
+    "Answers to some prompts, for people: `_repr_html_` for a notebook, `repr` for a terminal."
+    def __init__(self,
+                 answers: list[Answer],  # samples of a prompt side by side
+                 tokenizer: Tokenizer,
+                 ):
+        self.answers, self.tokenizer = answers, tokenizer
+
+    def groups(self): return [(key, list(group)) for key, group in groupby(self.answers, key=lambda a: (a.task, a.prompt))]
+
+    def pieces(self, answer: Answer) -> list[tuple[str, float, bool]]: # text, probability, whether it was forced
+        "An answer's tokens."
+        decoder, c = StreamDecoder(self.tokenizer), answer.completion
+        texts = [decoder.add(t) for t in c.tokens]
+        if texts: texts[-1] += decoder.flush()
+        return [(text, math.exp(logprob), not mask) for text, logprob, mask in zip(texts, c.logprobs, c.mask)]
+
+    def _repr_html_(self) -> str:
+        scale = " ".join(_token_html(name, p, False) for name, p in (("1", 1), ("½", 0.5), ("1/10", 0.1), ("1/100", 0.01), ("1/1000 or less", 1e-3)))
+        out = [f'<div style="line-height:1.6"><div style="{_GREY}">probability of a token: {scale}; {_token_html("written by the calculator", 1, True)}</div>']
+        for (task, prompt), group in self.groups():
+            out.append(f'<div style="margin:.8em 0 .3em"><span style="{_GREY}">{html.escape(task)}</span><div style="white-space:pre-wrap;unicode-bidi:isolate">{html.escape(self.tokenizer.decode(prompt))}</div></div>')
+            for a in group:
+                sign = "#2e8b57" if a.advantage > 0 else "#c0392b" if a.advantage < 0 else "#888"
+                text = "".join(_token_html(*piece) for piece in self.pieces(a))
+                end = "" if a.completion.finish == "stop" else f' <span style="{_GREY}">(no room left)</span>'
+                out.append(f'<div style="display:flex;gap:1em;margin:.2em 0"><div style="flex:0 0 11em;border-left:4px solid {sign};padding-left:.5em;{_GREY}">reward {a.reward:g}, advantage {a.advantage:+.2f}</div>'
+                           f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{text}{end}</div></div>')
+        return "".join(out) + "</div>"
+
+    def __repr__(self) -> str:
+        lines = []
+        for (task, prompt), group in self.groups():
+            lines += [f"{task}: {self.tokenizer.decode(prompt)}", *(f"  reward {a.reward:g}, advantage {a.advantage:+.2f}: {a.completion.text}" for a in group)]
+        return "\n".join(lines)
+
+# %% ../nbs/17_rl.ipynb #350bc4ea
+def show_rollouts(run: Run,  # a run whose stage is done
+                  problems: int = 2, samples: int = 4,  # of each
+                  stage: str = "rl",  # or "sft", to see what it began with
+                  split: str = "test",  # or "practice"
+                  number: int = 0,  # another number, other problems
+                  ) -> Rollouts:
+    "Draw answers from a run's model to problems of `rl.task`. Raises `UserError` if there is no such model."
+    section, device = run.config["rl"], pick_device(run.config["hardware"]["device"])
+    model, tokenizer, _ = load_model(run, stage, device)
+    dtype = pick_dtype(device, run.config["hardware"]["dtype"])
+    knobs = {k: section[k] for k in ("max_new_tokens", "temperature")}
+    return Rollouts(rollout(Engine(model, tokenizer, torch.float32 if dtype == torch.float16 else dtype), rl_tasks(section["task"], split, run.seed), number, derive_seed(run.seed, "show rollouts"),
+                            prompts_per_step=problems, samples_per_prompt=samples, top_k=section["top_k"] or None, sigma_norm=section.get("sigma_norm", False), **knobs), tokenizer)
