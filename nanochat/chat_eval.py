@@ -144,6 +144,7 @@ def _write(engine, task, asked, max_new_tokens, batch, temperature, seed, sample
         if s == 0: item |= {"answer": completion.text, "right": right}
         item["passed"] += right
         item["tokens"] += len(completion.tokens)
+        item["finished"] += completion.finish == "stop"
 
 def _answer(engine, task, n, batch, max_new_tokens, **how):
     "This rank's items of a task's first n."
@@ -153,7 +154,7 @@ def _answer(engine, task, n, batch, max_new_tokens, **how):
     items, asked = [], []
     for i, conversation in conversations.items():
         question = [m for m in conversation["messages"] if m["role"] == "user"][-1]
-        items.append({"index": i, "prompt": plain_text(question["content"]), "answer": "", "right": False, "passed": 0, "tokens": 0,
+        items.append({"index": i, "prompt": plain_text(question["content"]), "answer": "", "right": False, "passed": 0, "tokens": 0, "finished": 0,
                       "chance": 1 / len(conversation["letters"]) if "letters" in conversation else 0.0})
         prompt = engine.tokenizer.render_for_completion(conversation)
         if len(prompt) < engine.context: asked.append((items[-1], conversation, prompt))
@@ -181,7 +182,7 @@ def evaluate_task(engine: Engine,
                   temperature: float = 0.0,  # of written answers; 0 is greedy
                   seed: int = 0,  # matters only at a temperature above 0
                   samples: int = 1,  # written answers to each question, at a temperature above 0
-                  ) -> dict:  # name, n, accuracy, ci95, chance, tokens, seconds, too_long, items: [{index, prompt, answer, right}]; of one answer each also right: "0110…"; of written answers also samples, pass_at
+                  ) -> dict:  # name, n, accuracy, ci95, chance, tokens, seconds, too_long, items: [{index, prompt, answer, right}]; of one answer each also right: "0110…"; of written answers also samples, pass_at, finished: share that ended by themselves
     "Ask a task's first n questions and count the right answers; on all ranks together, and all get the result. Raises `UserError` on all of them if one cannot."
     if n < 1: raise UserError(f"{n} questions cannot measure {task.name!r}: ask at least 1.")
     _check_samples(samples, temperature)
@@ -189,12 +190,12 @@ def evaluate_task(engine: Engine,
     items = on_every_rank(lambda: _answer(engine, task, n, batch, max_new_tokens, temperature=temperature, seed=seed, samples=samples))
     items = sorted(gather(items), key=lambda item: item["index"])
     n, passed, chances = len(items), [item.pop("passed") for item in items], [item.pop("chance") for item in items]
-    right, tokens = sum(passed) / samples, sum(item.pop("tokens") for item in items)
+    right, tokens, finished = sum(passed) / samples, sum(item.pop("tokens") for item in items), sum(item.pop("finished") for item in items)
     result = {"name": task.name, "n": n, "accuracy": right / n, "ci95": list(wilson_interval(right, n)), "chance": sum(chances) / n, "tokens": tokens,
               "seconds": round(time.perf_counter() - start, 2), "too_long": sum("too_long" in item for item in items)}
     if not any(chances):
         tries = sorted(k for k in {1, 10, 100, samples} if k <= samples)
-        result |= {"samples": samples, "pass_at": {str(k): sum(pass_at_k(samples, c, k) for c in passed) / n for k in tries}}
+        result |= {"samples": samples, "finished": finished / (n * samples), "pass_at": {str(k): sum(pass_at_k(samples, c, k) for c in passed) / n for k in tries}}
     if samples == 1: result["right"] = "".join(str(int(c)) for c in passed)  # a digit a question, for paired comparisons
     return result | {"items": items}
 

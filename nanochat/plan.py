@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_LR', 'REFERENCE_WEIGHT_DECAY', 'GPUS', 'BF16_PAYS', 'ATTAINED', 'ACTIVATIONS', 'PROGRAM', 'LOGITS', 'TASKS',
-           'ANSWER_TOKENS', 'SET_SIZES', 'TASK_SIZE', 'MIXTURE_HELP', 'SCHEMA', 'KEYS', 'SAME', 'RIVALS', 'USABLE',
-           'MICRO_BATCH', 'TOKENS_PER_CONVERSATION', 'GENERATION_COST', 'TEXT_RATE', 'STARTUP', 'DISK_RATE',
+           'ANSWER_TOKENS', 'REWARDED', 'SET_SIZES', 'TASK_SIZE', 'MIXTURE_HELP', 'SCHEMA', 'KEYS', 'SAME', 'RIVALS',
+           'USABLE', 'MICRO_BATCH', 'TOKENS_PER_CONVERSATION', 'GENERATION_COST', 'TEXT_RATE', 'STARTUP', 'DISK_RATE',
            'CORE_TOKENS', 'CORE_ROWS', 'LAW', 'CHOSEN', 'DEPTHS', 'WIDTHS', 'VOCABULARIES', 'SMALLEST_DIAL', 'SMALL_LR',
            'padded_vocab', 'count_params', 'layer_windows', 'scaling_params', 'flops_per_token', 'model_shape',
            'reference_params', 'optimal_batch', 'batch_scale', 'Hardware', 'named_hardware', 'cpu_hardware',
@@ -251,6 +251,7 @@ def training_memory(
 TASKS = ("identity", "facts", "twofacts", "memory", "unknown", "sums", "problems", "spelling", "counting", "choice", "smalltalk")
 
 ANSWER_TOKENS = {"arc-easy": 50, "arc-challenge": 50, "mmlu": 50, "gsm8k": 256, "humaneval": 384} # generated for an answer, or, where letters are compared, what reading the question costs
+REWARDED = (*TASKS, *(task for task in ANSWER_TOKENS if task != "humaneval")) # what reinforcement learning can practise; HumanEval has no problems to spare
 
 class Key(NamedTuple):
     "One setting of a run."
@@ -417,13 +418,17 @@ SCHEMA = [
     Key("base.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
     *_training_keys("mid", dict(identity=2000, facts=40_000, twofacts=40_000, memory=20_000, unknown=10_000, sums=20_000, problems=2000, spelling=20_000, counting=20_000, choice=20_000, smalltalk=20_000), 1, 0.8),
     *_training_keys("sft", dict(identity=1000, facts=8000, twofacts=8000, memory=4000, unknown=2000, sums=8000, problems=1000, spelling=1000, counting=1000, choice=4000, smalltalk=4000), 1, 0.1),
-    Key("rl.task", str, "problems", "", "the task with the verifiable reward", choices=TASKS),
+    Key("rl.task", str, "problems", "", f"tasks with a verifiable reward, separated by commas, in equal shares: {', '.join(REWARDED)}"),
     Key("rl.steps", int, 400, "steps", "optimizer steps", 1),
     Key("rl.prompts_per_step", int, 16, "prompts", "problems in a step", 1),
     Key("rl.samples_per_prompt", int, 16, "samples", "answers for each problem; one alone has nothing to be compared with", 2),
     Key("rl.max_new_tokens", int, 256, "tokens", "of one answer, at most", 1),
     Key("rl.temperature", float, 1.0, "", "of the samples", 0.01),
     Key("rl.top_k", int, 50, "tokens", "likeliest tokens to sample from; 0 is all"),
+    Key("rl.updates", int, 1, "steps", "optimizer steps on each batch of answers; from the second on they are stale, and a ratio corrects for it", 1),
+    Key("rl.clip", float, 0.0, "", "bound of that ratio, which counts within 1 ± this; 0 is none", 0, 1),
+    Key("rl.kl", float, 0.0, "", "weight of the distance to the SFT model in the loss; 0 only measures it"),
+    Key("rl.sigma_norm", bool, False, "", "divide advantages by the standard deviation of their group"),
     Key("rl.lr_scale", float, 0.05, "", "learning rates as a share of the base stage's"),
     Key("rl.eval_every", int, None, "steps", "steps between evaluations; a sixth of the stage", 1),
     Key("rl.eval_problems", int, 200, "problems", "held-out problems in an evaluation", 1),
@@ -620,6 +625,9 @@ def _derive(given: dict, hw: Hardware) -> dict:
     c.setdefault("base.eval_tokens", max(1, min(20 * 2**19, c["base.tokens"] // 100) // B) * B)
     for stage in ("mid", "sft"): c.setdefault(f"{stage}.eval_every", max(1, min(200, _stage_tokens(c, stage) // c[f"{stage}.batch_tokens"] // 5)))
     c.setdefault("rl.eval_every", max(1, c["rl.steps"] // 6))
+    practised = names_in(c["rl.task"])
+    if not practised or set(practised) - set(REWARDED): raise UserError(f"rl.task names {next((t for t in practised if t not in REWARDED), '')!r}: choose from {', '.join(REWARDED)}.")
+    if c["rl.clip"] and c["rl.updates"] == 1: raise UserError(f"rl.clip is {c['rl.clip']:g}, but with rl.updates=1 no answer is stale, and there is no ratio to clip: set rl.updates to 2 or more, or rl.clip to 0.")
     # the text
     c.setdefault("data.characters", 5 * c["base.tokens"])
     c.setdefault("tokenizer.max_characters", min(2_000_000_000, c["data.characters"]))
@@ -677,7 +685,7 @@ def _stage_seconds(
         "base": c["base.tokens"] + (evaluations + core) // 3,
         "mid": _stage_tokens(c, "mid"),
         "sft": _stage_tokens(c, "sft"),
-        "rl": sampled * min(c["rl.max_new_tokens"], TOKENS_PER_CONVERSATION) * (GENERATION_COST + 1),
+        "rl": sampled * min(c["rl.max_new_tokens"], max([TOKENS_PER_CONVERSATION, *(ANSWER_TOKENS.get(task, 0) for task in names_in(c["rl.task"]))])) * (GENERATION_COST + c["rl.updates"] + 1/3), # and the reference's forward pass
         "evaluation": answers * GENERATION_COST,
     }
     looks = c["base.steps"] // c["base.eval_every"] + 1 # each with a checkpoint: weights, and up to two moments of each
