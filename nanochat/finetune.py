@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEFORE', 'render_conversations', 'Rendered', 'fit_conversations', 'PackedConversations', 'pack_conversations',
-           'prepare_rows', 'ConversationLoader', 'finetune']
+           'replayed_documents', 'prepare_rows', 'ConversationLoader', 'finetune']
 
 # %% ../nbs/16_finetune.ipynb #768432b7
 import json
@@ -21,7 +21,8 @@ import torch
 from .chat_eval import evaluate_stage
 from .checkpoint import load_model
 from .common import Run, UserError, atomic_write, derive_seed, distributed, file_lock, pick_device, pick_dtype, rank_and_world, say, seed_everything, sha256_json
-from .dataloader import pack
+from .dataloader import Shards, pack
+from .dataset import prepare_tokens
 from .optim import lr_multiplier
 from .mixture import card_of, open_mixture, take
 from .tokenizer import Tokenizer, chat_pieces
@@ -150,6 +151,19 @@ def pack_conversations(
         tokens[r], mask[r] = row, learned
     return PackedConversations(tokens, mask, counts)
 
+# %% ../nbs/16_finetune.ipynb #af6ccfd7
+def replayed_documents(
+    shards: Shards, # of the text that the base model read
+    n: int, # documents wanted; more than there are: each several times
+    capacity: int, # tokens that a row holds
+) -> Rendered:
+    "Documents from the end of the text, beside conversations."
+    some = slice(max(0, len(shards) - n), None)
+    whole = shards.length[some]
+    lengths = np.minimum(whole, capacity)
+    ids = np.concatenate([shards.tokens[shard][begin:begin + length] for shard, begin, length in zip(shards.shard[some], shards.begin[some], lengths)])
+    return Rendered("documents", n, ids, ids != shards.bos_id, np.r_[0, np.cumsum(lengths)[:-1]], lengths, lengths < whole)
+
 # %% ../nbs/16_finetune.ipynb #ebb66e1f
 def prepare_rows(
     run: Run, # reads the stage's mixture, the card and the seed
@@ -159,7 +173,8 @@ def prepare_rows(
 ) -> dict[str, PackedConversations]: # "train" and "test", which training never shows
     "The packed conversations of a stage, from the run's folder or made anew. Raises `UserError` for a mixture that cannot be used."
     mixture, card, folder = run.config[stage]["mixture"], card_of(run.config), run.stage_dir(stage)/"rows"
-    key = sha256_json([mixture, card, run.seed, tokenizer.hash, seq_len])
+    replay = run.config[stage].get("replay", 0)
+    key = sha256_json([mixture, replay, card, run.seed, tokenizer.hash, seq_len])
     manifest = folder/"manifest.json"
 
     def load():
@@ -173,6 +188,7 @@ def prepare_rows(
         for entry in open_mixture(mixture, run.seed, card):
             fitted["train"].append(fit_conversations(entry.name, take(entry), entry.asked, tokenizer, seq_len + 1))
             fitted["test"].append(fit_conversations(entry.name, take(entry, held_out=True), entry.asked_held_out, tokenizer, seq_len + 1))
+        if replay: fitted["train"].append(replayed_documents(Shards(prepare_tokens(run), "train", tokenizer.hash), replay, seq_len + 1))
         tasks = {}
         for split, rendered in fitted.items():
             shutil.rmtree(folder/split, ignore_errors=True) # not written over: a process may still read the old files

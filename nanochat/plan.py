@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['REFERENCE_LR', 'REFERENCE_WEIGHT_DECAY', 'GPUS', 'BF16_PAYS', 'ATTAINED', 'ACTIVATIONS', 'PROGRAM', 'LOGITS', 'TASKS',
            'ANSWER_TOKENS', 'REWARDED', 'SET_SIZES', 'TASK_SIZE', 'MIXTURE_HELP', 'SCHEMA', 'KEYS', 'SAME', 'RIVALS',
-           'USABLE', 'MICRO_BATCH', 'TOKENS_PER_CONVERSATION', 'GENERATION_COST', 'TEXT_RATE', 'STARTUP', 'DISK_RATE',
-           'CORE_TOKENS', 'CORE_ROWS', 'LAW', 'CHOSEN', 'DEPTHS', 'WIDTHS', 'VOCABULARIES', 'SMALLEST_DIAL', 'SMALL_LR',
-           'padded_vocab', 'count_params', 'layer_windows', 'scaling_params', 'flops_per_token', 'model_shape',
-           'reference_params', 'optimal_batch', 'batch_scale', 'Hardware', 'named_hardware', 'cpu_hardware',
-           'detect_hardware', 'training_memory', 'Key', 'Weight', 'read_weight', 'check_split', 'task_size',
-           'describe_settings', 'setting_name', 'presets_dir', 'known_presets', 'load_preset', 'checked_settings',
-           'expected_bits_per_byte', 'bytes_per_token', 'Candidate', 'Row', 'Plan', 'make_plan']
+           'USABLE', 'MICRO_BATCH', 'TOKENS_PER_CONVERSATION', 'TOKENS_PER_DOCUMENT', 'GENERATION_COST', 'TEXT_RATE',
+           'STARTUP', 'DISK_RATE', 'CORE_TOKENS', 'CORE_ROWS', 'LAW', 'CHOSEN', 'DEPTHS', 'WIDTHS', 'VOCABULARIES',
+           'SMALLEST_DIAL', 'SMALL_LR', 'padded_vocab', 'count_params', 'layer_windows', 'scaling_params',
+           'flops_per_token', 'model_shape', 'reference_params', 'optimal_batch', 'batch_scale', 'Hardware',
+           'named_hardware', 'cpu_hardware', 'detect_hardware', 'training_memory', 'Key', 'Weight', 'read_weight',
+           'check_split', 'task_size', 'describe_settings', 'setting_name', 'presets_dir', 'known_presets',
+           'load_preset', 'checked_settings', 'expected_bits_per_byte', 'bytes_per_token', 'Candidate', 'Row', 'Plan',
+           'make_plan']
 
 # %% ../nbs/08_plan.ipynb #28e33eb0
 import difflib
@@ -357,6 +358,7 @@ def _training_keys(stage: str, mixture: dict, epochs: int, lr_scale: float) -> l
     "The settings that mid-training and SFT share."
     return [
         *(_mixture_key(f"{stage}.mixture.{task}", mixture.get(task, 0)) for task in (*TASKS, *SET_SIZES)),
+        Key(f"{stage}.replay", int, 0, "documents", "documents of the base's text among the conversations, so that it is not forgotten"),
         Key(f"{stage}.epochs", int, epochs, "", "times that the mixture is gone through", 1),
         Key(f"{stage}.batch_tokens", int, None, "tokens", "tokens in an optimizer step; the base stage's", 1),
         Key(f"{stage}.device_batch", int, None, "rows", "rows on a device at a time; as many as fit and divide the batch", 1),
@@ -580,7 +582,8 @@ def _device_batch(
 # %% ../nbs/08_plan.ipynb #ad295d14
 USABLE = 0.9 # share of a device's memory that training may fill
 MICRO_BATCH = {"cpu": 2**13, "mps": 2**14, "cuda": 2**16} # tokens at a time on a device, beyond which more brings next to nothing
-TOKENS_PER_CONVERSATION = 45 # mean over the tasks, with a vocabulary of 2,048
+TOKENS_PER_CONVERSATION = 40 # mean over the tasks, with a vocabulary of 2,048
+TOKENS_PER_DOCUMENT = {"world": 115, "web": 1000} # roughly, to reckon what is read again
 
 def _derive(given: dict, hw: Hardware) -> dict:
     "All settings under full names; `base.device_batch` is 0 if not even one row fits the memory."
@@ -654,6 +657,7 @@ def _stage_tokens(c: dict, stage: str) -> int:
     for task, weight in _mixture(c, stage).items():
         size, mean = task_size(task, weight.split, c["model.vocab_size"])
         found += weight.count(size) * min(mean, c["model.sequence_len"])
+    found += c[f"{stage}.replay"] * min(TOKENS_PER_DOCUMENT["world" if c["data.source"] == "world" else "web"], c["model.sequence_len"])
     return round(found * c[f"{stage}.epochs"])
 
 # %% ../nbs/08_plan.ipynb #4e7f2573
