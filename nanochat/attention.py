@@ -11,6 +11,7 @@ import functools
 import importlib
 import math
 import time
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -229,7 +230,8 @@ def _milliseconds(attend, device: torch.device, dtype: torch.dtype, head_dim: in
 def _judge(candidates: dict, device, dtype, head_dim: int, T: int, window: int | None) -> tuple[dict, dict]: # name → milliseconds of those that are right; name → what to say of the others
     "Probe the candidates, and time those that are right if there are several."
     right, failed = {}, {}
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False): # whatever is on outside
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), warnings.catch_warnings(): # whatever is on outside
+        warnings.simplefilter("ignore") # a kernel that refuses warns of all its reasons, beside the error that we report
         for name, attend in candidates.items():
             try:
                 _probe(attend, device, dtype, head_dim, window and 100)

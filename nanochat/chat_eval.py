@@ -49,7 +49,7 @@ def mcnemar(first: list[bool],  # whether the one model was right, question by q
     return min(1.0, 2 * sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2**(b + c))
 
 # %% ../nbs/15_chat_eval.ipynb #a14d0677
-ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.05}  # leads that rounding might turn, as shares of the distance from the best logit to the mean of all
+ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.05, torch.float16: 0.0125}  # leads that rounding might turn, as shares of the distance from the best logit to the mean of all
 
 def might_turn(lead: torch.Tensor,  # (B,) by how much the best candidate's logit is ahead
                logits: torch.Tensor,  # (B, vocab_size) all logits, or log-probabilities

@@ -280,6 +280,15 @@ def test_many_shapes_do_not_end_compilation(monkeypatch):
 
 # what only a GPU shows
 
+def test_a_kernel_that_refuses_does_not_warn(recwarn):
+    "torch warns of each reason for which a CUDA kernel cannot be used; one line of ours says it."
+    def refuses(q, k, v, *, window=None, scale=None):
+        warnings.warn("Flash attention has been runtime disabled.")
+        raise RuntimeError("No available kernel.")
+    right, failed = A._judge({"no": refuses, "SDPA": A.sdpa_attention}, torch.device("cpu"), torch.float32, 32, 64, None)
+    assert list(right) == ["SDPA"] and failed == {"no": "no (No available kernel.)"} and not recwarn.list
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 NAMES = {"full": ["FlashAttention-4", "FlashAttention-3", "cuDNN", "FlashAttention-2", "SDPA"],
          "window": ["FlashAttention-4", "FlashAttention-3", "FlexAttention", "SDPA in chunks"]}

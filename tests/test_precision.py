@@ -1,11 +1,14 @@
 """fp8's kernel agrees with its emulation, and fp16 trains with a scaled loss: most of it needs a GPU."""
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanochat.chat_eval import ROUNDING
+from nanochat.engine import Engine
 from nanochat.precision import LossScaler, fp8_linear, fp8_matmul, fp8_supported, quantize, quantize_weight, quantize_weights, use_fp8
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -62,6 +65,13 @@ class Net(nn.Module):
     def forward(self, x):
         up, down = self.transformer.h
         return self.lm_head(x + down(F.relu(up(x))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_engine_computes_in_its_dtype(dtype):
+    "On a GPU without bfloat16 that is fp16, for which evaluation has a margin too."
+    with Engine.autocast(SimpleNamespace(device=torch.device("cpu"), dtype=dtype)): y = F.linear(random(2, 3), random(4, 3))
+    assert y.dtype == dtype and dtype in ROUNDING
 
 
 @pytest.mark.parametrize("a_dtype", [E4M3, E5M2])
