@@ -30,6 +30,7 @@ from .sandbox import judge_many, sandbox_kind
 from .tasks import make_task, visible_text
 from .tokenizer import Tokenizer
 from .train import autocast
+from .world import World
 
 # %% ../nbs/27_eval_bench.ipynb #bd0fe253
 @torch.inference_mode()
@@ -103,8 +104,9 @@ def rollout_engine(run_name: str | None = None, # a run whose SFT model is to an
         run = Run.open(run_name)
         model, tokenizer, _ = load_model(run, "sft")
         return Engine(model, tokenizer), run.seed
-    task = make_task("sums", "train", 1)
-    tokenizer = Tokenizer.train([message["content"] if message["role"] == "user" else visible_text(message) for i in range(2000) for message in task[i]["messages"]], 2048)
+    world = World(1)
+    texts = [visible_text(message) for name in ("facts", "sums", "identity", "spelling") for task in [make_task(name, "train", 1, world)] for i in range(1000) for message in task[i]["messages"]]
+    tokenizer = Tokenizer.train(texts, 2048)
     model, generator = GPT(GPTConfig(sequence_len=256, vocab_size=tokenizer.vocab_size, window_pattern="L", **model_shape(4, 48, 64))), torch.Generator().manual_seed(0)
     with torch.no_grad(): model.lm_head.weight.normal_(0, 2.4 / model.config.n_embd**0.5, generator=generator)
     return Engine(model.eval(), tokenizer), 1

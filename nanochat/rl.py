@@ -407,14 +407,14 @@ class Rollouts:
 
     def _repr_html_(self) -> str:
         scale = " ".join(_token_html(name, p, False) for name, p in (("1", 1), ("½", 0.5), ("1/10", 0.1), ("1/100", 0.01), ("1/1000 or less", 1e-3)))
-        out = [f'<div style="line-height:1.6"><div style="{_GREY}">probability of a token: {scale}; {_token_html("written by the calculator", 1, True)}</div>']
+        out = [f'<div style="line-height:1.6"><div style="font-size:.85em">probability of a token: {scale}; {_token_html("written by the calculator", 1, True)}</div>']
         for (task, prompt), group in self.groups():
             out.append(f'<div style="margin:.8em 0 .3em"><span style="{_GREY}">{html.escape(task)}</span><div style="white-space:pre-wrap;unicode-bidi:isolate">{html.escape(self.tokenizer.decode(prompt))}</div></div>')
             for a in group:
                 sign = "#2e8b57" if a.advantage > 0 else "#c0392b" if a.advantage < 0 else "#888"
                 text = "".join(_token_html(*piece) for piece in self.pieces(a))
                 end = "" if a.completion.finish == "stop" else f' <span style="{_GREY}">(no room left)</span>'
-                out.append(f'<div style="display:flex;gap:1em;margin:.2em 0"><div style="flex:0 0 11em;border-left:4px solid {sign};padding-left:.5em;{_GREY}">reward {a.reward:g}, advantage {a.advantage:+.2f}</div>'
+                out.append(f'<div style="display:flex;gap:1em;margin:.2em 0"><div style="flex:0 0 13em;border-left:4px solid {sign};padding-left:.5em;{_GREY}">reward {a.reward:g}, advantage {a.advantage:+.2f}</div>'
                            f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{text}{end}</div></div>')
         return "".join(out) + "</div>"
 
