@@ -272,8 +272,10 @@ PANELS = { # title: (the fields of a metrics line that it shows)
     "bits per byte": ("bits_per_byte",),
     "reward": ("reward",),
     "held-out accuracy": ("heldout_accuracy",),
-    "entropy, nats per token": ("entropy",),
+    "entropy (mean surprise of the samples), nats": ("entropy",),
+    "KL to the SFT model, nats per token": ("kl",),
     "answer length, tokens": ("length",),
+    "share that ended by themselves": ("finished", "heldout_finished"),
     "learning rate, of its peak": ("lr",),
 }
 COLOURS = ("#3b82c4", "#dd7a32", "#3a9d6e", "#a566c9", "#c9536b", "#8a8a2e") # readable on white and on black
@@ -315,7 +317,7 @@ def curves(
         figure, axes = _grid(len(panels))
         for ax, (title, found) in zip(axes, panels.items()):
             for colour, (name, x, y) in zip(COLOURS, found):
-                noisy = name in ("loss", "reward", "entropy", "length") and len(x) > 20
+                noisy = name in ("loss", "reward", "entropy", "kl", "length", "finished") and len(x) > 20
                 ax.plot(x, y, color=colour, alpha=0.35 if noisy else 1, marker="" if len(x) > 20 else ".", lw=0.8 if noisy else 1.5,
                         label=None if noisy else name)
                 if noisy: ax.plot(x, smooth(y, beta=1 - 1 / max(3, len(y) / 50)), color=colour, lw=1.5, label=name)

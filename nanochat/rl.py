@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['advantages', 'k3', 'beyond_clip', 'policy_loss', 'Answer', 'MicroBatch', 'policy_batches', 'policy_gradient', 'judge',
-           'problem', 'rollout', 'rollout_sums', 'lay_out', 'note_distance', 'reinforce', 'rl_tasks', 'train_rl',
-           'Rollouts', 'show_rollouts']
+           'problem', 'rollout', 'rollout_sums', 'lay_out', 'note_distance', 'reinforce', 'Part', 'rl_tasks',
+           'train_rl', 'Rollouts', 'show_rollouts']
 
 # %% ../nbs/17_rl.ipynb #626277d0
 import copy
@@ -326,17 +326,33 @@ def reinforce(engine: Engine,
     return {"step": step, "seconds": round(seconds + time.perf_counter() - clock, 1), "tokens": tokens, **result}
 
 # %% ../nbs/17_rl.ipynb #d2891e23
+class Part:
+    "Some of a task's problems."
+    def __init__(self, task,
+                 numbers: range,  # of the problems
+                 ):
+        self.task, self.numbers, self.name, self.split = task, numbers, task.name, task.split
+        self.max_new_tokens, self.evaluate, self.reward = getattr(task, "max_new_tokens", 0), task.evaluate, task.reward
+    def __len__(self): return len(self.numbers)
+    def __getitem__(self, i): return self.task[self.numbers[i]]
+
 def rl_tasks(names: str,  # of `rl.task`, with commas between them
-             split: str,  # "practice" or "test"
              seed: int,  # the run's
-             ) -> list:
+             ) -> tuple[list, list]: # to practise on, held-out
     "The tasks of a setting. Raises `UserError` for one that does not exist or cannot be had."
-    def part(name):
-        if split == "test": return "test"
-        return "rl" if "rl" in getattr((TASKS | REAL_TASKS).get(name), "splits", ()) else "train"
-    tasks = [make_task(name, part(name), seed) for name in dict.fromkeys(names_in(names))]
-    for task in tasks: len(task)  # a public set is fetched now, not in the middle of a step
-    return tasks
+    practice, heldout = [], []
+    for name in dict.fromkeys(names_in(names)):
+        task = make_task(name, "rl" if "rl" in getattr((TASKS | REAL_TASKS).get(name), "splits", ()) else "train", seed)
+        n = len(task)  # a public set is fetched now, not in the middle of a step
+        try:
+            test = make_task(name, "test", seed)
+            len(test)
+        except UserError as e:
+            say(f"The test split of {name} cannot be had ({e}): a tenth of its problems for practice is held out instead.", once=True)
+            task, test = Part(task, range(n // 10, n)), Part(task, range(n // 10))
+        practice.append(task)
+        heldout.append(test)
+    return practice, heldout
 
 # %% ../nbs/17_rl.ipynb #dd2aa608
 def train_rl(run: Run,  # a run whose stage "sft" is done
@@ -354,7 +370,7 @@ def train_rl(run: Run,  # a run whose stage "sft" is done
         engine = Engine(model, tokenizer, dtype)
         knobs = ("steps", "prompts_per_step", "samples_per_prompt", "max_new_tokens", "temperature", "eval_every", "eval_problems", "save_minutes")
         switches = {k: section[k] for k in ("sigma_norm", "clip", "kl", "updates") if k in section}  # a run of before has none
-        tasks, heldout = (on_every_rank(lambda: rl_tasks(section["task"], split, run.seed)) for split in ("practice", "test"))
+        tasks, heldout = on_every_rank(lambda: rl_tasks(section["task"], run.seed))
         result = reinforce(engine, optimizer_for(model, config, section["lr_scale"]), tasks, heldout,
                            **{k: section[k] for k in knobs}, **switches, top_k=section["top_k"] or None, seed=run.seed, eval_batch=config["eval"]["batch"],
                            micro_tokens=config["base"]["device_batch"] * model.config.sequence_len,
@@ -391,14 +407,14 @@ class Rollouts:
 
     def _repr_html_(self) -> str:
         scale = " ".join(_token_html(name, p, False) for name, p in (("1", 1), ("½", 0.5), ("1/10", 0.1), ("1/100", 0.01), ("1/1000 or less", 1e-3)))
-        out = [f'<div style="line-height:1.6"><div style="{_GREY}">probability of a token: {scale}; {_token_html("written by the calculator", 1, True)}</div>']
+        out = [f'<div style="line-height:1.6"><div style="font-size:.85em">probability of a token: {scale}; {_token_html("written by the calculator", 1, True)}</div>']
         for (task, prompt), group in self.groups():
             out.append(f'<div style="margin:.8em 0 .3em"><span style="{_GREY}">{html.escape(task)}</span><div style="white-space:pre-wrap;unicode-bidi:isolate">{html.escape(self.tokenizer.decode(prompt))}</div></div>')
             for a in group:
                 sign = "#2e8b57" if a.advantage > 0 else "#c0392b" if a.advantage < 0 else "#888"
                 text = "".join(_token_html(*piece) for piece in self.pieces(a))
                 end = "" if a.completion.finish == "stop" else f' <span style="{_GREY}">(no room left)</span>'
-                out.append(f'<div style="display:flex;gap:1em;margin:.2em 0"><div style="flex:0 0 11em;border-left:4px solid {sign};padding-left:.5em;{_GREY}">reward {a.reward:g}, advantage {a.advantage:+.2f}</div>'
+                out.append(f'<div style="display:flex;gap:1em;margin:.2em 0"><div style="flex:0 0 13em;border-left:4px solid {sign};padding-left:.5em;{_GREY}">reward {a.reward:g}, advantage {a.advantage:+.2f}</div>'
                            f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{text}{end}</div></div>')
         return "".join(out) + "</div>"
 
@@ -412,13 +428,12 @@ class Rollouts:
 def show_rollouts(run: Run,  # a run whose stage is done
                   problems: int = 2, samples: int = 4,  # of each
                   stage: str = "rl",  # or "sft", to see what it began with
-                  split: str = "test",  # or "practice"
                   number: int = 0,  # another number, other problems
                   ) -> Rollouts:
-    "Draw answers from a run's model to problems of `rl.task`. Raises `UserError` if there is no such model."
+    "Draw answers from a run's model to held-out problems of `rl.task`. Raises `UserError` if there is no such model."
     section, device = run.config["rl"], pick_device(run.config["hardware"]["device"])
     model, tokenizer, _ = load_model(run, stage, device)
     dtype = pick_dtype(device, run.config["hardware"]["dtype"])
     knobs = {k: section[k] for k in ("max_new_tokens", "temperature")}
-    return Rollouts(rollout(Engine(model, tokenizer, torch.float32 if dtype == torch.float16 else dtype), rl_tasks(section["task"], split, run.seed), number, derive_seed(run.seed, "show rollouts"),
+    return Rollouts(rollout(Engine(model, tokenizer, torch.float32 if dtype == torch.float16 else dtype), rl_tasks(section["task"], run.seed)[1], number, derive_seed(run.seed, "show rollouts"),
                             prompts_per_step=problems, samples_per_prompt=samples, top_k=section["top_k"] or None, sigma_norm=section.get("sigma_norm", False), **knobs), tokenizer)
