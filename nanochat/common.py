@@ -378,7 +378,7 @@ STAGES = { # stage: (the notebook that runs it, the sections of the configuratio
     "data":      ("1_data",      ("data", "seed")),
     "tokenizer": ("2_tokenizer", ("tokenizer",)),
     "base":      ("3_pretrain",  ("model", "base")),
-    "mid":       ("4_midtrain",  ("mid", "eval")),
+    "mid":       ("4_midtrain",  ("mid", "eval", "identity")),
     "sft":       ("5_sft",       ("sft",)),
     "rl":        ("6_rl",        ("rl",)),
     "report":    ("7_report",    ()),
@@ -388,7 +388,7 @@ EXTRA_STAGES = {"dpo": "nanochat dpo"} # stages that no speedrun runs, and their
 def _what_matters(config: dict) -> dict:
     "A configuration without what may change when a run moves to another machine."
     return {key: {k: v for k, v in value.items() if k != "device_batch"} if isinstance(value, dict) else value
-            for key, value in config.items() if key not in ("hardware", *EXTRA_STAGES)} | {"dial": {k: v for k, v in config.get("dial", {}).items() if k != "until"}}
+            for key, value in config.items() if key not in ("hardware", *EXTRA_STAGES) and value != {"card": "none"}} | {"dial": {k: v for k, v in config.get("dial", {}).items() if k != "until"}}
 
 def fingerprint(
     config: dict, # a run's configuration
@@ -397,7 +397,7 @@ def fingerprint(
     "What a stage depends on: its sections of the configuration and those of all stages before it."
     h, config = "", _what_matters(config)
     for name, (_, sections) in (STAGES | {extra: ("", ()) for extra in EXTRA_STAGES}).items():
-        h = sha256_json([h, name, {s: config.get(s) for s in sections}])
+        h = sha256_json([h, name, {s: config.get(s) for s in sections if s != "identity" or s in config}])
         if name == stage: return h[:16]
     raise UserError(f"stage {stage!r} is not one of {', '.join(STAGES)}.")
 

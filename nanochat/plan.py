@@ -352,7 +352,7 @@ def _mixture(c: dict, stage: str) -> dict[str, Weight]:
 # %% ../nbs/08_plan.ipynb #6e47ed7a
 def _mixture_key(name: str, default: int = 0) -> Key:
     "The setting of one task in a mixture."
-    return Key(name, Weight, default, "conversations", f"of {name.split('.', 2)[2]}: a number of conversations, or 4x for four times all of them; 0: none")
+    return Key(name, Weight, default, "conversations", f"of {name.split('.', 2)[2]}; or 4x: four times all of them")
 
 def _training_keys(stage: str, mixture: dict, epochs: int, lr_scale: float) -> list[Key]:
     "The settings that mid-training and SFT share."

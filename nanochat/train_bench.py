@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEPS', 'SHAPE', 'SWITCHES', 'SIZES', 'PLANS', 'SFT_SHAPE', 'measure_step', 'bench_step', 'measure_training',
            'measure_generation', 'bench_gpu', 'train_variants', 'ablation_table', 'measure_plan', 'bench_plan',
-           'held_out_losses', 'bench_sft', 'cli', 'step_command', 'gpu_command', 'ablations_command', 'sizes_command',
-           'plan_command', 'sft_command', 'main']
+           'held_out_losses', 'bench_sft', 'bench_rows', 'cli', 'step_command', 'gpu_command', 'ablations_command',
+           'sizes_command', 'plan_command', 'sft_command', 'main']
 
 # %% ../nbs/26_train_bench.ipynb #044aaebb
 import json
@@ -312,6 +312,45 @@ def bench_sft(
     print(table([["task", "asked for", "packed", "cut of them", "left out", "tokens", "held out: bits per byte before", "after"]] + [
         [Path(name).name, *(f"{counts[key]:,}" for key in ("asked", "packed", "cut", "left_out", "tokens")), *(f"{found[name]:.3f}" if name in found else "" for found in (before, after))] for name, counts in done["tasks"].items()]))
     return done | {"before": before, "after": after, "looks": looks, "losses": losses}
+
+# %% ../nbs/26_train_bench.ipynb #90a1f921
+def bench_rows(
+    text: Path, # a folder or file, which the tokenizer learns from
+    tasks: tuple[str, ...], # public sets, or files and folders of conversations
+    times: float = 1, # how often all of them
+    vocab_size: int = 32768,
+    sequence_len: int = 2048,
+) -> dict: # conversations, tokens, seconds, megabytes
+    "Print seconds and memory of packing conversations, in a process of its own."
+    code = """
+import json, sys, time
+from pathlib import Path
+from nanochat.common import peak_memory
+from nanochat.dataset import iter_texts
+from nanochat.finetune import fit_conversations, pack_conversations
+from nanochat.mixture import open_mixture, take
+from nanochat.tokenizer import Tokenizer
+text, mixture, vocab_size, T = json.loads(sys.argv[1])
+tokenizer = Tokenizer.train(iter_texts(Path(text), max_characters=20_000_000), vocab_size)
+before, clock, seconds, fitted = peak_memory(), time.process_time(), [0, 0, 0], []
+def spent(part):
+    global clock
+    seconds[part] += time.process_time() - clock
+    clock = time.process_time()
+for entry in open_mixture(mixture, 42):
+    spent(0)
+    fitted.append(fit_conversations(entry.name, take(entry), entry.asked, tokenizer, T + 1))
+    spent(1)
+spent(0)
+packed = pack_conversations(fitted, tokenizer.bos_id, T + 1, 42)
+spent(2)
+print(json.dumps({"packed": packed.total("packed"), "tokens": packed.total("tokens"), "seconds": seconds, "before": before, "peak": peak_memory()}))
+"""
+    done = subprocess.run([sys.executable, "-c", code, json.dumps([str(text), {task: f"{times:g}x" for task in tasks}, vocab_size, sequence_len])], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    n, total, more = found["packed"], sum(found["seconds"]), found["peak"] - found["before"]
+    say(f"{n:,} conversations, {found['tokens']:,} tokens: read {found['seconds'][0]:.1f} s, to tokens {found['seconds'][1]:.1f} s, packed {found['seconds'][2]:.1f} s of one core; {more:.0f} MB more than before. 600,000 like these: {total * 6e5 / n:.0f} s, {more * 6e5 / n / 1e3:.1f} GB.")
+    return found
 
 # %% ../nbs/26_train_bench.ipynb #63529afa
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
