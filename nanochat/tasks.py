@@ -613,8 +613,8 @@ _TOLD = { # kind: (what makes it new, what the user tells, reply, question, answ
     "name": ("{a}", "[My name is {a}|I am {a}|You can call me {a}|People call me {a}].", "Nice to meet you, {a}!", "[What is my name|Do you know my name|Who am I]?", "Your name is {a}."),
     "sister": ("{a}", "I have a [sister|cousin]. Her name is {a}.", "{a} is a nice name.", "[What is her name|What is she called|Do you remember her name]?", "Her name is {a}."),
     "colour": ("{thing} {colour}", "[My {thing} is {colour}|I have a {colour} {thing}|I bought a {colour} {thing}].", "[I like the colour {colour}|{colour} is a good colour for a {thing}].", "[What colour is my {thing}|Which colour does my {thing} have]?", "Your {thing} is {colour}."),
-    "plan": ("{place} {day}", "[On {day} I will go to the {place}|I want to go to the {place} on {day}].", "Have a good time at the {place}!", "[Where will I go on {day}|Where do I want to go on {day}]?", "You want to go to the {place}."),
-    "when": ("{place} {day}", "[On {day} I will go to the {place}|I want to go to the {place} on {day}].", "Have a good time at the {place}!", "[When will I go to the {place}|On which day do I want to go to the {place}]?", "You want to go there on {day}."),
+    "plan": ("{place} {day}", "[On {day} I will go to the {place}|I want to go to the {place} on {day}].", "Have a good time at the {place} on {day}!", "[Where will I go on {day}|Where do I want to go on {day}]?", "You want to go to the {place}."),
+    "when": ("{place} {day}", "[On {day} I will go to the {place}|I want to go to the {place} on {day}].", "Have a good time at the {place} on {day}!", "[When will I go to the {place}|On which day do I want to go to the {place}]?", "You want to go there on {day}."),
     "shopping": ("{n} {goods}", "[I need {n} {goods}|I must buy {n} {goods}|Please remember that I need {n} {goods}].", "I will remember that: {n} {goods}.", "[How many {goods} do I need|How many {goods} must I buy]?", "You need {n} {goods}.")}
 _TOLD = {kind: tuple(map(compile_template, texts)) for kind, texts in _TOLD.items()}
 
