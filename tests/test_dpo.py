@@ -7,7 +7,7 @@ import torch
 import yaml
 from conftest import assert_user_error, nanochat
 
-import nanochat.dpo
+from nanochat import dpo
 from nanochat.checkpoint import load_model
 from nanochat.common import Run, UserError, read_metrics
 from nanochat.dpo import FEEDBACK, save_feedback, train_dpo
@@ -27,7 +27,7 @@ def here(copy, monkeypatch):
     torch.set_num_threads(1)
     place = copy("rl")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(place.base))
-    monkeypatch.setattr(nanochat.dpo, "evaluate_stage", lambda *args: {"world_score": 0.0}) # which another test does
+    monkeypatch.setattr(dpo, "evaluate_stage", lambda *args: {"world_score": 0.0}) # which another test does
     return Run.open("smoke")
 
 
@@ -77,13 +77,13 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(here, monkeypatch):
     undisturbed = train_dpo(here, changed=settings)
     wanted, rows = weights(here), [row for row in here.rows("dpo") if "loss" in row]
     shutil.rmtree(here.dir/"dpo")
-    gradient, calls = nanochat.dpo.preference_gradient, []
+    gradient, calls = dpo.preference_gradient, []
     def killed(*args, **kwargs):
         calls.append(1)
         if len(calls) == 6: raise KeyboardInterrupt
         return gradient(*args, **kwargs)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(nanochat.dpo, "preference_gradient", killed)
+        patched.setattr(dpo, "preference_gradient", killed)
         train_dpo(here, changed=settings)
     assert here.latest() == "rl" # not finished
     resumed = train_dpo(here, changed=settings)
@@ -98,7 +98,7 @@ def test_a_run_from_before_there_were_preferences(here):
     settings = config.pop("dpo")
     (here.dir/"config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     old = Run.open("smoke")
-    assert old.manifest("rl") is not None and nanochat.dpo.dpo_settings(old.config) == settings
+    assert old.manifest("rl") is not None and dpo.dpo_settings(old.config) == settings
     thumbs(old, 8)
     assert train_dpo(old)["pairs"] == 6
     assert Run.create("smoke", config | {"dpo": settings | {"beta": 0.7}}).latest() == "dpo" # neither refused nor undone
@@ -115,5 +115,5 @@ def test_what_is_refused(here, monkeypatch, copy):
     thumbs(here, 5, first=5)
     with pytest.raises(UserError, match="the DPO loss became nan at step 1: lower dpo.lr_scale"): train_dpo(here, changed={"beta": float("nan")})
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(nanochat.dpo, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(dpo, "rank_and_world", lambda: (0, 2))
     with pytest.raises(UserError, match="one process"): train_dpo(here)
