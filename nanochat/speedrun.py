@@ -457,9 +457,9 @@ def chat_command(name, stage, prompt, temperature, top_k, seed, keep_feedback):
 @click.option("--simulate", type=click.IntRange(1), help="Train on so many preferences of a simulated judge, who likes the longer of two right answers, instead of the run's feedback.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one of the settings dpo.*; may be repeated.")
 def dpo_command(name, simulate, settings):
-    """Train a run's chat model (the last run's, without a NAME) on what its users liked better.
+    """Train a chat model on what its users liked better.
 
-    It reads the thumbs and regenerated answers that the chat has kept, and starts from the model after RL, or SFT. The same command again goes on where it was stopped."""
+    The last run's, without a NAME. It reads the thumbs and regenerated answers that the chat has kept, and starts from the model after RL, or SFT. The same command again goes on where it was stopped."""
     from nanochat.plan import checked_settings
     changed = checked_settings(_settings(settings))
     if others := [key for key in changed if not key.startswith("dpo.")]: raise UserError(f"--set {others[0]} has no place here: the settings of preference training begin with dpo.")

@@ -309,9 +309,11 @@ class Facts(Task):
         return [user(question), assistant(answer)]
 
     def who(self, draw):
-        index = draw.number(0, len(self.world.residents) - 1)
-        person = self.world.residents[index]
-        attributes = draw.sample([attribute for i, attribute in self.world.asked if i == index], 2)
+        while True: # in some towns, somebody has only one fact that may be asked for
+            index = draw.number(0, len(self.world.residents) - 1)
+            attributes = [attribute for i, attribute in self.world.asked if i == index]
+            if len(attributes) > 1: break
+        person, attributes = self.world.residents[index], draw.sample(attributes, 2)
         slots = person.subject(draw.pick(("first", "full")))
         answer = " ".join(expand(draw.pick(ANSWERS[attribute]), s, draw) for attribute, s in zip(attributes, (slots, person.subject("pronoun"))))
         return [user(expand(draw.pick(_WHO), slots, draw)), assistant(answer)]
