@@ -21,7 +21,7 @@ from nanochat.speedrun import data_stage, run_stage
 from nanochat.tasks import visible_text
 from nanochat.tokenizer import Tokenizer
 
-CPU = Hardware("CPU with 2 cores", "cpu", 1, 8 * 2**30, 1e11, 0.0, cores=2)
+CPU = Hardware("CPU with 2 cores", "cpu", 1, 8 * 2**30, 1e11, 0.0, bf16=False, cores=2)
 NO_WORLD = {f"{stage}.mixture.{task}": 0 for stage in ("mid", "sft") for task in TASKS}
 CARD = "name: Ada\nmaker: Marie and her brother\nage: two weeks\nlikes: [rain, old maps]\n"
 
