@@ -20,8 +20,8 @@ import torch
 from .common import Run, UserError, atomic_write, derive_seed, gather, group_rank_and_world, names_in, on_every_rank, progress_bar, read_json, say
 from .core_eval import centred, wilson_interval
 from .engine import Completion, Engine, _Row
-from .model import GPT
 from .mixture import card_of, open_task
+from .model import GPT
 from .tasks import TASKS, normal
 from .tokenizer import Tokenizer
 from .world import World
@@ -174,7 +174,7 @@ def _check_samples(samples: int, temperature: float):
         raise UserError(f"{samples} samples at temperature {temperature:g} make no sense: draw at least 1, and more than 1 only at a temperature above 0.")
 
 def evaluate_task(engine: Engine,
-                  task,  # from `nanochat.tasks.make_task`
+                  task,  # from `nanochat.mixture.open_task`
                   n: int,  # how many of its questions, at most
                   *,
                   max_new_tokens: int = 64,  # for each written answer; a task that needs more takes more

@@ -12,17 +12,16 @@ import pytest
 import torch
 from conftest import assert_user_error, environment, nanochat
 
-from nanochat.chat import open_engine
 from nanochat.common import Run, UserError
 from nanochat.finetune import ConversationLoader, fit_conversations, finetune, pack_conversations, prepare_rows
 from nanochat.identity import read_card
 from nanochat.mixture import open_mixture, open_task, take
-from nanochat.plan import TASKS, Hardware, _stage_tokens, _flatten, make_plan, named_hardware
+from nanochat.plan import TASKS, Hardware, _flatten, _stage_tokens, make_plan, named_hardware
 from nanochat.speedrun import data_stage, run_stage
 from nanochat.tasks import visible_text
 from nanochat.tokenizer import Tokenizer
 
-CPU = Hardware("CPU with 2 cores", "cpu", 1, 8 * 2**30, 1e11, 0.0, cores=2)
+CPU = Hardware("CPU with 2 cores", "cpu", 1, 8 * 2**30, 1e11, 0.0, bf16=False, cores=2)
 NO_WORLD = {f"{stage}.mixture.{task}": 0 for stage in ("mid", "sft") for task in TASKS}
 CARD = "name: Ada\nmaker: Marie and her brother\nage: two weeks\nlikes: [rain, old maps]\n"
 
@@ -65,11 +64,11 @@ def plan(settings, preset="smoke", hardware=CPU): return make_plan(preset, setti
 def test_the_large_presets_reckon_their_mixtures(preset, hardware):
     made = plan({}, preset, named_hardware(hardware))
     mid, sft = made.config["mid"]["mixture"], made.config["sft"]["mixture"]
-    assert mid == {"smoltalk": 460_000, "mmlu": 100_000, "gsm8k": "1x", "spelling": 200_000, "counting": 80_000, "identity": 2000}
+    assert {"smoltalk": 460_000, "mmlu": 100_000, "gsm8k": "1x", "spelling": 200_000, "counting": 80_000, "identity": 2000}.items() <= mid.items()
     assert {"arc-easy", "arc-challenge", "gsm8k", "smoltalk", "identity", "spelling"} <= set(sft)
     tokens = _stage_tokens(_flatten(made.config), "mid")
     assert 3e8 < tokens < 6e8 # nanochat-2025's was some 400 million
-    more = plan({"mid.mixture.gsm8k": "4x"}, preset, named_hardware(hardware) if preset != "gpu" else named_hardware(hardware)).config
+    more = plan({"mid.mixture.gsm8k": "4x"}, preset, named_hardware(hardware)).config
     assert more["mid"]["mixture"]["gsm8k"] == "4x"
     assert _stage_tokens(_flatten(more), "mid") - tokens == pytest.approx(3 * 7473 * 182, rel=0.01)
     assert made.seconds["mid"] > 10 * made.seconds["sft"] > 0
