@@ -638,7 +638,7 @@ def _derive(given: dict, hw: Hardware) -> dict:
     on_hub = c["data.source"] in SOURCES and c["data.source"] != "world"
     c.setdefault("eval.core_questions", 500 if on_hub else 0)
     c.setdefault("eval.tasks", ",".join(["world", *ANSWER_TOKENS]) if on_hub else "world")
-    if unknown := set(names_in(c["eval.tasks"])) - {"world", *ANSWER_TOKENS}: raise UserError(f"eval.tasks names {sorted(unknown)[0]!r}: choose from world, {', '.join(ANSWER_TOKENS)}.")
+    if unknown := set(names_in(c["eval.tasks"])) - {"world", *TASKS, *ANSWER_TOKENS}: raise UserError(f"eval.tasks names {sorted(unknown)[0]!r}: choose from world, {', '.join([*TASKS, *ANSWER_TOKENS])}.")
     if 0 < c["eval.core_questions"] <= 10: raise UserError(f"eval.core_questions is {c['eval.core_questions']}: ask more than ten, of which ten are examples, or 0 for no CORE.")
     return c
 
@@ -683,7 +683,7 @@ def _stage_seconds(
     evaluations = c["base.eval_tokens"] * (c["base.steps"] // c["base.eval_every"] + 1)
     sampled = c["rl.steps"] * c["rl.prompts_per_step"] * c["rl.samples_per_prompt"] + c["rl.eval_problems"] * (c["rl.steps"] // c["rl.eval_every"] + 1)
     asked = names_in(c["eval.tasks"]) or ["world"]
-    answers = 3 * c["eval.questions"] * ((len(TASKS) * c["eval.max_new_tokens"] / 2 if "world" in asked else 0) + sum(ANSWER_TOKENS.get(task, 0) for task in asked)) # after mid, SFT and RL
+    answers = 3 * c["eval.questions"] * ((len(TASKS) if "world" in asked else len(set(asked) & set(TASKS))) * c["eval.max_new_tokens"] / 2 + sum(ANSWER_TOKENS.get(task, 0) for task in asked)) # after mid, SFT and RL
     core = 22 * CORE_TOKENS * (CORE_ROWS if c["eval.core_questions"] < 0 else c["eval.core_questions"])
     tokens = {
         "base": c["base.tokens"] + (evaluations + core) // 3,

@@ -38,18 +38,19 @@ def fetch_questions(run: Run):
         except UserError as e: say(f"{name} cannot be fetched, and will be left out of the evaluation: {e}")
 
 def fetch_mixtures(run: Run):
-    "Fetch the public sets of the run's mixtures, before anything is trained. Raises `UserError` that names all that cannot be had."
-    from nanochat.dataset import set_files
+    "Fetch the public sets of the run's mixtures and of RL, before anything is trained. Raises `UserError` that names all that cannot be had."
+    from nanochat.dataset import SETS, set_files
     from nanochat.mixture import trained_splits
-    missing = {}
-    stages = list(STAGES)[:list(STAGES).index(run.config["dial"]["until"]) + 1]
-    for stage in [stage for stage in ("mid", "sft") if stage in stages]:
-        for name, split in trained_splits(run.config[stage]["mixture"]):
-            try: set_files(name, split)
-            except UserError as e: missing.setdefault(name, []).append((stage, e))
+    config, missing = run.config, {}
+    stages = list(STAGES)[:list(STAGES).index(config["dial"]["until"]) + 1]
+    wanted = [(name, split, f"--set {stage}.mixture.{name}=0") for stage in ("mid", "sft") if stage in stages for name, split in trained_splits(config[stage]["mixture"])]
+    if "rl" in stages: wanted += [(name, "train", "--set rl.task=…") for name in names_in(config["rl"]["task"]) if name in SETS]
+    for name, split, remedy in wanted:
+        try: set_files(name, split)
+        except UserError as e: missing.setdefault(name, []).append((remedy, e))
     if not missing: return
     why = "; ".join(f"{name} ({found[0][1]})" for name, found in missing.items())
-    without = " ".join(f"--set {stage}.mixture.{name}=0" for name, found in missing.items() for stage, _ in found)
+    without = " ".join(dict.fromkeys(remedy for found in missing.values() for remedy, _ in found))
     raise UserError(f"the mixtures want what cannot be had: {why} Make them reachable, put them where --data-root points, or go without: {without}")
 
 def data_stage(run: Run) -> dict: # the manifest
