@@ -159,7 +159,8 @@ def test_results_do_not_depend_on_the_number_of_ranks(data, sandbox, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanochat.chat_eval"]) # imported once for both
     with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
-    ranks = [context.Process(target=one_rank, args=(rank, port, tmp_path, names, dict(os.environ))) # a server that another test started has another environment for rank in range(2)]
+    environment = dict(os.environ) # a server that another test started has another
+    ranks = [context.Process(target=one_rank, args=(rank, port, tmp_path, names, environment)) for rank in range(2)]
     for rank in ranks: rank.start()
     for rank in ranks: rank.join(120)
     codes = [rank.exitcode for rank in ranks]
