@@ -439,7 +439,7 @@ SCHEMA = [
     Key("dpo.length_normalised", bool, False, "", "divide log-probabilities by the answer's tokens"),
     Key("dpo.epochs", int, 3, "", "times that the pairs are gone through", 1),
     Key("dpo.pairs_per_step", int, 16, "pairs", "pairs of answers in an optimizer step", 1),
-    Key("dpo.lr_scale", float, 0.08, "", "learning rates as a share of the base stage's"),
+    Key("dpo.lr_scale", float, 0.01, "", "learning rates as a share of the base stage's"),
     Key("dpo.eval_share", float, 0.25, "", "share of the pairs that is held out", 0.01, 0.9),
     Key("dpo.eval_every", int, 5, "steps", "steps between evaluations", 1),
     Key("dpo.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
