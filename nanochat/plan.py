@@ -10,8 +10,8 @@ __all__ = ['REFERENCE_LR', 'REFERENCE_WEIGHT_DECAY', 'GPUS', 'BF16_PAYS', 'ATTAI
            'SMALLEST_DIAL', 'SMALL_LR', 'padded_vocab', 'count_params', 'layer_windows', 'scaling_params',
            'flops_per_token', 'model_shape', 'reference_params', 'optimal_batch', 'batch_scale', 'Hardware',
            'named_hardware', 'cpu_hardware', 'detect_hardware', 'training_memory', 'Key', 'Weight', 'read_weight',
-           'check_split', 'task_size', 'describe_settings', 'setting_name', 'presets_dir', 'known_presets',
-           'load_preset', 'checked_settings', 'expected_bits_per_byte', 'bytes_per_token', 'Candidate', 'Row', 'Plan',
+           'bytes_per_token', 'check_split', 'task_size', 'describe_settings', 'setting_name', 'presets_dir',
+           'known_presets', 'load_preset', 'checked_settings', 'expected_bits_per_byte', 'Candidate', 'Row', 'Plan',
            'make_plan']
 
 # %% ../nbs/08_plan.ipynb #28e33eb0
@@ -294,6 +294,13 @@ def read_weight(
     if not (0 <= number < 1e12) or not found[2] and number != int(number):
         raise ValueError("a whole number of conversations (400), or how often all of them (4x), and perhaps a split behind it (1x validation)")
     return Weight(number, bool(found[2]), found[3] or "train")
+
+# %% ../nbs/08_plan.ipynb #1ad7e5f4
+def bytes_per_token(
+    vocab_size: int,
+) -> float: # of English text
+    "How much text a token holds, from tokenizers of 1,024 to 16,384 tokens on Wikipedia."
+    return 2.48 + 0.44 * math.log2(vocab_size / 1024)
 
 # %% ../nbs/08_plan.ipynb #795c7c41
 SET_SIZES = { # set: (tokens of a conversation, {split: conversations}), for those that have something to train on
@@ -657,7 +664,7 @@ def _stage_tokens(c: dict, stage: str) -> int:
     for task, weight in _mixture(c, stage).items():
         size, mean = task_size(task, weight.split, c["model.vocab_size"])
         found += weight.count(size) * min(mean, c["model.sequence_len"])
-    found += c[f"{stage}.replay"] * min(TOKENS_PER_DOCUMENT["world" if c["data.source"] == "world" else "web"], c["model.sequence_len"])
+    if c.get(f"{stage}.replay"): found += c[f"{stage}.replay"] * min(TOKENS_PER_DOCUMENT["world" if c["data.source"] == "world" else "web"], c["model.sequence_len"])
     return round(found * c[f"{stage}.epochs"])
 
 # %% ../nbs/08_plan.ipynb #4e7f2573
@@ -741,12 +748,6 @@ def expected_bits_per_byte(
     "A guess at what a small model reaches on unseen English text."
     N, D, alpha = count_params(model)["matrices"], tokens * bytes_per_token(model["vocab_size"]), LAW["alpha_D"]
     return ((LAW["N_c"] / N)**(LAW["alpha_N"] / alpha) + LAW["D_c"] / D)**alpha - LAW["vocabulary"] * math.log2(model["vocab_size"] / 4096)
-
-def bytes_per_token(
-    vocab_size: int,
-) -> float: # of English text
-    "How much text a token holds, from tokenizers of 1,024 to 16,384 tokens on Wikipedia."
-    return 2.48 + 0.44 * math.log2(vocab_size / 1024)
 
 # %% ../nbs/08_plan.ipynb #8f2f460c
 CHOSEN = ("dial.depth", "dial.aspect_ratio", "dial.head_dim", "model.n_embd", "model.n_head", "model.n_kv_head", "model.window_pattern", "tokenizer.vocab_size", "model.sequence_len",
