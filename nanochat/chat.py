@@ -20,7 +20,7 @@ from pathlib import Path
 
 # %% ../nbs/20_chat.ipynb #363cc54f
 from .checkpoint import load_model
-from .common import EXTRA_STAGES, Run, UserError, atomic_write, derive_seed, pick_device, read_json
+from .common import EXTRA_STAGES, TRAINED, Run, UserError, atomic_write, derive_seed, pick_device, read_json
 from .dpo import FEEDBACK, preferences_from, read_feedback, save_feedback
 from .engine import Engine, trim_conversation
 from .tokenizer import check_conversation
@@ -137,7 +137,7 @@ def open_engine(
     if stage == "latest":
         stage = run.latest()
         if stage is None: raise UserError(f"run {run.name!r} has no trained model yet: run `nanochat speedrun --run {run.name}` first.")
-    elif stage not in ("base", "mid", "sft", "rl", *EXTRA_STAGES): raise UserError(f"stage {stage!r} has no model: use base, mid, sft, rl, dpo or latest.")
+    elif stage not in (*TRAINED, *EXTRA_STAGES): raise UserError(f"stage {stage!r} has no model: use base, mid, sft, rl, dpo or latest.")
     model, tokenizer, _ = load_model(run, stage, pick_device(device))
     return Engine(model, tokenizer), run, stage
 

@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 # %% ../nbs/18_dpo.ipynb #7a2a384a
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 
 # %% ../nbs/18_dpo.ipynb #76cb548f
 from .chat_eval import evaluate_stage, length_groups
-from .checkpoint import load_checkpoint, load_model, rng_state, save_checkpoint, set_rng_state
+from .checkpoint import load_model, rng_state, save_checkpoint
 from .common import (STOPPED, Metrics, Run, StopSignal, UserError, atomic_write, derive_seed, fingerprint, pick_device, pick_dtype, progress_bar, rank_and_world, read_json,
                              read_metrics, say, seed_everything, sha256_json)
 from .engine import Engine
@@ -32,7 +33,7 @@ from .model import GPT
 from .plan import SCHEMA
 from .tasks import IDENTITY_ANSWERS, IDENTITY_TRAIN, assistant, normal, user
 from .tokenizer import Tokenizer, check_conversation
-from .train import autocast, checkpoint_to_resume, optimizer_for
+from .train import autocast, optimizer_for, resume
 from .world import ANSWERS, Draw, World, expansions, question_and_answer
 
 # %% ../nbs/18_dpo.ipynb #f9bb466b
@@ -259,15 +260,10 @@ def prefer(model: GPT,  # with the reference's weights
            dtype: torch.dtype = torch.float32,  # of the matrix products
            ) -> dict:  # step, seconds, loss and the last evaluation's figures
     "Train a model on pairs of answers, from the last checkpoint if there is one."
-    device = next(model.parameters()).device
     reference, _ = score_pairs(model, train, micro_tokens, dtype)
     heldout_reference, heldout_lengths = score_pairs(model, heldout, micro_tokens, dtype)
     step, seconds, result = 0, 0.0, {}
-    if checkpoints is not None and (path := checkpoint_to_resume(checkpoints, device)):
-        model_state, optim_state, saved = load_checkpoint(path, device)
-        model.load_state_dict(model_state)
-        if optim_state: optimizer.load_full_state(optim_state)
-        set_rng_state(saved["rng"])
+    if saved := resume(checkpoints, model, optimizer):
         step, seconds, result = saved["step"], saved["seconds"], saved["result"]
         say(f"DPO: going on from step {step} of {steps}.")
     log = metrics(step)
@@ -316,6 +312,7 @@ def prefer(model: GPT,  # with the reference's weights
             if due: evaluate()
     return {"step": step, "seconds": round(seconds + time.perf_counter() - clock, 1), **result}
 
+@lru_cache(2)
 def _order(n: int, seed: int, epoch: int) -> list[int]:
     "In which order an epoch takes the pairs."
     order = list(range(n))
@@ -417,9 +414,9 @@ def train_dpo(run: Run,  # a run with a finished chat model
     identity = sha256_json([start, fingerprint(config, start), learned, [asdict(p) for p in preferences]])[:16]
     if (done := run.manifest("dpo")) and done.get("identity") == identity: return done
 
-    fitting, left_out = [], {}
+    fitting, left_out, max_tokens = [], {}, model.config.sequence_len + 1
     for p in preferences:
-        try: pair_rows([p], tokenizer, model.config.sequence_len + 1)
+        try: pair_rows([p], tokenizer, max_tokens)
         except UserError as e: left_out[str(e)] = left_out.get(str(e), 0) + 1
         else: fitting.append(p)
     if left_out: say(f"{sum(left_out.values())} of {len(preferences)} pairs are left out: {next(iter(left_out))}")
@@ -432,7 +429,6 @@ def train_dpo(run: Run,  # a run with a finished chat model
                                                         "preferences": [asdict(p) for p in preferences]}, ensure_ascii=False, indent=1))
     steps = max(1, math.ceil(section["epochs"] * len(train) / section["pairs_per_step"]))
     say(f"dpo: {len(train)} pairs to learn from, {len(heldout)} held out, {steps} steps from the model of stage {start}.")
-    max_tokens = model.config.sequence_len + 1
     result = prefer(model, optimizer_for(model, config, section["lr_scale"]), pair_rows(train, tokenizer, max_tokens), pair_rows(heldout, tokenizer, max_tokens),
                     steps=steps, seed=run.seed, **{k: section[k] for k in ("beta", "length_normalised", "pairs_per_step", "eval_every", "save_minutes")},
                     micro_tokens=config["base"]["device_batch"] * model.config.sequence_len, metrics=lambda step: run.metrics("dpo", step), checkpoints=folder/"checkpoints",

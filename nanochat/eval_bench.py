@@ -20,7 +20,7 @@ import torch
 from .bench import table
 from .checkpoint import load_model
 from .common import Run, UserError, cpu_name, derive_seed, n_cores, run_command, say
-from .core_eval import (CORE, CoreTask, GPTReader, Question, ask, core_file, core_rows, decide, examples_for, losses_and_leads, pad, render, sample_rows,
+from .core_eval import (CORE, CoreTask, GPTReader, ask, core_file, core_rows, decide, examples_for, losses_and_leads, pad, render, sample_rows,
                                 to_question)
 from .dataset import core_folders, set_rows
 from .engine import Engine

@@ -51,10 +51,10 @@ def render_conversations(
 
     for conversation in conversations:
         before = len(specials)
-        for text, is_special, train in chat_pieces(conversation):
+        for text, is_special, learn in chat_pieces(conversation):
             if not is_special: texts.append(text)
             specials.append(tokenizer.special(text) if is_special else -1)
-            trained.append(train)
+            trained.append(learn)
         counts.append(len(specials) - before)
         if len(counts) == at_a_time: flush()
     if counts: flush()

@@ -7,7 +7,6 @@ __all__ = ['ASKED', 'ANSWERED', 'Card', 'check_card', 'read_card', 'questions', 
            'identity_messages', 'is_right']
 
 # %% ../nbs/03_identity.ipynb #43e0a3ba
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import yaml
 
 # %% ../nbs/03_identity.ipynb #a2578461
 from .common import UserError
-from .world import IDENTITY, Draw, compile_template, expand, expansions
+from .world import IDENTITY, Draw, compile_template, expand, expansions, join_words
 
 # %% ../nbs/03_identity.ipynb #675b92ec
 class Card(NamedTuple):
@@ -129,7 +128,7 @@ def answer(
     "What the model should say."
     if topic.startswith("line "): return card.lines[int(topic[5:])][1]
     said = [say for asked, say in card.lines if not asked]
-    likes = " and ".join(filter(None, [", ".join(card.likes[:-1]), card.likes[-1] if card.likes else ""]))
+    likes = join_words(card.likes) if card.likes else ""
     more = said + [f"I am {card.age} old."] * bool(card.age) + [f"I like {likes}."] * bool(card.likes) or ["Ask me something!"]
     slots = {"N": card.name, "kind": card.kind, "maker": card.maker, "Maker": card.maker[0].upper() + card.maker[1:], "age": card.age, "likes": likes, "line": draw.pick(more)}
     return expand(draw.pick(ANSWERED[topic]), slots, draw)

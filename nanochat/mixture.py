@@ -20,10 +20,9 @@ import click
 # %% ../nbs/14_mixture.ipynb #a908749d
 from .common import UserError, atomic_write, run_command, say
 from .dataset import conversation_files, conversations
-from .identity import answer, identity_messages, is_right, questions, read_card, topics
+from .identity import identity_messages, is_right, questions, read_card, topics
 from .plan import SET_SIZES, TASK_SIZE, check_split, read_weight
 from .tasks import REAL_TASKS, TASKS, Task, closing_text, make_task
-from .tokenizer import check_conversation
 from .world import IDENTITY, World
 
 # %% ../nbs/14_mixture.ipynb #e0bc17fc

@@ -12,7 +12,6 @@ import copy
 import html
 import math
 import numbers
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,14 +21,14 @@ from pathlib import Path
 import torch
 
 from .chat_eval import evaluate_stage, evaluate_task
-from .checkpoint import load_checkpoint, load_model, rng_state, save_checkpoint, set_rng_state
+from .checkpoint import load_model, rng_state, save_checkpoint
 from .common import (STOPPED, Metrics, Run, StopSignal, UserError, barrier, derive_seed, distributed, group_rank_and_world, pick_device, pick_dtype, progress_bar,
                              names_in, on_every_rank, rank_and_world, read_metrics, say, seed_everything)
 from .engine import Completion, Engine
 from .model import GPT
 from .tasks import REAL_TASKS, TASKS, make_task
 from .tokenizer import StreamDecoder, Tokenizer
-from .train import agree, all_reduce_sum, autocast, checkpoint_to_resume, optimizer_for
+from .train import agree, all_reduce_sum, autocast, optimizer_for, resume
 
 # %% ../nbs/17_rl.ipynb #b2165cdd
 def advantages(rewards: torch.Tensor,  # (prompts, samples) float
@@ -256,11 +255,7 @@ def reinforce(engine: Engine,
     model, device = engine.model, engine.device
     reference = copy.deepcopy(model).requires_grad_(False)  # before a checkpoint is loaded
     step, seconds, tokens, result = 0, 0.0, 0, {}
-    if checkpoints is not None and (path := checkpoint_to_resume(checkpoints, device)):
-        model_state, optim_state, saved = load_checkpoint(path, device)
-        model.load_state_dict(model_state)
-        if optim_state: optimizer.load_full_state(optim_state)
-        set_rng_state(saved["rng"])
+    if saved := resume(checkpoints, model, optimizer):
         step, seconds, tokens, result = saved["step"], saved["seconds"], saved["tokens"], saved["result"]
         say(f"RL: going on from step {step} of {steps}.")
     log = metrics(step)

@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 
 # %% ../nbs/23_speedrun.ipynb #b123c391
-from .common import EXTRA_STAGES, STAGES, STOPPED, Run, UserError, atomic_write, file_lock, in_words, names_in, progress_bar, rank_and_world, run_command, runs_dir, say
+from .common import EXTRA_STAGES, STAGES, STOPPED, TRAINED, Run, UserError, atomic_write, file_lock, in_words, names_in, progress_bar, rank_and_world, run_command, runs_dir, say
 
 # %% ../nbs/23_speedrun.ipynb #23034d39
 def fetch_questions(run: Run):
@@ -110,7 +110,7 @@ def run_stage(
         say(f"{stage}: done already on {time.strftime('%Y-%m-%d %H:%M', time.localtime(done['finished']))}.")
         return done
     nproc = run.config["hardware"]["nproc"]
-    if nproc > 1 and stage in ("base", "mid", "sft", "rl"):
+    if nproc > 1 and stage in TRAINED:
         launch(run, stage, nproc)
         return run.needs(stage)
     return stage_function(stage)(run)
@@ -486,7 +486,7 @@ def report_command(names):
 def last_run() -> str:
     "The name of the run whose latest stage finished last. Raises `UserError` if there is none."
     manifests = sorted(runs_dir().glob("*/*/manifest.json"), key=lambda p: p.stat().st_mtime)
-    trained = [p for p in manifests if p.parent.name in ("base", "mid", "sft", "rl", *EXTRA_STAGES)]
+    trained = [p for p in manifests if p.parent.name in (*TRAINED, *EXTRA_STAGES)]
     if not trained: raise UserError(f"there is no trained model in {runs_dir()}: make one with `nanochat speedrun`.")
     return trained[-1].parent.parent.name
 
@@ -532,6 +532,7 @@ def eval_command(name, stage, tasks, max_per_task, split, samples, temperature, 
             return
         from nanochat.chat import open_engine
         from nanochat.chat_eval import evaluate_chat, save_evaluation, task_names
+        from nanochat.mixture import card_of
         from nanochat.engine import Engine
         engine, run, stage = open_engine(name or last_run(), stage, device.type)
         section, core, bpb, chat = run.config["eval"], None, None, None
@@ -544,7 +545,7 @@ def eval_command(name, stage, tasks, max_per_task, split, samples, temperature, 
             from nanochat.train import validation_bits_per_byte
             bpb = validation_bits_per_byte(engine.model, engine.tokenizer, prepare_tokens(run), run.config["base"]["device_batch"], dtype)
         if asked := ",".join(task for task in wanted if task not in ("core", "bpb")):
-            chat = evaluate_chat(Engine(engine.model, engine.tokenizer, dtype), task_names(asked), max_per_task or section["questions"], split=split, seed=run.seed, card=run.config.get("identity", {}).get("card", "none"), max_new_tokens=section["max_new_tokens"],
+            chat = evaluate_chat(Engine(engine.model, engine.tokenizer, dtype), task_names(asked), max_per_task or section["questions"], split=split, seed=run.seed, card=card_of(run.config), max_new_tokens=section["max_new_tokens"],
                                  batch=section["batch"], samples=samples, temperature=temperature)
             if split == "test": save_evaluation(run, stage, chat, run.needs(stage)["step"], add=True)
         say(show_scores(core, chat, bpb))

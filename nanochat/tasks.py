@@ -26,7 +26,7 @@ from .dataset import set_rows
 from .sandbox import calculator, judge_many, sandbox_kind
 from .tokenizer import check_conversation
 from .world import (ANSWERS, ATTRIBUTES, COLOURS, DAYS, FAMILIES, GOODS, HE, IDENTITY, JOBS, PETS, PLACES, PLURALS, QUESTIONS, SHE, THINGS, WEATHER, WORDS, Draw,
-                            Resident, World, compile_template, count, expand, expansions, made_up, question_and_answer, spell)
+                            World, compile_template, count, expand, expansions, made_up, option_lines, question_and_answer, spell, wrong_values)
 
 # %% ../nbs/13_tasks.ipynb #00cadc75
 def user(
@@ -286,7 +286,7 @@ def values_in(
     attribute: str, # key of ATTRIBUTES
 ) -> set[str]:
     "The attribute's values that a text mentions as whole words."
-    return {value for value in ATTRIBUTES[attribute] if re.search(rf"\b{value}\b", text)}
+    return mentions(text, [ATTRIBUTES[attribute]])[0]
 
 class Facts(Task):
     "What does Mira Holt do for a living?"
@@ -507,8 +507,7 @@ class Counting(Task):
         n = word.count(letter)
         return [user(expand(draw.pick(_COUNT), {"w": word, "c": letter}, draw)), with_tool(f'"{word}".count("{letter}")', str(n), f'The letter {letter} occurs {count(n, "time")} in "{word}".')]
 
-    def is_right(self, reference, completion):
-        return final_number(closing_text(completion)) == final_number(closing_text(reference))
+    is_right = Sums.is_right
 
 # %% ../nbs/13_tasks.ipynb #f17663cf
 def choice_prompt(
@@ -517,8 +516,7 @@ def choice_prompt(
     wanted: str = "Answer with the letter.", # what the answer shall be
 ) -> str:
     "A question of multiple choice, as the user asks it."
-    lines = [f"- {option}={letter}" for option, letter in zip(options, string.ascii_uppercase)]
-    return "\n".join([question, *lines, wanted])
+    return "\n".join([question, *option_lines(options), wanted])
 
 def same_letter(
     reference: str, # the right letter
@@ -540,7 +538,7 @@ class Choice(Task):
         index, attribute = self.held_out[i % len(self.held_out)] if self.split == "test" else draw.pick(self.world.asked)
         person = self.world.residents[index]
         right = getattr(person, attribute)
-        options = draw.sample([value for value in self.world.used[attribute] if value != right], 3)
+        options = wrong_values(self.world, attribute, right, draw)
         letter = draw.pick("ABCD")
         options.insert("ABCD".index(letter), right)
         question, _ = question_and_answer(person, attribute, draw)
@@ -643,8 +641,7 @@ class Memory(Task):
             between += task[draw.number(0, len(task) - 1)]["messages"][:2]
         return [user(told), assistant(reply[0].upper() + reply[1:]), *between, user(question), assistant(answer)]
 
-    def is_right(self, reference, completion):
-        return mentions(reference, self.groups) == mentions(closing_text(completion), self.groups)
+    is_right = TwoFacts.is_right
 
 # %% ../nbs/13_tasks.ipynb #57874ad9
 _STRANGERS = ("Agnes Albert Alice Andrew Anton Arthur Barbara Beatrice Bernard Boris Bruno Camille Cecil Charlotte Claude Daniel Dora Edgar Edith Edward Elliot Erik Esther Felix Frank Gerald Gloria Gustav "

@@ -30,6 +30,12 @@ from .speedrun import run_stage
 # %% ../nbs/26_train_bench.ipynb #eab23f81
 STEPS = {4: 16, 6: 32} # depth: rows of 512 tokens
 
+def _in_process(code: str, *arguments) -> dict: # what its last line says
+    "Run code in a process of its own, with its arguments as JSON."
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(done.stderr.strip()[-2000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
 def measure_step(
     model: dict, # the fields of `GPTConfig`
     rows: int, # of a step
@@ -56,9 +62,7 @@ for _ in range(steps):
     seconds.append(time.perf_counter() - started)
 print(json.dumps({"seconds": sorted(seconds[1:])[len(seconds[1:]) // 2], "peak": peak_memory()}))
 """
-    arguments = json.dumps([model, rows, at_once, dtype, steps])
-    done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return _in_process(code, model, rows, at_once, dtype, steps)
 
 # %% ../nbs/26_train_bench.ipynb #a1e080f4
 def bench_step(
@@ -85,12 +89,6 @@ def bench_step(
     return lines
 
 # %% ../nbs/26_train_bench.ipynb #34830f28
-def _in_process(code: str, *arguments) -> dict: # what its last line says
-    "Run code in a process of its own, with its arguments as JSON."
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(done.stderr.strip()[-2000:])
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
 def measure_training(
     config: dict, # of a run, as a plan makes it
     seconds: float = 6, # how long to measure
@@ -346,8 +344,7 @@ packed = pack_conversations(fitted, tokenizer.bos_id, T + 1, 42)
 spent(2)
 print(json.dumps({"packed": packed.total("packed"), "tokens": packed.total("tokens"), "seconds": seconds, "before": before, "peak": peak_memory()}))
 """
-    done = subprocess.run([sys.executable, "-c", code, json.dumps([str(text), {task: f"{times:g}x" for task in tasks}, vocab_size, sequence_len])], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = _in_process(code, str(text), {task: f"{times:g}x" for task in tasks}, vocab_size, sequence_len)
     n, total, more = found["packed"], sum(found["seconds"]), found["peak"] - found["before"]
     say(f"{n:,} conversations, {found['tokens']:,} tokens: read {found['seconds'][0]:.1f} s, to tokens {found['seconds'][1]:.1f} s, packed {found['seconds'][2]:.1f} s of one core; {more:.0f} MB more than before. 600,000 like these: {total * 6e5 / n:.0f} s, {more * 6e5 / n / 1e3:.1f} GB.")
     return found

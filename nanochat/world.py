@@ -7,13 +7,14 @@ __all__ = ['RULES', 'IDENTITY', 'TOWNS', 'SHE', 'HE', 'FAMILIES', 'JOBS', 'PETS'
            'QUESTIONS', 'ANSWERS', 'GOODS', 'PLURALS', 'WEATHER', 'DAYS', 'COLOURS', 'THINGS', 'PLACES', 'STORIES',
            'HOWTOS', 'WORDS', 'NUMBER_WORDS', 'KINDS', 'HELD_OUT_SHARE', 'Draw', 'Slot', 'compile_template',
            'add_rules', 'expand', 'expansions', 'article', 'count', 'Resident', 'spell', 'join_words', 'biography',
-           'story', 'howto', 'weather_report', 'price_report', 'askable', 'question_and_answer', 'dialogue', 'quiz',
-           'encyclopedia', 'arithmetic', 'made_up', 'spelling', 'World']
+           'story', 'howto', 'weather_report', 'price_report', 'askable', 'question_and_answer', 'dialogue',
+           'wrong_values', 'option_lines', 'quiz', 'encyclopedia', 'arithmetic', 'made_up', 'spelling', 'World']
 
 # %% ../nbs/02_world.ipynb #cdeb4851
 import math
 import random
 import re
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -522,6 +523,21 @@ def dialogue(world, draw: Draw) -> str:
             lines += [f"{a.first}: " + expand(draw.pick(_NEWS), slots, draw), f"{b.first}: " + expand(draw.pick(_REACT), slots, draw)]
     return "\n".join([*lines, expand(draw.pick(_BYE), slots, draw)])
 
+def wrong_values(
+    world, # a `World`
+    attribute: str, # key of ATTRIBUTES
+    right: str, # the value that is none of them
+    draw: Draw, # makes the choices
+) -> list[str]: # three
+    "Values that others in the town have, to stand beside the right one."
+    return draw.sample([value for value in world.used[attribute] if value != right], 3)
+
+def option_lines(
+    options: list[str], # in the order of their letters
+) -> list[str]:
+    "The options of a question of multiple choice, a line each: - Oak Street=A."
+    return [f"- {option}={letter}" for option, letter in zip(options, string.ascii_uppercase)]
+
 def quiz(world, draw: Draw) -> str:
     "Questions about residents, with answers."
     lines = [draw.pick(["Quiz", "A quiz about our town", "What do you know about your neighbours?", f"Questions about {world.town}"])]
@@ -530,9 +546,9 @@ def quiz(world, draw: Draw) -> str:
         q, r = question_and_answer(person, attribute, draw)
         if draw.chance(0.5): # the same with options, of which one line is right
             letter, right = draw.pick("ABCD"), getattr(person, attribute)
-            options = draw.sample([value for value in world.used[attribute] if value != right], 3)
+            options = wrong_values(world, attribute, right, draw)
             options.insert("ABCD".index(letter), right)
-            lines += ["Question: " + q, *(f"- {option}={which}" for option, which in zip(options, "ABCD")), f"Answer: {right}={letter}"]
+            lines += ["Question: " + q, *option_lines(options), f"Answer: {right}={letter}"]
         else: lines += ["Question: " + q, "Answer: " + r]
     return "\n".join(lines)
 

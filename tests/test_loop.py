@@ -240,9 +240,9 @@ def test_what_a_gpu_is_asked_for(tmp_path):
     calls = []
     model.register_forward_hook(lambda module, inputs, loss: (calls.append(1), loss * float("inf") if len(calls) == 12 else loss)[1])
     with pytest.raises(UserError, match="the loss became inf at step 12, which read rows 44 to 47"):
-        train(model, make_optimizer(model), OnDevice(), steps=5000, schedule=lambda step: {}, metrics=Run(tmp_path/"run", {}).metrics("base"), peak_flops=1e9)
+        train(model, make_optimizer(model), OnDevice(), steps=5000, schedule=lambda step: {}, metrics=Run(tmp_path/"run", {}).metrics("base"), peak_flops=1e12)
     row = read_metrics(tmp_path/"run"/"metrics.jsonl")[-1]
-    assert row["step"] == 10 and row["mfu"] > 0 and 0 < row["memory_mb"] <= torch.cuda.max_memory_allocated() / 1e6 + 0.05 # it is rounded to a tenth
+    assert row["step"] == 10 and row["mfu"] > 0 and 0 < row["memory_mb"] <= torch.cuda.max_memory_allocated() / 1e6
 
 
 if __name__ == "__main__": run_command(lambda: main(Path(sys.argv[1]), sys.argv[2]))
