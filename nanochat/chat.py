@@ -196,7 +196,7 @@ class Talk:
         return not pieces or pieces[-1].finish == "stop"
 
     def reply(self, stop: threading.Event | None = None) -> Iterator[Piece]:
-        "Answer the last message; the conversation holds what has come so far, also if the answer is stopped or fails."
+        "Answer the last message; afterwards the conversation holds what has come, also if the answer was stopped or failed."
         place, pieces = len(self.messages), []
         message = {"role": "assistant", "content": ""}
         stream = answer(self.engine, list(self.messages), temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
@@ -207,9 +207,9 @@ class Talk:
         try:
             for piece in stream:
                 pieces.append(piece)
-                message["content"] = content_of(pieces)
                 yield piece
         finally:
+            message["content"] = content_of(pieces)
             if not message["content"] and self.messages[place:] == [message]: # nothing was said: the question stays open
                 self.messages.pop()
                 self.pieces.pop(place)
@@ -303,7 +303,7 @@ class Chat:
         self.sides = [Side(Talk(e, **settings), name) for name, e in (engine if isinstance(engine, dict) else {"": engine}).items()]
         self.talk, self.run, self.stage = self.sides[0].talk, run, stage
         self.keeper = FeedbackKeeper(run, stage) if run and keep_feedback and len(self.sides) == 1 else None
-        self._stop, self._next_drawing, self._lock = threading.Event(), 0.0, threading.RLock()
+        self._stop, self._next_drawing, self._enter, self._lock = threading.Event(), 0.0, None, threading.RLock()
         def button(text, tip, action, refocus=True):
             made = ipywidgets.Button(description=text, tooltip=tip, layout={"width": "auto"})
             def clicked(_):
@@ -316,8 +316,9 @@ class Chat:
             return kind(value=getattr(self.talk, name), min=setting.low, max=setting.high, step=step, description=name.replace("_", "-"), tooltip=setting.about,
                         continuous_update=False, style={"description_width": "auto"}, layout={"width": "14rem"})
         self.transcript = ipywidgets.HTML()
-        self.box = ipywidgets.Text(placeholder="Say something, then press Enter", layout={"flex": "1 1 auto", "width": "auto"})
-        self.box.on_msg(lambda _, content, buffers: self.send() if content.get("event") == "submit" else None) # Enter
+        self.box = ipywidgets.Text(placeholder="Say something, then press Enter", continuous_update=False, layout={"flex": "1 1 auto", "width": "auto"})
+        self.box.on_msg(lambda _, content, buffers: self._entered() if content.get("event") == "submit" else None)
+        self.box.observe(lambda change: self._submit(), "value")
         self.sliders = {name: slider(name, setting) for name, setting in SETTINGS.items()}
         self.consent = ipywidgets.Checkbox(value=False, description="Keep my feedback", indent=False, layout={"width": "auto"})
         self.upload = ipywidgets.FileUpload(accept=".json", description="Load", tooltip="Go on with a saved conversation", layout={"width": "auto"})
@@ -370,14 +371,15 @@ class Chat:
 
     def _each(self, action) -> "Chat":
         "Do something to every conversation, unless answers are being made, and show how it went: a sentence that it returns, or why it was refused."
-        if self.busy: return self
-        for side in self.sides:
-            side.error = side.note = ""
-            try: side.note = action(side) or ""
-            except (UserError, OSError) as e: side.error = str(e)
-        self._draw()
-        for side in self.sides:
-            if side.busy: side.thread.start()
+        with self._lock:
+            if self.busy: return self
+            for side in self.sides:
+                side.error = side.note = ""
+                try: side.note = action(side) or ""
+                except (UserError, OSError) as e: side.error = str(e)
+            self._draw()
+            for side in self.sides:
+                if side.busy: side.thread.start()
         return self
 
     def _start(self, begin, kept=False) -> "Chat":
@@ -388,6 +390,19 @@ class Chat:
             side.busy = True
         if not self.busy: self._stop.clear()
         return self._each(prepare)
+
+    def _entered(self):
+        "Enter was pressed. A text that is new to the kernel arrives right after this message; if none does, the box holds what it held."
+        self._enter = threading.Timer(0.25, self._submit)
+        self._enter.start()
+
+    def _submit(self):
+        "Send what stands in the box, if Enter was pressed since it was sent last."
+        with self._lock:
+            enter, self._enter = self._enter, None
+            if enter is None: return
+            enter.cancel()
+            self.send()
 
     def send(self, text: str | None = None) -> "Chat":
         "Ask what stands in the box, or `text`; returns at once."
