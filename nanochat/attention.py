@@ -407,7 +407,7 @@ class RowCache:
         self.live, self.longest, self.shortest = n_rows, 0, 0 # the first `live` rows take part in a step; the extremes of their lengths, known without asking the device
 
     @property
-    def previous(self) -> torch.Tensor: return self.previous_of_all[:self.live] # (live, n_embd)
+    def previous(self) -> torch.Tensor: return self.previous_of_all[:self.live].clone() # (live, n_embd); what is read must outlast what is written next
 
     @previous.setter
     def previous(self, x: torch.Tensor): self.previous_of_all[:self.live].copy_(x)
@@ -475,13 +475,12 @@ class RowCache:
 
     def take(self,
              row: int, # the place
-             length: int, # how many of its tokens count: all, or all but the last
              ) -> KVCache: # of one row
         "A row as a `KVCache`, to go on reading with. What a window has left behind is missing there, and will not be looked at."
+        length = int(self.lengths[row])
         cache = KVCache(len(self.sizes), 1, self.k[0].size(1), length, self.k[0].size(3), self.lengths.device, self.k[0].dtype)
         for layer, size in enumerate(self.sizes):
-            # a token beyond `length` may have taken the place of the oldest one
-            positions = torch.arange(max(0, length + 1 - size) if size < self.max_len else 0, length, device=self.lengths.device)
+            positions = torch.arange(max(0, length - size), length, device=self.lengths.device)
             for mine, its in ((self.k, cache.k), (self.v, cache.v)): its[layer, 0, :, positions] = mine[layer][row, :, positions % size]
         cache.lengths += length
         cache.shortest = cache.longest = length

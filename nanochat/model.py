@@ -267,7 +267,7 @@ class GPT(nn.Module):
                   max_len: int, # tokens that a row can hold
                   ) -> KVCache:
         "An empty cache that fits this model, on its device and in the dtype it computes in."
-        weight, c = self.lm_head.weight, self.config
+        weight, c = self.transformer.wte.weight, self.config
         if max_len > len(self.rope_cos): raise UserError(f"a cache of {max_len} tokens is beyond the {len(self.rope_cos)} positions of this model: shorten the conversation.")
         dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
         return KVCache(c.n_layer, batch_size, c.n_kv_head, max_len, c.head_dim, weight.device, dtype)
@@ -275,11 +275,12 @@ class GPT(nn.Module):
     def new_rows(self,
                  n_rows: int, # places for rows
                  max_len: int, # tokens that a row can hold
+                 static: bool = False, # make every step alike
                  ) -> RowCache:
         "Empty places for rows that are decoded token by token, in the dtype of the weights."
-        weight, c = self.lm_head.weight, self.config
+        weight, c = self.transformer.wte.weight, self.config
         if max_len > len(self.rope_cos): raise UserError(f"a cache of {max_len} tokens is beyond the {len(self.rope_cos)} positions of this model: shorten the conversation.")
-        return RowCache([w if w < c.sequence_len else None for w in c.windows], n_rows, c.n_kv_head, max_len, c.head_dim, c.n_embd, weight.device, weight.dtype)
+        return RowCache([w if w < c.sequence_len else None for w in c.windows], n_rows, c.n_kv_head, max_len, c.head_dim, c.n_embd, weight.device, weight.dtype, static)
 
     def _smear(self, x, kv_cache, valid):
         "Add to each token a gated share of the one before it."
