@@ -77,8 +77,7 @@ def answer(
     if left_out: yield Piece(f"The conversation is longer than the model's context: {left_out} older messages were left out.", "note")
     prompt = engine.tokenizer.render_for_completion(conversation)
     kind = "text"
-    nucleus = {"top_p": top_p} if top_p < 1 else {}
-    for e in engine.stream(prompt, max_new_tokens=room, temperature=temperature, top_k=top_k or None, seed=seed, stop=stop, **nucleus):
+    for e in engine.stream(prompt, max_new_tokens=room, temperature=temperature, top_k=top_k or None, top_p=top_p, seed=seed, stop=stop):
         if e.token in kinds: kind = kinds[e.token]
         elif e.text or e.finish: yield Piece(e.text, kind, None if e.forced else e.prob, e.alternatives, e.finish)
 
@@ -393,7 +392,7 @@ class Chat:
 
     def _entered(self):
         "Enter was pressed. A text that is new to the kernel arrives right after this message; if none does, the box holds what it held."
-        self._enter = threading.Timer(0.25, self._submit)
+        self._enter = threading.Timer(0.5 if self.box.value else 2, self._submit) # seconds; "right after" is longer where the machine is busy
         self._enter.start()
 
     def _submit(self):
