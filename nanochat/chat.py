@@ -303,8 +303,8 @@ class Chat:
         self.talk, self.run, self.stage = self.sides[0].talk, run, stage
         self.keeper = FeedbackKeeper(run, stage) if run and keep_feedback and len(self.sides) == 1 else None
         self._stop, self._next_drawing, self._enter, self._lock = threading.Event(), 0.0, None, threading.RLock()
-        def button(text, tip, action, refocus=True):
-            made = ipywidgets.Button(description=text, tooltip=tip, layout={"width": "auto"})
+        def button(text, tip, action, refocus=True, icon=""):
+            made = ipywidgets.Button(description=text, tooltip=tip, icon=icon, layout={"width": "auto"})
             def clicked(_):
                 action()
                 if refocus: self.box.focus() # the button may be disabled now, and would lose the focus to nobody
@@ -313,7 +313,7 @@ class Chat:
         def slider(name, setting):
             kind, step = (ipywidgets.IntSlider, 1) if setting.kind is int else (ipywidgets.FloatSlider, 0.05)
             return kind(value=getattr(self.talk, name), min=setting.low, max=setting.high, step=step, description=name.replace("_", "-"), tooltip=setting.about,
-                        continuous_update=False, style={"description_width": "auto"}, layout={"width": "14rem"})
+                        continuous_update=False, style={"description_width": "auto"}, layout={"width": "15rem"})
         self.transcript = ipywidgets.HTML()
         self.box = ipywidgets.Text(placeholder="Say something, then press Enter", continuous_update=False, layout={"flex": "1 1 auto", "width": "auto"})
         self.box.on_msg(lambda _, content, buffers: self._entered() if content.get("event") == "submit" else None)
@@ -325,7 +325,7 @@ class Chat:
         self._send, self._halt = button("Send", "Send the message (Enter)", self.send), button("Stop", "Stop the answer", self.stop)
         self._idle = [button("Regenerate", "Answer the last question again", self.regenerate), button("Edit", "Put the last question back into the box", self.edit),
                       button("Clear", "Start anew", self.clear)]
-        self._thumbs = [button("👍", "A good answer", lambda: self.rate(1), False), button("👎", "A bad answer", lambda: self.rate(-1), False)]
+        self._thumbs = [button("Good", "Thumb up: a good answer", lambda: self.rate(1), False, "thumbs-up"), button("Bad", "Thumb down: a bad answer", lambda: self.rate(-1), False, "thumbs-down")]
         wrap = {"flex_flow": "row wrap"}
         rows = [self.transcript, ipywidgets.HBox([self.box, self._send, self._halt]), ipywidgets.HBox([*self._idle, *self.sliders.values()], layout=wrap)]
         if run:

@@ -240,15 +240,15 @@ def test_regenerate_edit_and_clear(lab, chat):
 def test_thumbs_want_consent(base, chat):
     kept = base/"runs"/"demo"/"feedback.jsonl"
     chat.ask("Who are you?")
-    assert chat.button("👍").is_disabled() and chat.button("👎").is_disabled() and not kept.exists()
+    assert chat.button("Good").is_disabled() and chat.button("Bad").is_disabled() and not kept.exists()
     chat.at.get_by_label("Keep my feedback").check()
-    chat.until(lambda: chat.button("👍").is_enabled())
-    chat.click("👍")
+    chat.until(lambda: chat.button("Good").is_enabled())
+    chat.click("Good")
     chat.until(lambda: "👍 kept" in chat.text())
     chat.click("Regenerate")
     chat.until(lambda: "New answer kept" in chat.text())
     chat.at.get_by_label("Keep my feedback").uncheck()
-    chat.until(lambda: chat.button("👍").is_disabled())
+    chat.until(lambda: chat.button("Good").is_disabled())
     chat.click("Regenerate")
     chat.idle()
     lines = [json.loads(line) for line in kept.read_text().splitlines()]
