@@ -444,14 +444,15 @@ def speedrun_command(preset, name, data, depth, minutes, dollars, until, nproc, 
 @click.option("--run", "name", help="Which run's model; without it, the run that was trained last.")
 @click.option("--stage", default="latest", show_default=True, help="base, mid, sft, rl, dpo, or the latest that is done.")
 @click.option("-p", "--prompt", help="Answer this one question and exit.")
-@click.option("--temperature", type=click.FloatRange(0, 5), default=0.3, show_default=True, help="0 always takes the likeliest token.")
-@click.option("--top-k", type=click.IntRange(1), default=50, show_default=True, help="Sample among this many tokens.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.3, show_default=True, help="0 always takes the likeliest token.")
+@click.option("--top-k", type=click.IntRange(0), default=50, show_default=True, help="Sample among this many tokens; 0 among all.")
+@click.option("--top-p", type=click.FloatRange(0.05, 1), default=1.0, show_default=True, help="Sample among the likeliest tokens that have this probability together.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--keep-feedback", is_flag=True, help="Keep what /good, /bad and /regenerate say of answers in the run's folder, for `nanochat dpo`.")
-def chat_command(name, stage, prompt, temperature, top_k, seed, keep_feedback):
+def chat_command(name, stage, prompt, temperature, top_k, top_p, seed, keep_feedback):
     """Talk to a trained model in the terminal."""
     from nanochat.chat import terminal_chat
-    terminal_chat(name or last_run(), stage, prompt=prompt, temperature=temperature, top_k=top_k, seed=seed, keep_feedback=keep_feedback)
+    terminal_chat(name or last_run(), stage, prompt=prompt, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, keep_feedback=keep_feedback)
 
 @cli.command("dpo")
 @click.argument("name", required=False)
