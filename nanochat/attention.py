@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['visible_keys', 'reference_attention', 'sdpa_attention', 'products_attention', 'cpu_attention', 'flex_attention',
-           'choose_backends', 'attention', 'cached_attention', 'KVCache']
+           'choose_backends', 'attention', 'cached_attention', 'KVCache', 'RowCache']
 
 # %% ../nbs/05_attention.ipynb #f8b320ac
 import functools
@@ -365,11 +365,12 @@ class KVCache:
 
     def select(self,
                indices, # (N,) which rows, in any order, repeats allowed
+               max_len: int | None = None, # tokens that a row of the new cache can hold; None: as many as here
                ) -> "KVCache":
         "A cache of its own with these rows: to drop rows that are done, or to share a prompt among samples."
         indices = torch.as_tensor(indices, device=self.lengths.device)
-        n_layer, _, n_kv_head, max_len, head_dim = self.k.shape
-        new = KVCache(n_layer, len(indices), n_kv_head, max_len, head_dim, self.k.device, self.k.dtype)
+        n_layer, _, n_kv_head, _, head_dim = self.k.shape
+        new = KVCache(n_layer, len(indices), n_kv_head, max_len or self.max_len, head_dim, self.k.device, self.k.dtype)
         new.k[..., :self.longest, :] = self.k[:, indices, :, :self.longest]
         new.v[..., :self.longest, :] = self.v[:, indices, :, :self.longest]
         new.lengths = self.lengths[indices]
@@ -382,3 +383,114 @@ class KVCache:
                ) -> "KVCache":
         "Every row `n` times, the copies next to each other."
         return self.select(torch.arange(len(self.lengths)).repeat_interleave(n))
+
+# %% ../nbs/05_attention.ipynb #77938e45
+class RowCache:
+    "Keys and values of rows that grow by one token a step, in memory that is set aside once."
+    def __init__(self,
+                 windows: list[int | None], # of each layer: how many tokens back it sees, None for all
+                 n_rows: int, # places for rows
+                 n_kv_head: int, # heads of keys and values
+                 max_len: int, # tokens that a row can hold
+                 head_dim: int, # channels of a head
+                 n_embd: int, # channels of the embedding of each row's last token, which smear wants
+                 device="cpu", # where the cache lives
+                 dtype=torch.float32, # of keys and values as the model computes them
+                 static: bool = False, # make every step alike: all places are read, and masked. Compiled steps and CUDA graphs want that
+                 ):
+        self.static = static
+        self.max_len, self.sizes = max_len, [max_len if window is None else min(window + 1, max_len) for window in windows]
+        zeros = lambda *shape: torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = ([zeros(n_rows, n_kv_head, size, head_dim) for size in self.sizes] for _ in range(2)) # one for each layer
+        self.lengths = torch.zeros(n_rows, dtype=torch.int64, device=device) # tokens in each row
+        self.previous_of_all = zeros(n_rows, n_embd)
+        self.live, self.longest, self.shortest = n_rows, 0, 0 # the first `live` rows take part in a step; the extremes of their lengths, known without asking the device
+
+    @property
+    def previous(self) -> torch.Tensor: return self.previous_of_all[:self.live].clone() # (live, n_embd); what is read must outlast what is written next
+
+    @previous.setter
+    def previous(self, x: torch.Tensor): self.previous_of_all[:self.live].copy_(x)
+
+    def begin(self,
+              T: int = 1, # new tokens in each row: one
+              valid: None = None, # every row takes part
+              ) -> torch.Tensor: # (live, 1) positions of the new tokens
+        "Plan a step. Raises `UserError` if a row would outgrow its place."
+        if T != 1 or valid is not None: raise ValueError(f"rows of a RowCache grow by one token each, not by {T}.")
+        if not self.static and self.longest >= self.max_len: raise UserError(f"a row of {self.longest + 1} tokens does not fit the cache of {self.max_len}: shorten the conversation, or ask for fewer new tokens.")
+        self.positions = self.lengths[:self.live, None] # (live, 1)
+        self._places = {} # what layers of one size share
+        return self.positions
+
+    def attend(self,
+               layer: int, # index of the layer
+               q: torch.Tensor, # (live, 1, n_head, head_dim)
+               k: torch.Tensor, # (live, 1, n_kv_head, head_dim)
+               v: torch.Tensor, # (live, 1, n_kv_head, head_dim)
+               *,
+               window: int | None = None, # is known since the beginning
+               scale: float | None = None, # of the scores
+               ) -> torch.Tensor: # (live, 1, n_head, head_dim)
+        "Store the new keys and values, and let each query look at what its row holds."
+        size = self.sizes[layer]
+        if size not in self._places: self._places[size] = self._plan(size, k)
+        place, end, mask = self._places[size]
+        keys, values = self.k[layer][:self.live], self.v[layer][:self.live]
+        keys.scatter_(2, place, k.transpose(1, 2).to(keys.dtype))
+        values.scatter_(2, place, v.transpose(1, 2).to(values.dtype))
+        return cached_attention(q, keys[:, :, :end], values[:, :, :end], mask, scale=scale)
+
+    def _plan(self, size: int, k: torch.Tensor):
+        "Where the new tokens go, how many places some row has written, and which of them each row may see."
+        place = (self.positions % size)[:, :, None, None].expand(-1, k.size(2), 1, k.size(3)) # (live, n_kv_head, 1, head_dim)
+        end = size if self.static else min(self.longest + 1, size)
+        if not self.static and self.shortest + 1 >= end: return place, end, None # every row has written them all
+        return place, end, torch.arange(end, device=k.device) <= self.positions[:, :, None] # (live, 1, end)
+
+    def advance(self):
+        "End the step: the new tokens now count."
+        self.lengths[:self.live] += 1
+        if not self.static: self.longest, self.shortest = self.longest + 1, self.shortest + 1
+
+    def put(self,
+            first: int, # the first of the places
+            cache: KVCache, # where the rows come from
+            sources: list[int], # which rows of that
+            ):
+        "Give places, next to each other, to rows whose prompts have been read."
+        n, indices = cache.longest, torch.tensor(sources, device=self.lengths.device)
+        places = slice(first, first + len(sources))
+        lengths = cache.lengths[indices]
+        for layer, size in enumerate(self.sizes):
+            for mine, its in ((self.k[layer], cache.k[layer]), (self.v[layer], cache.v[layer])):
+                if n <= size: mine[places, :, :n] = its[indices, :, :n]
+                else: # the ring has been filled: the last `size` positions of each row
+                    for place, source, length in zip(range(first, first + len(sources)), sources, lengths.tolist()):
+                        positions = torch.arange(max(0, length - size), length, device=mine.device)
+                        mine[place, :, positions % size] = its[source, :, positions]
+        self.lengths[places] = lengths
+        self.longest = max(self.longest, n)
+        if cache.previous is not None: self.previous_of_all[places] = cache.previous[indices]
+
+    def take(self,
+             row: int, # the place
+             ) -> KVCache: # of one row
+        "A row as a `KVCache`, to go on reading with. What a window has left behind is missing there, and will not be looked at."
+        length = int(self.lengths[row])
+        cache = KVCache(len(self.sizes), 1, self.k[0].size(1), length, self.k[0].size(3), self.lengths.device, self.k[0].dtype)
+        for layer, size in enumerate(self.sizes):
+            positions = torch.arange(max(0, length - size), length, device=self.lengths.device)
+            for mine, its in ((self.k, cache.k), (self.v, cache.v)): its[layer, 0, :, positions] = mine[layer][row, :, positions % size]
+        cache.lengths += length
+        cache.shortest = cache.longest = length
+        cache.previous = self.previous_of_all[row:row + 1].clone()
+        return cache
+
+    def move(self, source: int, target: int):
+        "Put one row in the place of another."
+        n = self.longest
+        for layer, size in enumerate(self.sizes):
+            for mine in (self.k[layer], self.v[layer]): mine[target, :, :min(n, size)] = mine[source, :, :min(n, size)]
+        self.lengths[target] = self.lengths[source]
+        self.previous_of_all[target] = self.previous_of_all[source]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPTConfig', 'norm', 'rope_tables', 'apply_rope', 'Linear', 'Embedding', 'CausalSelfAttention', 'relu_squared', 'MLP',
-           'Block', 'GPT']
+           'Block', 'GPT', 'for_inference']
 
 # %% ../nbs/06_model.ipynb #c42a8924
 import math
@@ -14,9 +14,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .attention import KVCache, attention
+from .attention import KVCache, RowCache, attention
 from .common import UserError
 from .loss import head_loss
+from .precision import int8_linear, quantize_int8
 
 # %% ../nbs/06_model.ipynb #6130574e
 @dataclass
@@ -93,7 +94,7 @@ def norm(
     x: torch.Tensor, # (..., channels)
 ) -> torch.Tensor: # same shape and dtype
     "RMSNorm over the last dimension, without weights."
-    if torch.compiler.is_compiling(): return F.rms_norm(x, (x.size(-1),), eps=1e-6).to(x.dtype) # autocast may have answered in float32
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled(): return F.rms_norm(x, (x.size(-1),), eps=1e-6).to(x.dtype) # autocast may have answered in float32
     return _Norm.apply(x)
 
 # %% ../nbs/06_model.ipynb #20aebad7
@@ -120,9 +121,11 @@ def apply_rope(
 class Linear(nn.Linear):
     "A matrix without bias, unfilled."
     fp8 = None # what `nanochat.precision.use_fp8` puts here multiplies in training
+    int8 = None # what `for_inference` puts here, when it is asked to, multiplies in generation
     def __init__(self, n_in: int, n_out: int): super().__init__(n_in, n_out, bias=False)
     def reset_parameters(self): pass
     def forward(self, x: torch.Tensor) -> torch.Tensor: # (..., n_in) -> (..., n_out)
+        if self.int8 is not None: return int8_linear(x, *self.int8)
         return F.linear(x, self.weight) if self.fp8 is None or not self.training else self.fp8(x, self.weight)
 
 class Embedding(nn.Embedding):
@@ -142,6 +145,7 @@ class CausalSelfAttention(nn.Module):
         self.c_k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.c_v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_qkv = None # one matrix for all three, which `for_inference` puts here
         self.ve_gate = Linear(min(12, config.n_embd), config.n_kv_head) if has_ve else None
 
     def forward(self,
@@ -153,9 +157,8 @@ class CausalSelfAttention(nn.Module):
                 kv_cache: KVCache | None,
                 ) -> torch.Tensor: # (B, T, n_embd)
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        if self.c_qkv is not None: q, k, v = self.c_qkv(x).view(B, T, -1, self.head_dim).split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
+        else: q, k, v = (project(x).view(B, T, -1, self.head_dim) for project in (self.c_q, self.c_k, self.c_v)) # (B, T, n_head or n_kv_head, head_dim)
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :self.ve_gate.in_features])) # (B, T, n_kv_head)
             v = torch.addcmul(v, gate[..., None], ve.view_as(v).to(v.dtype))
@@ -184,7 +187,7 @@ def relu_squared(
 ) -> torch.Tensor: # the same shape and dtype
     "max(h, 0)²."
     if torch.compiler.is_compiling(): return F.relu(h).square()
-    return _ReluSquared.apply(h)
+    return _ReluSquared.apply(h) if torch.is_grad_enabled() else h.relu_().square_()
 
 # %% ../nbs/06_model.ipynb #68abbfbc
 class MLP(nn.Module):
@@ -264,10 +267,20 @@ class GPT(nn.Module):
                   max_len: int, # tokens that a row can hold
                   ) -> KVCache:
         "An empty cache that fits this model, on its device and in the dtype it computes in."
-        weight, c = self.lm_head.weight, self.config
+        weight, c = self.transformer.wte.weight, self.config
         if max_len > len(self.rope_cos): raise UserError(f"a cache of {max_len} tokens is beyond the {len(self.rope_cos)} positions of this model: shorten the conversation.")
         dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
         return KVCache(c.n_layer, batch_size, c.n_kv_head, max_len, c.head_dim, weight.device, dtype)
+
+    def new_rows(self,
+                 n_rows: int, # places for rows
+                 max_len: int, # tokens that a row can hold
+                 static: bool = False, # make every step alike
+                 ) -> RowCache:
+        "Empty places for rows that are decoded token by token, in the dtype of the weights."
+        weight, c = self.transformer.wte.weight, self.config
+        if max_len > len(self.rope_cos): raise UserError(f"a cache of {max_len} tokens is beyond the {len(self.rope_cos)} positions of this model: shorten the conversation.")
+        return RowCache([w if w < c.sequence_len else None for w in c.windows], n_rows, c.n_kv_head, max_len, c.head_dim, c.n_embd, weight.device, weight.dtype, static)
 
     def _smear(self, x, kv_cache, valid):
         "Add to each token a gated share of the one before it."
@@ -351,3 +364,29 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         "Floating-point operations of training on one token: 6 a matmul parameter, and 12·n_embd·window a layer for attention."
         return 6 * self.scaling_params() + sum(12 * self.config.n_embd * window for window in self.config.windows)
+
+# %% ../nbs/06_model.ipynb #a16cfed1
+@torch.no_grad()
+def for_inference(
+    model: GPT,
+    dtype: torch.dtype = torch.float32, # of the products
+    int8: bool = False, # keep the large matrices in 8 bits
+) -> GPT: # shares with `model` what need not change
+    "A copy that only generates, and is quick at that."
+    with torch.device("meta"): copy = GPT(model.config)
+    copy.load_state_dict(model.state_dict(), assign=True)
+    copy.rope_cos, copy.rope_sin = model.rope_cos, model.rope_sin
+    for p in copy.parameters():
+        if p.ndim > 1: p.data = p.data.to(dtype) # the scalars stay as they are
+    for block in copy.transformer.h:
+        attn = block.attn
+        with torch.device("meta"): attn.c_qkv = Linear(model.config.n_embd, sum(part.out_features for part in (attn.c_q, attn.c_k, attn.c_v)))
+        attn.c_qkv.weight = nn.Parameter(torch.cat([part.weight for part in (attn.c_q, attn.c_k, attn.c_v)]))
+        del attn.c_q, attn.c_k, attn.c_v
+    for layer in copy.modules():
+        if not isinstance(layer, Linear) or layer.in_features < 64: continue # the gates are small, and decide much
+        if int8:
+            layer.int8 = quantize_int8(layer.weight)
+            layer.weight = None
+        elif dtype == torch.float32 and layer.weight.device.type == "cpu": layer.weight.data = layer.weight.t().contiguous().t()
+    return copy.requires_grad_(False).eval()

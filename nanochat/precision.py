@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FP8_LEAST', 'LossScaler', 'quantize', 'fp8_matmul', 'QuantizedWeight', 'quantize_weight', 'fp8_linear', 'FP8Weight',
-           'quantize_weights', 'fp8_supported', 'use_fp8']
+           'quantize_weights', 'fp8_supported', 'use_fp8', 'quantize_int8', 'int8_linear']
 
 # %% ../nbs/05_precision.ipynb #7d866c3c
 from contextlib import ExitStack
@@ -208,3 +208,22 @@ def use_fp8(
         if not supported: say("fp8 is emulated on this CPU: the roundings are a GPU's, but the matrices that use it take two to three times as long as in fp32.", once=True)
     for layer in layers.values(): layer.fp8 = FP8Weight() if on else None
     return list(layers)
+
+# %% ../nbs/05_precision.ipynb #4bd89254
+def quantize_int8(
+    weight: torch.Tensor, # (n_out, n_in)
+) -> tuple[torch.Tensor, torch.Tensor]: # (n_out, n_in) int8, and the scales (n_out,) in the dtype of `weight`
+    "A matrix in 8 bits, with a scale for each output channel."
+    scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12)
+    return (weight.float() / scale[:, None]).round().to(torch.int8), scale.to(weight.dtype)
+
+def int8_linear(
+    x: torch.Tensor, # (..., n_in)
+    weight: torch.Tensor, # (n_out, n_in) int8
+    scale: torch.Tensor, # (n_out,)
+) -> torch.Tensor: # (..., n_out) in the dtype of x
+    "Multiply with a matrix that `quantize_int8` made."
+    rows = x.numel() // x.size(-1)
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= 4: # for more rows this kernel is slower than converting
+        return torch._weight_int8pack_mm(x.reshape(rows, -1), weight, scale.to(x.dtype)).view(*x.shape[:-1], -1)
+    return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
