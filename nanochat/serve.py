@@ -613,7 +613,7 @@ class TextShape:
     def delta(self, text: str) -> dict: return {"text": text}
     def full(self, text: str) -> dict: return {"text": text}
 
-# %% ../nbs/21_serve.ipynb #6c2b10eb
+# %% ../nbs/21_serve.ipynb #9ce2efb7
 class Answering:
     "A request that was let in, and its answer."
     def __init__(self,
@@ -635,8 +635,10 @@ class Answering:
         "Put the rows in line. Without a seed the answer is another one every time."
         asked, self.prompt = self.asked, prompt
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
-        self.rows.submit(prompt.tokens, [seed, *(derive_seed(seed, i) for i in range(1, self.n))], max_new_tokens=prompt.room, temperature=1.0 if asked.temperature is None else asked.temperature,
-                         top_k=asked.top_k or None, top_p=asked.top_p or 1.0, tools=tools, n_alternatives=self.top)
+        temperature = 1.0 if asked.temperature is None else asked.temperature
+        self.rows.submit(prompt.tokens, [seed, *(derive_seed(seed, i) for i in range(1, self.n))], max_new_tokens=prompt.room,
+                         temperature=temperature if temperature >= 1e-3 else 0.0, # float32 cannot divide by much less, and there the likeliest token is certain anyway
+                         top_k=asked.top_k or None, top_p=max(asked.top_p or 1.0, 1e-6), tools=tools, n_alternatives=self.top)
 
     async def bits(self) -> AsyncIterator[list[tuple[int, list[Part], list[dict], str | None]]]: # (row, parts, entries, how the row ended) of everything that came at once
         "What the rows say, until all have ended. Whoever stops reading ends them."
