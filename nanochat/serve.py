@@ -948,19 +948,19 @@ main { flex: 1; overflow-y: auto; padding-top: 1.5rem; padding-bottom: 1.5rem; d
 footer { padding-bottom: 1rem }
 """
 
-# %% ../nbs/21_serve.ipynb #aea1a6d9
+# %% ../nbs/21_serve.ipynb #ff8bb183
 CSS_TURNS = r"""
 .turn { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0 }
 .user { align-self: flex-end; max-width: 85%; padding: .5rem 1rem; border-radius: 1.1rem 1.1rem .25rem 1.1rem; background: var(--mine) }
 .system { align-self: center; max-width: 85%; color: var(--quiet); font-size: .875rem }
 .assistant { align-self: stretch }
 .waiting::after { content: ""; display: inline-block; width: .5rem; height: .5rem; border-radius: 50%; background: var(--accent); animation: breathe 1.2s ease-in-out infinite }
-.python, .python_output { padding: .1rem .45rem; font: .9em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; color: var(--tool); background: var(--tool-ground); border: 1px solid color-mix(in srgb, var(--tool) 35%, transparent) }
+.python, .python_output { display: inline-block; max-width: 100%; padding: .05rem .45rem; vertical-align: baseline; font: .9em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; color: var(--tool); background: var(--tool-ground); border: 1px solid color-mix(in srgb, var(--tool) 35%, transparent) }
 .python { border-radius: .4rem; margin: 0 .15rem 0 0 }
 .python::before { content: "calculator "; font: .8em ui-sans-serif, system-ui, sans-serif; opacity: .8 }
 .python.answered { border-radius: .4rem 0 0 .4rem; border-right: 0; padding-right: 0; margin-right: 0 }
-.python_output { border-radius: 0 .4rem .4rem 0; border-left: 0; padding-left: .3em; margin-right: .35em }
-.python_output::before { content: "= " }
+.python_output { border-radius: 0 .4rem .4rem 0; border-left: 0; padding-left: 0; margin-right: .35em }
+.python_output::before { content: "="; margin: 0 .35em }
 .token:hover { background: color-mix(in srgb, var(--accent) 25%, transparent); border-radius: .2rem }
 .note { align-self: center; color: var(--quiet); font-size: .875rem; text-align: center; max-width: 36rem }
 .error { align-self: stretch; padding: .5rem .9rem; border-left: 3px solid var(--bad); background: color-mix(in srgb, var(--bad) 9%, transparent); overflow-wrap: anywhere }
@@ -1030,7 +1030,7 @@ function make(kind, text) {
 }
 """
 
-# %% ../nbs/21_serve.ipynb #021cf9a5
+# %% ../nbs/21_serve.ipynb #d6f231b5
 JS_DRAW = r"""
 function addPart(element, part) {
   if (part.type === "mark" || !part.text) return;
@@ -1052,10 +1052,13 @@ function addPart(element, part) {
   run.append(token);
 }
 
+let following = true;
+log.addEventListener("scroll", () => { following = log.scrollHeight - log.scrollTop - log.clientHeight < 60; });
+new ResizeObserver(() => follow(() => {})).observe(log);
+
 function follow(action) {
-  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
   action();
-  if (atEnd) log.scrollTop = log.scrollHeight;
+  if (following) log.scrollTop = log.scrollHeight;
 }
 
 function addTurn(message) {
@@ -1067,8 +1070,8 @@ function addTurn(message) {
 
 function draw() {
   for (const element of [...log.children]) if (element.id !== "empty") element.remove();
-  messages.forEach(addTurn);
-  log.scrollTop = log.scrollHeight;
+  following = true;
+  follow(() => messages.forEach(addTurn));
   update();
 }
 
@@ -1084,7 +1087,7 @@ function update() {
 }
 """
 
-# %% ../nbs/21_serve.ipynb #6e717b5c
+# %% ../nbs/21_serve.ipynb #2fb4da56
 JS_TALK = r"""
 async function* events(response) {
   const reader = response.body.getReader(), decoder = new TextDecoder();
@@ -1108,8 +1111,8 @@ async function answer() {
   for (const old of log.querySelectorAll(".error, .note")) old.remove();
   const mine = running = new AbortController(), parts = [], element = make("turn assistant waiting", "");
   let length = false, failed = "";
+  following = true;
   follow(() => log.append(element));
-  log.scrollTop = log.scrollHeight;
   update();
   try {
     const [path, body] = request();
