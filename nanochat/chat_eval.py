@@ -19,7 +19,7 @@ import torch
 
 from .common import Run, UserError, atomic_write, derive_seed, gather, group_rank_and_world, names_in, on_every_rank, progress_bar, read_json, say
 from .core_eval import centred, wilson_interval
-from .engine import Completion, Engine, _Row
+from .engine import Completion, Engine, Row
 from .mixture import card_of, open_task
 from .model import GPT
 from .tasks import TASKS, normal
@@ -90,11 +90,12 @@ def choose_letters(engine: Engine,
         return first[1], second[0] - first[0]
     chosen = [""] * len(prompts)
     for group in length_groups(list(map(len, prompts)), batch):
-        logits, _ = engine.prefill([prompts[i] for i in group], max(len(prompts[i]) for i in group))  # (B, vocab_size)
+        logits, _, places = engine.prefill([prompts[i] for i in group])
+        logits = logits[places]  # (B, vocab_size)
         found = [best_and_lead(row, letters[i]) for i, row in zip(group, logits[:, ids].tolist())]
         unsure = might_turn(torch.tensor([lead for _, lead in found], device=logits.device), logits.float(), engine.dtype)
         for i, (letter, _), again in zip(group, found, unsure):
-            if again: letter, _ = best_and_lead(exact.prefill([prompts[i]], len(prompts[i]))[0][0, ids].tolist(), letters[i])
+            if again: letter, _ = best_and_lead(exact.prefill([prompts[i]])[0][0, ids].tolist(), letters[i])
             chosen[i] = letter
     return chosen
 
@@ -104,12 +105,12 @@ def greedy_answers(engine: Engine,  # computes in float32
                    max_new_tokens: int,  # for each
                    ) -> list[Completion]:
     "The most likely continuation, token by token. It does not depend on the other prompts."
-    rows, unsure = [_Row(number=i) for i in range(len(prompts))], set()
-    for grew, log_p in engine.steps(rows, prompts, max_new_tokens, 0.0, None, [0] * len(prompts), True, None):  # (rows that grew, vocab_size)
+    rows, unsure = [Row(prompt=prompt, number=i, max_new_tokens=max_new_tokens, temperature=0.0) for i, prompt in enumerate(prompts)], set()
+    for grew, log_p in engine.steps(rows):  # (rows that grew, vocab_size)
         first, second = log_p.topk(2).values.T
         for row, again in zip(grew, might_turn(first - second, log_p, torch.float32)):
             if again and row.mask[-1] and len(prompts) > 1: unsure.add(row.number)
-    return [engine.generate([prompt], max_new_tokens=max_new_tokens, temperature=0.0)[0] if i in unsure else engine._completion(rows[i]) for i, prompt in enumerate(prompts)]
+    return [engine.generate([prompt], max_new_tokens=max_new_tokens, temperature=0.0)[0] if i in unsure else engine.completion(rows[i]) for i, prompt in enumerate(prompts)]
 
 # %% ../nbs/15_chat_eval.ipynb #f581d623
 def pass_at_k(n: int,  # samples

@@ -80,13 +80,16 @@ class Engine:
                  model: GPT,  # on its device
                  tokenizer: Tokenizer,  # the one that the model was trained with
                  dtype: torch.dtype = torch.float32,  # of the matrix products and of the cache
+                 *,
+                 exact: bool = True,  # on a CPU compute in float32 whatever `dtype` says, so that no answer depends on its neighbours; a GPU takes bfloat16's risk of a turned token
                  int8: bool = False,  # keep the large matrices in 8 bits
                  compiled: bool = False,  # decode with CUDA graphs on a GPU, with `torch.compile` (a minute at first) elsewhere
                  ):
         if tokenizer.vocab_size != model.config.vocab_size:
             raise UserError(f"the model has {model.config.vocab_size} tokens and the tokenizer {tokenizer.vocab_size}: "
                             "load the tokenizer that the model was trained with.")
-        self.model, self.tokenizer, self.dtype, self.int8, self.compiled = model, tokenizer, dtype, int8, compiled
+        self.model, self.tokenizer, self.int8, self.compiled = model, tokenizer, int8, compiled
+        self.dtype = torch.float32 if exact and next(model.parameters()).device.type == "cpu" else dtype
         self.context = model.config.sequence_len
         special = tokenizer.special
         self.stop_ids = {special("<|assistant_end|>"), tokenizer.bos_id}

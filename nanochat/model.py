@@ -74,12 +74,16 @@ class GPTConfig:
         return [short if kind == "S" else self.sequence_len for kind in pattern]
 
 # %% ../nbs/06_model.ipynb #6b851bc7
+def _rate(x):
+    "What RMSNorm multiplies with, (..., 1)."
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.size(-1)).add_(1e-6).rsqrt_()
+
 class _Norm(torch.autograd.Function):
     "RMSNorm that keeps its result, and not its input, for the way back."
     @staticmethod
     def forward(ctx, x):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        rate = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.size(-1)).add_(1e-6).rsqrt_() # (..., 1)
+        rate = _rate(x)
         y = x * rate.to(x.dtype)
         ctx.save_for_backward(y, rate)
         return y
@@ -94,8 +98,8 @@ def norm(
     x: torch.Tensor, # (..., channels)
 ) -> torch.Tensor: # same shape and dtype
     "RMSNorm over the last dimension, without weights."
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled(): return F.rms_norm(x, (x.size(-1),), eps=1e-6).to(x.dtype) # autocast may have answered in float32
-    return _Norm.apply(x)
+    if torch.compiler.is_compiling(): return F.rms_norm(x, (x.size(-1),), eps=1e-6).to(x.dtype) # autocast may have answered in float32
+    return _Norm.apply(x) if torch.is_grad_enabled() else x * _rate(x).to(x.dtype)
 
 # %% ../nbs/06_model.ipynb #20aebad7
 def rope_tables(
