@@ -854,7 +854,7 @@ class Guard:
             endpoint = "/v1/models" if path.startswith("/v1/models/") else path if path in ENDPOINTS else "other"
             self.service.metrics.requests[endpoint, status] += 1
 
-# %% ../nbs/21_serve.ipynb #fe9c3e8e
+# %% ../nbs/21_serve.ipynb #5996383e
 def create_app(
     service: Service,
     key: str | None = None, # that callers must have
@@ -921,7 +921,7 @@ def create_app(
         body = {"status": state, "model": service.name, "stage": service.stage, "context": service.context, "busy": getattr(backend, "busy", 0), "waiting": getattr(backend, "waiting", 0)}
         return JSONResponse(body | ({"workers": workers} if workers else {}), 200 if state in ("ready", "degraded") else 503)
 
-    @app.get("/metrics", responses=errors, dependencies=secured, response_class=PlainTextResponse, summary="Counters in Prometheus's text format")
+    @app.get("/metrics", responses=errors | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "The counters."}}, dependencies=secured, summary="Counters in Prometheus's text format")
     async def metrics(): return PlainTextResponse(service.metrics.text(service), media_type="text/plain; version=0.0.4")
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -948,18 +948,15 @@ main { flex: 1; overflow-y: auto; padding-top: 1.5rem; padding-bottom: 1.5rem; d
 footer { padding-bottom: 1rem }
 """
 
-# %% ../nbs/21_serve.ipynb #ff8bb183
+# %% ../nbs/21_serve.ipynb #7b7d3f6c
 CSS_TURNS = r"""
 .turn { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0 }
 .user { align-self: flex-end; max-width: 85%; padding: .5rem 1rem; border-radius: 1.1rem 1.1rem .25rem 1.1rem; background: var(--mine) }
 .system { align-self: center; max-width: 85%; color: var(--quiet); font-size: .875rem }
 .assistant { align-self: stretch }
 .waiting::after { content: ""; display: inline-block; width: .5rem; height: .5rem; border-radius: 50%; background: var(--accent); animation: breathe 1.2s ease-in-out infinite }
-.python, .python_output { display: inline-block; max-width: 100%; padding: .05rem .45rem; vertical-align: baseline; font: .9em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; color: var(--tool); background: var(--tool-ground); border: 1px solid color-mix(in srgb, var(--tool) 35%, transparent) }
-.python { border-radius: .4rem; margin: 0 .15rem 0 0 }
-.python::before { content: "calculator "; font: .8em ui-sans-serif, system-ui, sans-serif; opacity: .8 }
-.python.answered { border-radius: .4rem 0 0 .4rem; border-right: 0; padding-right: 0; margin-right: 0 }
-.python_output { border-radius: 0 .4rem .4rem 0; border-left: 0; padding-left: 0; margin-right: .35em }
+.call { display: inline-block; max-width: 100%; padding: .05rem .45rem; margin: 0 .2rem 0 0; border: 1px solid color-mix(in srgb, var(--tool) 35%, transparent); border-radius: .4rem; background: var(--tool-ground); color: var(--tool); font: .9em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace }
+.python::before { content: "calculator "; font: .8em ui-sans-serif, system-ui, sans-serif; opacity: .85 }
 .python_output::before { content: "="; margin: 0 .35em }
 .token:hover { background: color-mix(in srgb, var(--accent) 25%, transparent); border-radius: .2rem }
 .note { align-self: center; color: var(--quiet); font-size: .875rem; text-align: center; max-width: 36rem }
@@ -1010,7 +1007,7 @@ PAGE_BODY = r"""
 </footer>
 """
 
-# %% ../nbs/21_serve.ipynb #129f7d22
+# %% ../nbs/21_serve.ipynb #b716bd66
 JS_STATE = r"""
 "use strict";
 const $ = id => document.getElementById(id);
@@ -1022,28 +1019,26 @@ const percent = logprob => { const p = 100 * Math.exp(logprob); return (p < 0.1 
 const last = () => messages[messages.length - 1];
 const headers = () => ({ "Content-Type": "application/json", ...(sessionStorage.apiKey ? { Authorization: "Bearer " + sessionStorage.apiKey } : {}) });
 
-function make(kind, text) {
-  const element = document.createElement("div");
+function make(kind, text, tag = "div") {
+  const element = document.createElement(tag);
   element.className = kind;
   element.textContent = text;
   return element;
 }
 """
 
-# %% ../nbs/21_serve.ipynb #d6f231b5
+# %% ../nbs/21_serve.ipynb #39d440ac
 JS_DRAW = r"""
 function addPart(element, part) {
   if (part.type === "mark" || !part.text) return;
-  let run = element.lastElementChild;
-  if (!run || run.dataset.kind !== part.type) {
-    if (run && run.dataset.kind === "python" && part.type === "python_output") run.classList.add("answered");
-    run = document.createElement("span");
-    run.dataset.kind = run.className = part.type;
-    element.append(run);
+  let place = element, run = element.lastElementChild;
+  if (part.type !== "text") {
+    if (run && run.className === "call" && !(part.type === "python" && run.querySelector(".python_output"))) place = run;
+    else element.append(place = make("call", "", "span"));
+    run = place.lastElementChild;
   }
-  const token = document.createElement("span");
-  token.className = "token";
-  token.textContent = part.text;
+  if (!run || run.className !== part.type) place.append(run = make(part.type, "", "span"));
+  const token = make("token", part.text, "span");
   if (part.type === "python_output") token.title = "written by the calculator, not by the model";
   else if (part.logprob !== undefined) {
     const others = (part.top || []).filter(other => other[0] !== part.text).map(other => "\u201c" + other[0] + "\u201d " + percent(other[1]));

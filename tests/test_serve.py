@@ -302,7 +302,7 @@ def test_text_never_becomes_a_special_token(real, tokenizer):
 
 def test_fuzzed(real):
     "Whatever the API's own description allows or forbids: no error of the server's, and only described answers."
-    import hypothesis
+    import hypothesis.errors
     import schemathesis
     from schemathesis.checks import CHECKS, load_all_checks
     load_all_checks()
@@ -311,15 +311,13 @@ def test_fuzzed(real):
     for found in schemathesis.openapi.from_url(f"{real.address}/openapi.json", headers={"Authorization": "Bearer correct horse"}).get_all_operations():
         operation = found.ok()
         for mode in schemathesis.GenerationMode:
-            try: strategy = operation.as_strategy(generation_mode=mode)
-            except Exception: continue
-            @hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck))
-            @hypothesis.given(case=strategy)
+            @hypothesis.settings(max_examples=20, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck))
+            @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
             def one(case):
                 response = case.call(headers={"Authorization": "Bearer correct horse"}, timeout=30)
                 seen.append((operation.path, response.status_code))
                 case.validate_response(response, checks=checks)
-            one()
+            with contextlib.suppress(hypothesis.errors.Unsatisfiable): one() # where there is no parameter, none can be wrong
     assert {path for path, _ in seen} >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
     assert {200, 400} <= {status for path, status in seen if path.startswith("/v1/c")}
     assert settled(real.service)
