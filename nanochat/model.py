@@ -161,12 +161,16 @@ class CausalSelfAttention(nn.Module):
                 kv_cache: KVCache | None,
                 ) -> torch.Tensor: # (B, T, n_embd)
         B, T, _ = x.shape
-        if self.c_qkv is not None: q, k, v = self.c_qkv(x).view(B, T, -1, self.head_dim).split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
-        else: q, k, v = (project(x).view(B, T, -1, self.head_dim) for project in (self.c_q, self.c_k, self.c_v)) # (B, T, n_head or n_kv_head, head_dim)
+        if self.c_qkv is None:
+            q, k, v = (project(x).view(B, T, -1, self.head_dim) for project in (self.c_q, self.c_k, self.c_v)) # (B, T, n_head or n_kv_head, head_dim)
+            q, k = norm(apply_rope(q, cos, sin)), norm(apply_rope(k, cos, sin))
+        else: # the same, queries and keys side by side
+            qk, v = self.c_qkv(x).view(B, T, -1, self.head_dim).split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
+            q, k = norm(apply_rope(qk, cos, sin)).split([self.n_head, self.n_kv_head], dim=2)
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :self.ve_gate.in_features])) # (B, T, n_kv_head)
             v = torch.addcmul(v, gate[..., None], ve.view_as(v).to(v.dtype))
-        q, k = norm(apply_rope(q, cos, sin)).to(v.dtype), norm(apply_rope(k, cos, sin)).to(v.dtype)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if kv_cache is None: y = attention(q, k, v, window=window, scale=self.scale)
         else: y = kv_cache.attend(layer, q, k, v, window=window, scale=self.scale)
         return self.c_proj(y.reshape(B, T, -1))

@@ -6,8 +6,8 @@
 __all__ = ['PATIENCE', 'LAUNCHER_ENV', 'fetch_questions', 'fetch_mixtures', 'data_stage', 'tokenizer_stage', 'stage_function',
            'report_stage', 'run_stage', 'Follower', 'as_rank', 'launch', 'run_name', 'default_preset', 'open_run',
            'notebooks_dir', 'run_lock', 'last_lines', 'tidy_outputs', 'execute_notebook', 'speedrun', 'cli',
-           'speedrun_command', 'chat_command', 'dpo_command', 'report_command', 'last_run', 'show_scores',
-           'eval_command', 'data_group', 'data_get', 'data_show', 'data_verify', 'stage_command', 'main']
+           'speedrun_command', 'chat_command', 'serve_command', 'dpo_command', 'report_command', 'last_run',
+           'show_scores', 'eval_command', 'data_group', 'data_get', 'data_show', 'data_verify', 'stage_command', 'main']
 
 # %% ../nbs/23_speedrun.ipynb #ab164c1b
 import json
@@ -453,6 +453,23 @@ def chat_command(name, stage, prompt, temperature, top_k, top_p, seed, keep_feed
     """Talk to a trained model in the terminal."""
     from nanochat.chat import terminal_chat
     terminal_chat(name or last_run(), stage, prompt=prompt, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, keep_feedback=keep_feedback)
+
+@cli.command("serve")
+@click.option("--run", "name", help="Which run's model; without it, the run that was trained last.")
+@click.option("--stage", default="latest", show_default=True, help="base, mid, sft, rl, dpo, or the latest that is done.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; one that other machines can reach demands a key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes one that is free.")
+@click.option("--api-key", envvar="NANOCHAT_API_KEY", show_envvar=True, help="Key that callers must send. Other users of this machine can read it in a command line, and not in the environment.")
+@click.option("--devices", default="auto", show_default=True, help="auto (all GPUs), cpu, cuda:0,cuda:1, or a number of CPU processes.")
+@click.option("--max-rows", type=click.IntRange(1, 4096), default=32, show_default=True, help="Answers that a device writes at the same time.")
+@click.option("--max-queue", type=click.IntRange(0), default=256, show_default=True, help="Answers that may wait; more are refused.")
+@click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Of one answer.")
+@click.option("--max-body", type=click.IntRange(1024), default=1 << 20, show_default=True, help="Bytes of one request.")
+@click.option("--allow-origin", "origins", multiple=True, help="A site whose pages may ask, such as https://example.org; may be repeated.")
+def serve_command(name, stage, host, port, api_key, devices, max_rows, max_queue, max_tokens, max_body, origins):
+    """Serve a trained model: a page to chat in, and the API of OpenAI's clients."""
+    from nanochat.serve import Limits, serve
+    serve(name or last_run(), stage, host, port, api_key or None, devices, origins, Limits(rows=max_rows, queue=max_queue, tokens=max_tokens, body=max_body))
 
 @cli.command("dpo")
 @click.argument("name", required=False)

@@ -357,6 +357,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(REPO)
+            signal.signal(signal.SIGINT, signal.SIG_DFL) # a shell's background commands ignore it, and that is inherited
             os.execve(sys.executable, [sys.executable, "-c", code, *args], environment(base) | {"TERM": "dumb"})
         self.shown = ""
 
