@@ -108,7 +108,7 @@ class Cell:
         self.page, self.at = page, page.locator(".jp-CodeCell").nth(n).locator(".jp-OutputArea-output")
         self.box, self.answers, self.turns = self.at.locator("input[type=text][placeholder]"), self.at.locator(".assistant"), self.at.locator(".turns > *")
 
-    def button(self, name): return self.at.get_by_role("button", name=name, exact=True)
+    def button(self, name): return self.at.get_by_role("button", name=re.compile(rf"\b{name}$")) # an icon may stand before it
     def click(self, name): self.button(name).click()
     def text(self): return self.at.locator(".nc-columns").inner_text()
 
