@@ -61,12 +61,16 @@ def rank_and_world() -> tuple[int, int]: # rank, world size
 
 # %% ../nbs/00_common.ipynb #aa3a8d85
 def pick_device(
-    name: str = "auto", # "auto", "cpu", "cuda" or "mps"
+    name: str = "auto", # "auto", "cpu", "cuda", "cuda:1" or "mps"
 ): # -> torch.device
     "The device that this process computes on: CUDA, then Apple's GPU, then the CPU. Raises `UserError` if a named one is absent."
     import torch
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto": name = next(kind for kind, there in have.items() if there)
+    kind, _, number = name.partition(":")
+    if kind == "cuda" and number:
+        if not number.isdigit() or int(number) >= torch.cuda.device_count(): raise UserError(f"there is no device {name!r}: torch finds {torch.cuda.device_count()} GPUs here.")
+        return torch.device("cuda", int(number))
     if name not in have: raise UserError(f"device {name!r} is not one of auto, cuda, mps, cpu.")
     if not have[name]: raise UserError(f"device {name!r} was asked for, but torch finds none here: use device=cpu, or install a torch built for it.")
     if name == "cuda": return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -6,6 +6,8 @@
 __all__ = ['READ_TOKENS', 'sample_tokens', 'Completion', 'Row', 'Engine', 'Batch', 'TokenEvent', 'Scheduler', 'trim_conversation']
 
 # %% ../nbs/12_engine.ipynb #7ecbccf8
+import copy
+import functools
 import math
 import threading
 from collections import deque
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from .attention import KVCache
+from .attention import KVCache, RowCache
 from .common import UserError, derive_seed, say
 from .model import GPT, for_inference
 from .sandbox import calculator
@@ -109,6 +111,10 @@ class Engine:
                 self._weights, self._changes, self.earlier = for_inference(self.model, self.dtype, self.int8), changes, {}
             return self._weights
 
+    def logits(self, idx: torch.Tensor, cache: KVCache | RowCache, valid: torch.Tensor | None = None) -> torch.Tensor:
+        "Feed tokens (B, T) to the model that `weights` made last, of which each row's first `valid` are real; logits after the last of them, (B, vocab_size)."
+        return self._weights(idx, kv_cache=cache, valid=valid, last_only=True)[:, -1]
+
     def check(self, row: Row):
         "Raise `UserError` for what cannot be asked."
         if row.max_new_tokens < 1: raise UserError(f"max_new_tokens is {row.max_new_tokens}: use at least 1.")
@@ -162,17 +168,17 @@ def prefill(self: Engine,
     known = next((i for i, tokens in enumerate(zip(*different)) if len(set(tokens)) > 1), min(lengths))
     known = min(known, min(lengths) - 1)  # at least one token of each is left to be read
     cache = None
-    if n == 1 and (start := self.remembered(different[0])):
-        cache, known = self.earlier[start].select([0], lengths[0]), len(start)
+    if n == 1 and (earlier := self.remembered(different[0])):
+        cache, known = earlier.select([0], lengths[0]), earlier.longest
     elif (n - 1) * known >= 256:
         cache = model.new_cache(1, max(lengths))
-        model(torch.tensor(different[0][:known], device=self.device)[None], kv_cache=cache, last_only=True)
+        self.logits(torch.tensor(different[0][:known], device=self.device)[None], cache)
         cache = cache.select([0] * n)
     if cache is None: cache, known = model.new_cache(n, max(lengths)), 0
     idx = torch.zeros(n, max(lengths) - known, dtype=torch.long)
     for i, prompt in enumerate(different): idx[i, :len(prompt) - known] = torch.tensor(prompt[known:])
     valid = torch.tensor([length - known for length in lengths], device=self.device)
-    return model(idx.to(self.device), kv_cache=cache, valid=valid, last_only=True)[:, -1], cache, [places[tuple(p)] for p in prompts]
+    return self.logits(idx.to(self.device), cache, valid), cache, [places[tuple(p)] for p in prompts]
 
 # %% ../nbs/12_engine.ipynb #7682f32b
 class Batch:
@@ -183,9 +189,9 @@ class Batch:
                  max_len: int,  # tokens of a row, prompt and answer
                  ahead: bool | None = None,  # ask for a step before the last one's tokens are known; None: on a GPU
                  ):
-        self.engine, self.model, self.device = engine, engine.weights(), engine.device
+        self.engine, self.device = engine, engine.device
         self.ahead = self.device.type == "cuda" if ahead is None else ahead
-        self.cache = self.model.new_rows(n_rows, max_len + self.ahead, static=engine.compiled)
+        self.cache = engine.weights().new_rows(n_rows, max_len + self.ahead, static=engine.compiled)
         self.rows: list[Row] = []  # in the order of their places
         self.tokens = torch.zeros(n_rows, dtype=torch.int64, device=self.device)  # the newest token of each row, which the next step reads
         self.uniform = torch.zeros(n_rows, max_len + 1, device=self.device)  # each row's random numbers
@@ -282,15 +288,15 @@ class Batch:
 
 # %% ../nbs/12_engine.ipynb #89256c80
 @patch
-def _plain_forward(self: Batch, n: int) -> torch.Tensor: # logits (n, 1, vocab_size)
+def _plain_forward(self: Batch, n: int) -> torch.Tensor: # logits (n, vocab_size)
     "A step of the first `n` places."
-    return self.model(self.tokens[:n, None], kv_cache=self.cache, last_only=True)
+    return self.engine.logits(self.tokens[:n, None], self.cache)
 
 @patch
 def _forward(self: Batch) -> torch.Tensor: # (rows, vocab_size)
     "The logits of a step."
     n = len(self.rows)
-    if not self.engine.compiled: return self._plain_forward(n)[:, -1]
+    if not self.engine.compiled: return self._plain_forward(n)
     padded = self.cache.live = min(1 << (n - 1).bit_length(), len(self.tokens))
     self.cache.lengths[n:] = 0  # the filling begins anew each time, so that it never grows out of its places
     if self.device.type != "cuda": logits = self._compiled(padded)
@@ -304,7 +310,7 @@ def _forward(self: Batch) -> torch.Tensor: # (rows, vocab_size)
         graph, logits = self._graphs[padded]
         graph.replay()
     self.cache.live = n
-    return logits[:n, -1]
+    return logits[:n]
 
 # %% ../nbs/12_engine.ipynb #7f580b35
 @patch
@@ -321,10 +327,10 @@ def remember(self: Engine,
 @patch
 def remembered(self: Engine,
                prompt: list[int],  # token ids
-               ) -> tuple[int, ...]:  # the longest beginning of it whose cache is kept, () if there is none
+               ) -> KVCache | None:  # of its longest beginning that is kept
     "What of a prompt need not be read again."
     with self._lock:
-        return max((s for s in self.earlier if len(s) < len(prompt) and tuple(prompt[:len(s)]) == s), key=len, default=())
+        return self.earlier.get(max((s for s in self.earlier if len(s) < len(prompt) and tuple(prompt[:len(s)]) == s), key=len, default=()))
 
 # %% ../nbs/12_engine.ipynb #a5d63013
 READ_TOKENS = 32768  # of prompts that are read in one pass, padding included
@@ -488,7 +494,7 @@ class Scheduler:
             self._tell(row, TokenEvent(-1, self._listeners[id(row)][1].flush(), 1.0, [], False, "interrupted"), True)
 
     def _admitted(self) -> list[Row]:
-        "Who is let in now: somebody whose earlier turn is remembered alone, others together."
+        "Who is let in now: alone, if it is somebody whose earlier turn is remembered, otherwise together with those behind."
         if not self._waiting or not self._batch.free: return []
         if self.engine.remembered(self._waiting[0].prompt): return [self._waiting.popleft()]
         return _next_group(self._waiting, self._batch.free, self.read_tokens)
@@ -520,7 +526,8 @@ def trim_conversation(tokenizer: Tokenizer,
                       max_tokens: int,  # that the rendered prompt may have
                       ) -> tuple[dict, int]:  # the conversation that fits, how many messages were left out
     "Leave out the oldest turns after the first message until a conversation fits. Raises `UserError` if its last message alone does not."
-    messages = conversation["messages"]
+    messages, tokenizer = conversation["messages"], copy.copy(tokenizer)
+    tokenizer.encode = functools.cache(tokenizer.encode)  # the conversation is rendered again and again
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     n_before = len(messages)

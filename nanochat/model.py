@@ -270,13 +270,17 @@ class GPT(nn.Module):
             self.smear_lambda.zero_()
         if self.config.backout: self.backout_lambda.fill_(0.2)
 
+    def _fits(self, max_len):
+        "Raise `UserError` if a cache is longer than the model's positions reach."
+        if max_len > len(self.rope_cos): raise UserError(f"a cache of {max_len} tokens is beyond the {len(self.rope_cos)} positions of this model: shorten the conversation.")
+
     def new_cache(self,
                   batch_size: int, # rows
                   max_len: int, # tokens that a row can hold
                   ) -> KVCache:
         "An empty cache that fits this model, on its device and in the dtype it computes in."
+        self._fits(max_len)
         weight, c = self.transformer.wte.weight, self.config
-        if max_len > len(self.rope_cos): raise UserError(f"a cache of {max_len} tokens is beyond the {len(self.rope_cos)} positions of this model: shorten the conversation.")
         dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
         return KVCache(c.n_layer, batch_size, c.n_kv_head, max_len, c.head_dim, weight.device, dtype)
 
@@ -286,8 +290,8 @@ class GPT(nn.Module):
                  static: bool = False, # make every step alike
                  ) -> RowCache:
         "Empty places for rows that are decoded token by token, in the dtype of the weights."
+        self._fits(max_len)
         weight, c = self.transformer.wte.weight, self.config
-        if max_len > len(self.rope_cos): raise UserError(f"a cache of {max_len} tokens is beyond the {len(self.rope_cos)} positions of this model: shorten the conversation.")
         return RowCache([w if w < c.sequence_len else None for w in c.windows], n_rows, c.n_kv_head, max_len, c.head_dim, c.n_embd, weight.device, weight.dtype, static)
 
     def _smear(self, x, kv_cache, valid):

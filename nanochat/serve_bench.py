@@ -16,22 +16,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from unittest import mock
 
 # %% ../nbs/29_serve_bench.ipynb #206d2f0b
 import click
 import numpy as np
 import psutil
-import torch
 
 # %% ../nbs/29_serve_bench.ipynb #6ca4ab49
 from .checkpoint import save_checkpoint
 from .common import Run, UserError, run_command
 from .engine import Engine
 from .model import GPT, GPTConfig
-from .serve import AnswerText, Limits, Service, in_thread
-from .tokenizer import StreamDecoder, Tokenizer
+from .serve import AnswerText
+from .tokenizer import Tokenizer
 
 # %% ../nbs/29_serve_bench.ipynb #ccedc75c
 @dataclass
@@ -161,16 +160,11 @@ def measure_server(
         if run_name is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             environment["NANOCHAT_BASE_DIR"], engine = folder, small_engine()
-            before = os.environ.get("NANOCHAT_BASE_DIR")
-            os.environ["NANOCHAT_BASE_DIR"] = folder
-            try:
+            with mock.patch.dict(os.environ, NANOCHAT_BASE_DIR=folder):
                 run = Run.create("bench", {"seed": 0})
                 engine.tokenizer.save(run.stage_dir("tokenizer"))
                 save_checkpoint(run.stage_dir("sft")/"checkpoints", 1, engine.model.state_dict(), None, {"stage": "sft", "model": vars(engine.model.config), "tokenizer": engine.tokenizer.hash})
                 run.finish("sft")
-            finally:
-                if before is None: del os.environ["NANOCHAT_BASE_DIR"]
-                else: os.environ["NANOCHAT_BASE_DIR"] = before
         else:
             from nanochat.chat import open_engine
             engine = open_engine(run_name, stage)[0]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'SHAPE', 'SWITCHES', 'SIZES', 'PLANS', 'SFT_SHAPE', 'measure_step', 'bench_step', 'measure_training',
-           'measure_generation', 'bench_gpu', 'train_variants', 'ablation_table', 'measure_plan', 'bench_plan',
-           'held_out_losses', 'bench_sft', 'bench_rows', 'cli', 'step_command', 'gpu_command', 'ablations_command',
-           'sizes_command', 'plan_command', 'sft_command', 'main']
+           'NoText', 'measure_generation', 'bench_gpu', 'train_variants', 'ablation_table', 'measure_plan',
+           'bench_plan', 'held_out_losses', 'bench_sft', 'bench_rows', 'cli', 'step_command', 'gpu_command',
+           'ablations_command', 'sizes_command', 'plan_command', 'sft_command', 'main']
 
 # %% ../nbs/26_train_bench.ipynb #044aaebb
 import json
@@ -130,6 +130,14 @@ print(json.dumps({"turn": turn, "update": update, "first": first, "tokens_per_se
 """
     return _in_process(code, config, seconds)
 
+class NoText:
+    "As much of a tokenizer as an engine needs when nobody reads."
+    bos_id = 0
+    def __init__(self, vocab_size: int): self.vocab_size = vocab_size
+    def special(self, name: str) -> int: return 1
+    def encode(self, text: str) -> list[int]: return [2]
+    def decode(self, tokens: list[int]) -> str: return ""
+
 def measure_generation(
     config: dict, # of a run, as a plan makes it
     rows: int, # answers at a time
@@ -139,16 +147,15 @@ def measure_generation(
     "Let an untrained model speak."
     code = """
 import json, sys, time, torch
-from types import SimpleNamespace
 from nanochat.engine import Engine
 from nanochat.model import GPT, GPTConfig
+from nanochat.train_bench import NoText
 config, rows, new_tokens, prompt_tokens = json.loads(sys.argv[1])
 device = torch.device(config["hardware"]["device"])
 with device: gpt = GPT(GPTConfig(**config["model"]))
 gpt = gpt.to(device).eval() # the rotations are made on the CPU
 vocab = config["model"]["vocab_size"]
-no_text = SimpleNamespace(vocab_size=vocab, bos_id=0, special=lambda name: 1, decode=lambda tokens: "", encode=lambda text: [2])
-engine = Engine(gpt, no_text, getattr(torch, config["hardware"]["dtype"]))
+engine = Engine(gpt, NoText(vocab), getattr(torch, config["hardware"]["dtype"]))
 prompts = torch.randint(3, vocab, (rows, prompt_tokens), generator=torch.Generator().manual_seed(0)).tolist()
 engine.generate(prompts, max_new_tokens=8, tools=False)
 started = time.perf_counter()

@@ -58,7 +58,7 @@ def test_short_formats_answer_nearly_alike(settings):
     assert all(len(c.tokens) == 5 for c in bench_engine(model, **settings).generate(prompts, max_new_tokens=5, tools=False))
 
 
-def check_compiled(model, device):
+def check_compiled(model):
     "Compiled steps draw what plain ones draw, while rows come and go."
     prompts = ragged(7, 40, model.config.vocab_size)
     plain, compiled = bench_engine(model), bench_engine(model, compiled=True)
@@ -69,12 +69,12 @@ def check_compiled(model, device):
 def test_a_static_cache_changes_nothing(monkeypatch):
     "What a compiled step works with, without the compiler: rows filled up to a power of two, every place read."
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
-    check_compiled(shaken(LAPTOP), "cpu")
+    check_compiled(shaken(LAPTOP))
 
 
 @pytest.mark.slow
 def test_compiled_on_a_cpu():
-    check_compiled(shaken(GPTConfig(sequence_len=128, vocab_size=300, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)), "cpu")
+    check_compiled(shaken(GPTConfig(sequence_len=128, vocab_size=300, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)))
 
 
 @pytest.mark.cuda

@@ -18,7 +18,6 @@ import httpx
 import openai
 import psutil
 import pytest
-import torch
 from browser import open_browser
 from conftest import assert_user_error, environment, nanochat
 
@@ -27,7 +26,7 @@ from nanochat.checkpoint import save_checkpoint
 from nanochat.common import Run
 from nanochat.engine import Engine, Scheduler, TokenEvent
 from nanochat.model import GPT, GPTConfig
-from nanochat.serve import Limits, Service, WorkerPool, in_thread, load_on
+from nanochat.serve import Limits, Service, in_thread
 from nanochat.tokenizer import StreamDecoder, Tokenizer
 
 EGGS = [{"type": "text", "text": "Three boxes of twelve are "}, {"type": "python", "text": "3*12"}, {"type": "python_output", "text": "36"}, {"type": "text", "text": "36 eggs."}]
