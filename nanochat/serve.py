@@ -1419,7 +1419,9 @@ class WorkerPool:
         for worker in self.members:
             if worker.process is not None and worker.process.pid:
                 worker.process.join(5)
-                if worker.process.is_alive(): worker.process.kill()
+                if worker.process.is_alive():
+                    worker.process.kill()
+                    worker.process.join()
 
 # %% ../nbs/21_serve.ipynb #2e85188b
 def is_loopback(host: str) -> bool:
