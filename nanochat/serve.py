@@ -1308,7 +1308,8 @@ class Worker:
         self.pool, self.device, self.restarts, self.state, self.error = pool, device, 0, "loading", None
         self.rows, self.load, self.before = {}, (0, 0, 0, 0), (0, 0) # number → on_event; busy, waiting, tokens, prompt tokens; what earlier processes counted
         self.lock, self.process, self.pipe = threading.Lock(), None, None
-        threading.Thread(target=self._live, daemon=True).start()
+        self.thread = threading.Thread(target=self._live, daemon=True)
+        self.thread.start()
 
     def _live(self):
         "Start the process and listen to it; again, if it dies."
@@ -1417,11 +1418,11 @@ class WorkerPool:
                 if worker.pipe is not None and not worker.pipe.closed:
                     with contextlib.suppress(OSError): worker.pipe.send(("close", None)) # closing the pipe would not wake the thread that reads it
         for worker in self.members:
-            if worker.process is not None and worker.process.pid:
-                worker.process.join(5)
-                if worker.process.is_alive():
-                    worker.process.kill()
-                    worker.process.join()
+            if worker.process is None or not worker.process.is_alive(): continue
+            worker.thread.join(5) # which waits for the process: of two threads that wait for one, the later is told that it is still alive
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.thread.join(5)
 
 # %% ../nbs/21_serve.ipynb #2e85188b
 def is_loopback(host: str) -> bool:
