@@ -870,7 +870,7 @@ def create_app(
 
     errors = {"4XX": {"model": ErrorBody, "description": "The request is refused, and why."}, "5XX": {"model": ErrorBody, "description": "The server cannot answer now, and why."}}
     secured = [Depends(HTTPBearer(auto_error=False, description="The server's API key."))] if key else []
-    def answers(model): return errors | {200: {"model": model, "content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer; with `stream`, in pieces."}}
+    def answers(model): return errors | {200: {"model": model, "content": {"text/event-stream": {"itemSchema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}}}, "description": "The answer; with `stream`, in pieces."}}
 
     async def answered(request, asked, shape, make_prompt, tools):
         check_model(service, asked.model)

@@ -261,12 +261,12 @@ def test_a_compiled_model_leaves_flash_attention_alone(traced, install):
     assert not any(seen) and len(graphs) == 2 # before it and after it
 
 
+@torch._dynamo.config.patch(recompile_limit=4) # monkeypatch would leave the setting deleted
 def test_many_shapes_do_not_end_compilation(monkeypatch):
     "Outside of a compiled model FlexAttention is compiled by itself, for more than torch's eight combinations of heads, batch and so on."
     import torch._dynamo
     compiled = torch.compile
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
     monkeypatch.setattr(torch, "compile", lambda f, **kw: compiled(f, backend="eager", **kw))
     A._compiled_flex.cache_clear()
     kernel = A._compiled_flex()

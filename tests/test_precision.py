@@ -1,6 +1,5 @@
 """fp8's kernel agrees with its emulation, and fp16 trains with a scaled loss: most of it needs a GPU."""
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanochat.chat_eval import ROUNDING
-from nanochat.engine import Engine
+from nanochat.engine_bench import bench_engine
+from nanochat.model import GPT, GPTConfig
 from nanochat.precision import LossScaler, fp8_linear, fp8_matmul, fp8_supported, quantize, quantize_weight, quantize_weights, use_fp8
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -70,8 +70,9 @@ class Net(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_engine_computes_in_its_dtype(dtype):
     "On a GPU without bfloat16 that is fp16, for which evaluation has a margin too."
-    with Engine.autocast(SimpleNamespace(device=torch.device("cpu"), dtype=dtype)): y = F.linear(random(2, 3), random(4, 3))
-    assert y.dtype == dtype and dtype in ROUNDING
+    engine = bench_engine(GPT(GPTConfig(sequence_len=32, vocab_size=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)), dtype=dtype, exact=False)
+    assert engine.weights().lm_head.weight.dtype == dtype and dtype in ROUNDING
+    assert engine.prefill([[1, 2, 3]])[0].isfinite().all()
 
 
 @pytest.mark.parametrize("a_dtype", [E4M3, E5M2])
