@@ -12,6 +12,7 @@ import copy
 import io
 import json
 import re
+import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -200,7 +201,7 @@ def run_lesson(path: Path, # a lesson's notebook
     from nbclient import NotebookClient
     source = read_json(path, "open it in JupyterLab and mend it, or take it anew from the repository")
     notebook = nbformat.reads(json.dumps(solved(source) if with_solutions else source), as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}, store_widget_state=False).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}, store_widget_state=False).execute(stderr=subprocess.DEVNULL) # ipykernel says there, each time, how it is reached
     if not with_solutions:
         for cell in notebook.cells:
             cell.get("metadata", {}).pop("execution", None)
@@ -228,5 +229,4 @@ def said(notebook: dict) -> list[str]: # lines, in order
     return [line for line in text.splitlines() if re.match(r"[○✗✓] \d+\.\d+ ", line)]
 
 # %% ../nbs/22_lessons.ipynb #17c23a62
-#| eval: false
-if __name__ == "__main__": run_command(main, "nanochat.lessons")
+if __name__ == "__main__" and "get_ipython" not in globals(): run_command(main, "nanochat.lessons")
