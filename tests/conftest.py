@@ -1,5 +1,6 @@
 """What the tests share: nanochat in processes of its own, one finished smoke run, copies of it, and how an error has to look."""
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from nanochat.common import STAGES, Run, read_metrics
+from nanochat.common import STAGES, Run, file_lock, read_metrics
 
 # without cached bytecode, every kernel, rank and command would spend five seconds on importing torch instead of two
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -109,12 +110,19 @@ def assert_user_error(done, *words):
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
-    "The undisturbed smoke run, which other tests copy and compare with."
-    base = tmp_path_factory.mktemp("smoke")
-    started = time.perf_counter()
-    done = nanochat(base, "speedrun", "--preset", "smoke")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return SimpleNamespace(base=base, run=base/"runs"/"smoke", done=done, seconds=time.perf_counter() - started)
+    "The undisturbed smoke run, which other tests copy and compare with: one for all processes that test side by side."
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ: root = root.parent
+    base, kept = root/"smoke", root/"smoke.json"
+    with file_lock(root/"smoke.lock", "makes the smoke run"):
+        if not kept.exists():
+            base.mkdir()
+            started = time.perf_counter()
+            done = nanochat(base, "speedrun", "--preset", "smoke")
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            kept.write_text(json.dumps([vars(done), time.perf_counter() - started]))
+    done, seconds = json.loads(kept.read_text())
+    return SimpleNamespace(base=base, run=base/"runs"/"smoke", done=SimpleNamespace(**done), seconds=seconds)
 
 
 @pytest.fixture
