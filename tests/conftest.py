@@ -1,7 +1,10 @@
 """What the tests share: nanochat in processes of its own, one finished smoke run, copies of it, and how an error has to look."""
 import hashlib
+import importlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,11 +13,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import psutil
 import pytest
 import yaml
 
 from nanochat.common import STAGES, Run, file_lock, read_metrics
+from nanochat.plan import known_presets, setting_name
 
 # without cached bytecode, every kernel, rank and command would spend five seconds on importing torch instead of two
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -29,6 +34,32 @@ def real_data(*inside):
     for folder in (os.environ.get("NANOCHAT_TEST_DATA"), REPO.parent/"shared"/"data"):
         if folder and (path := Path(folder).joinpath(*inside)).is_dir(): return path
     pytest.skip(f"no real data in reach: NANOCHAT_TEST_DATA names no folder{' that holds ' + '/'.join(inside) if inside else ''}")
+
+
+def typed_commands(text):
+    "What a page of markdown tells people to type, in blocks of shell and in spans: lists of words, without `uv run`."
+    blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, re.M | re.S)
+    spans = re.findall(r"`((?:uv run|nanochat|papermill) [^`\n]+)`", text)
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()] + spans
+    commands = [words for line in lines if (words := shlex.split(line, comments=True))]
+    def run_by_uv(words): return run_by_uv(words[2:]) if words[:2] == ["uv", "run"] or words[0] == "--group" else words
+    return [run_by_uv(words) for words in commands]
+
+
+def check_parses(words):
+    "That a command is one of ours (`nanochat …`, `python -m nanochat.…`) with options, settings and presets that exist, or somebody else's."
+    if words[0] == "nanochat": command, arguments = importlib.import_module("nanochat.speedrun").cli, words[1:]
+    elif words[:2] == ["python", "-m"] and words[2].startswith("nanochat."): command, arguments = importlib.import_module(words[2]).cli, words[3:]
+    else: return
+    name = words[0]
+    while isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
+        name, *arguments = arguments
+        assert name in command.commands, words
+        command = command.commands[name]
+    try: given = command.make_context(name, list(arguments)).params # an option that is not there is refused
+    except click.exceptions.Exit: return # --help
+    if preset := given.get("preset"): assert preset in known_presets(), words
+    for pair in given.get("settings") or (): assert pair == "help" or setting_name(pair.split("=")[0]), words
 
 
 def environment(base):

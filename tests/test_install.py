@@ -2,7 +2,6 @@
 import json
 import re
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
@@ -10,10 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO
-
-from nanochat.plan import known_presets, setting_name
-from nanochat.speedrun import cli
+from conftest import REPO, check_parses, typed_commands
 
 README = (REPO/"README.md").read_text()
 
@@ -56,19 +52,9 @@ def test_what_needs_no_torch_does_not_import_it(module):
     assert done.stdout.strip() == "[]"
 
 
-def readme_commands():
-    "What the README tells people to type, in blocks and in the text: lists of words."
-    blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", README, re.M | re.S)
-    spans = re.findall(r"`((?:uv run|nanochat|papermill) [^`\n]+)`", README)
-    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()] + spans
-    commands = [words for line in lines if (words := shlex.split(line, comments=True))]
-    def run_by_uv(words): return run_by_uv(words[2:]) if words[:2] == ["uv", "run"] or words[0] == "--group" else words
-    return [run_by_uv(words) for words in commands]
-
-
 def nanochat_commands():
     "The arguments of every `nanochat …` in the README."
-    return [words[1:] for words in readme_commands() if words[0] == "nanochat"]
+    return [words[1:] for words in typed_commands(README) if words[0] == "nanochat"]
 
 
 def test_readme_is_short_and_says_how_to_begin():
@@ -77,7 +63,7 @@ def test_readme_is_short_and_says_how_to_begin():
 
 
 def test_readme_commands_exist():
-    for program in {words[0] for words in readme_commands()}: assert (Path(sys.executable).parent/program).exists() or shutil.which(program), program
+    for program in {words[0] for words in typed_commands(README)}: assert (Path(sys.executable).parent/program).exists() or shutil.which(program), program
 
 
 def test_readme_commands_parse(tmp_path, monkeypatch):
@@ -85,15 +71,11 @@ def test_readme_commands_parse(tmp_path, monkeypatch):
     (tmp_path/"talks").mkdir() # the conversations of one's own that it speaks of
     (tmp_path/"talks"/"mine.jsonl").write_text("")
     assert len(nanochat_commands()) >= 3
-    for name, *arguments in nanochat_commands():
-        assert name in cli.commands, name
-        given = cli.commands[name].make_context(name, list(arguments)).params # exits for an option that is not there
-        if preset := given.get("preset"): assert preset in known_presets()
-        for pair in given.get("settings") or (): assert pair == "help" or setting_name(pair.split("=")[0])
+    for words in typed_commands(README): check_parses(words)
 
 
 def test_readme_papermill_commands_name_real_parameters():
-    for words in readme_commands():
+    for words in typed_commands(README):
         if words[0] != "papermill": continue
         cells = json.loads((REPO/words[1]).read_text())["cells"]
         parameters = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
