@@ -916,11 +916,11 @@ def _largest_depth(given: dict, hw: Hardware, affordable=lambda c: True) -> int:
 # %% ../nbs/08_plan.ipynb #66a61672
 def _refuse_memory(given: dict, c: dict, hw: Hardware):
     "Raise `UserError` for a run that does not fit the memory."
-    rows = max(given.get(f"{stage}.device_batch", 1) for stage in ("base", "mid", "sft"))
+    rows, stage = max((given.get(f"{stage}.device_batch", 1), stage) for stage in ("base", "mid", "sft"))
     need = training_memory(_model(c), rows, c["hardware.dtype"], c["hardware.nproc"], c["hardware.device"])["total"]
     largest = _largest_depth(given, hw)
     remedy = f"the largest depth that fits is {largest}, so set depth={largest}" if largest else "no depth fits, so set a smaller tokenizer.vocab_size or model.sequence_len"
-    if rows > 1: remedy += ", or a smaller device_batch"
+    if rows > 1: remedy += f", or a smaller {stage}.device_batch"
     raise UserError(f"depth {c['dial.depth']} with {rows} row{'s' if rows > 1 else ''} of {c['model.sequence_len']:,} tokens needs {_human(need, 'B')} on each device, "
                     f"more than the {_human(_memory_share(c, hw), 'B')} that {hw.name} can give: {remedy}.")
 

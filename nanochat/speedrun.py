@@ -435,7 +435,11 @@ def speedrun_command(preset, name, data, depth, minutes, dollars, until, nproc, 
     if not before: atomic_write(run.dir/"plan.json", json.dumps({"minutes": plan.minutes, "dollars": plan.dollars, "memory_bytes": plan.memory_bytes, "seconds": plan.seconds}, indent=1))
     click.echo(f"\nrun {run.name} in {run.dir}")
     started = time.perf_counter()
-    if speedrun(run): click.echo(f"finished in {(time.perf_counter() - started) / 60:.1f} minutes")
+    try: worked = speedrun(run)
+    except KeyboardInterrupt:
+        click.echo("\nstopped; the same command goes on from what is saved")
+        sys.exit(130) # as shells say that Ctrl-C ended something
+    if worked: click.echo(f"finished in {(time.perf_counter() - started) / 60:.1f} minutes")
     if (until := run.config["dial"]["until"]) == "report": click.echo(f"report: {run.dir/'report.html'}\nto talk to it: nanochat chat --run {run.name}")
     else: click.echo(f"ended after {until}, as asked; the same command with --until report goes on")
 
