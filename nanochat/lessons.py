@@ -11,8 +11,10 @@ import base64
 import copy
 import io
 import json
+import os
 import re
 import subprocess
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -201,7 +203,9 @@ def run_lesson(path: Path, # a lesson's notebook
     from nbclient import NotebookClient
     source = read_json(path, "open it in JupyterLab and mend it, or take it anew from the repository")
     notebook = nbformat.reads(json.dumps(solved(source) if with_solutions else source), as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}, store_widget_state=False).execute(stderr=subprocess.DEVNULL) # ipykernel says there, each time, how it is reached
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}, store_widget_state=False)
+    with tempfile.TemporaryDirectory() as folder: # for what the kernel keeps: somebody's own progress is neither shown nor changed
+        client.execute(env=os.environ | {"NANOCHAT_BASE_DIR": folder}, stderr=subprocess.DEVNULL) # ipykernel says there, each time, how it is reached
     if not with_solutions:
         for cell in notebook.cells:
             cell.get("metadata", {}).pop("execution", None)
