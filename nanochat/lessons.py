@@ -228,5 +228,120 @@ def said(notebook: dict) -> list[str]: # lines, in order
     text = "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
     return [line for line in text.splitlines() if re.match(r"[○✗✓] \d+\.\d+ ", line)]
 
+# %% ../nbs/22_lessons.ipynb #d787669e
+import random
+from collections import Counter
+from collections.abc import Mapping
+
+# %% ../nbs/22_lessons.ipynb #b8a26452
+def _ids(got, what: str) -> list[int]:
+    "An answer as a list of whole numbers, or what is wrong with it."
+    expect(got is not None, f"{what} is None: is there a `return`?")
+    expect(isinstance(got, (list, tuple)) and all(type(i) is int for i in got), f"{what} is {got!r:.60}, where a list of whole numbers is expected.")
+    return list(got)
+
+@exercise("1.1", "Count what repeats only once")
+def _weighted_pairs(count_pairs):
+    def counted(pieces):
+        before = dict(pieces)
+        got = count_pairs(pieces)
+        expect(got is not None, "the counts are None: is there a `return`?")
+        expect(isinstance(got, Mapping), f"the counts are a {type(got).__name__}, where a dictionary (or a Counter) is expected.")
+        expect(pieces == before, "the pieces were changed: count them, and leave them as they are.")
+        return {pair: n for pair, n in got.items() if n}
+    expect(counted({(1, 2): 1}) == {(1, 2): 1}, f"for the one piece (1, 2), which occurs once, the counts are {counted({(1, 2): 1})}, and the pair (1, 2) should be there once.")
+    got = counted({(1, 2): 7})
+    expect(got == {(1, 2): 7}, f"the piece (1, 2) occurs 7 times, and {got} was counted: a piece's pairs count as often as the piece occurs.")
+    got = counted({(1, 2): 1, (3, 4): 1})
+    expect((2, 3) not in got, "the pair (2, 3) was counted, which crosses from one piece into the next.")
+    got = counted({(5, 6, 7): 1})
+    expect(got == {(5, 6): 1, (6, 7): 1}, f"in the piece (5, 6, 7), {got} was counted: which neighbours are there, from the first to the last?")
+    got = counted({(1, 1, 1): 2, (1, 2): 7})
+    expect(got == {(1, 1): 4, (1, 2): 7}, f"for (1, 1, 1) twice and (1, 2) seven times, {got} was counted: how many neighbours has (1, 1, 1), and do counts of different pieces add up?")
+    expect(counted({}) == {} and counted({(4,): 3}) == {}, "no pieces, and a piece of one id, have no pairs.")
+    draw = random.Random(1)
+    pieces = {tuple(draw.choices(range(4), k=draw.randint(1, 7))): draw.randint(1, 9) for _ in range(60)}
+    want = Counter(pair for piece, n in pieces.items() for pair in zip(piece, piece[1:]) for _ in range(n))
+    got = counted(pieces)
+    wrong = [pair for pair in want | got if want.get(pair) != got.get(pair)]
+    expect(not wrong, f"of sixty random pieces, {len(wrong)} pairs have another count: do several pieces add to the same pair?")
+
+# %% ../nbs/22_lessons.ipynb #813b4757
+@exercise("1.2", "Encode in the order of ranks")
+def _encode_piece(encode_piece):
+    def encoded(piece, merges):
+        ranks = {pair: 256 + k for k, pair in enumerate(merges)}
+        got = _ids(encode_piece(piece, ranks), f"the encoding of {piece!r}")
+        expect(ranks == {pair: 256 + k for k, pair in enumerate(merges)}, "the ranks were changed: the next piece needs them too.")
+        return got
+    got = encoded(b"ab", [])
+    expect(got == [97, 98], f"without merges, b'ab' is the bytes [97, 98], and {got} came out.")
+    got = encoded(b"ab", [(97, 98)])
+    expect(got == [256], f"with the one merge a b, b'ab' should be [256], and {got} came out.")
+    got = encoded(b"abc", [(98, 99), (97, 98)])
+    expect(got == [97, 256], f"b c was learned before a b, and b'abc' became {got}: which of the possible merges has the lowest rank?")
+    got = encoded(b"abc", [(98, 99), (97, 98), (257, 99)])
+    expect(got == [97, 256], f"with the merges b c, a b, and ab c, b'abc' became {got}: the longest token is not what training would have made of it. Which merge comes first?")
+    got = encoded(b"abab", [(97, 98), (256, 256)])
+    expect(got == [257], f"with the merges a b and ab ab, b'abab' should be [257], and {got} came out: a merge can make another one possible.")
+    got = encoded(b"aaa", [(97, 97)])
+    expect(got == [256, 97], f"with the merge a a, b'aaa' should be [256, 97], and {got} came out: pairs are replaced from left to right.")
+    expect(encoded(b"", [(97, 97)]) == [] and encoded(b"q", [(97, 97)]) == [113], "a piece of no bytes has no ids, and a piece of one byte has that byte's.")
+    draw = random.Random(2)
+    for _ in range(200):
+        merges = []
+        for k in range(draw.randint(1, 12)):
+            ids = [97, 98, 99, *range(256, 256 + k)]
+            if (pair := (draw.choice(ids), draw.choice(ids))) not in merges: merges.append(pair)
+            else: break
+        piece = bytes(draw.choices(b"abc", k=draw.randint(1, 12)))
+        want = list(piece)
+        for new_id, pair in enumerate(merges, 256): # the training, done again
+            i = 0
+            while i < len(want) - 1:
+                if (want[i], want[i + 1]) == pair: want[i:i + 2] = [new_id]
+                i += 1
+        got = encoded(piece, merges)
+        expect(got == want, f"for {piece!r} and the merges {merges}, {got} came out, and the training would have made {want}.")
+
+# %% ../nbs/22_lessons.ipynb #ec401a3f
+@exercise("1.3", "Bytes per token")
+def _bytes_per_token(bytes_per_token):
+    pairs = lambda text: [*text.encode()[::2]] # two bytes make an id
+    expect_close(bytes_per_token(["abcd"], pairs), 2.0, "the value of a text of 4 bytes in 2 tokens", "Which is divided by which?")
+    expect_close(bytes_per_token(["東京"], pairs), 2.0, "the value of 東京 in 3 tokens", "How many bytes do these two characters have?")
+    lone = lambda text: [0] * (1 if len(text) > 4 else len(text)) # a long text is one token, a short one is its letters
+    expect_close(bytes_per_token(["abcdefghij", "ab", "cd"], lone), 14 / 5, "the value of three texts of 10, 2 and 2 bytes in 1, 2 and 2 tokens", "Is it a mean of the texts' own values? A short text must not weigh as much as a long one.")
+    expect_close(bytes_per_token(["", "abc"], pairs), 1.5, "the value of an empty text and one of 3 bytes in 2 tokens", "An empty text has neither bytes nor tokens.")
+
+# %% ../nbs/22_lessons.ipynb #29ab814e
+@exercise("1.4", "Where a decoder must wait")
+def _unfinished(unfinished):
+    def places(tokens):
+        before = list(tokens)
+        got = _ids(unfinished(tokens), "the answer")
+        expect(tokens == before, "the list of tokens was changed: read it, and leave it as it is.")
+        return got
+    got = places([b"a", b"bc"])
+    expect(got == [], f"for plain letters {got} came out, where no character is ever unfinished.")
+    got = places(["é".encode()[:1], "é".encode()[1:]])
+    expect(1 not in got, "é in two tokens: the second cannot be decoded by itself, but it finishes the character. What has come before it?")
+    expect(got == [0], f"é in two tokens: only after token 0 is it unfinished, and {got} came out.")
+    got = places([b"x", *(bytes([b]) for b in "🐈".encode()), b"y"])
+    expect(got == [1, 2, 3], f"x, then a cat in four tokens of one byte, then y: {got} came out. After which of them is the cat not yet whole?")
+    a, b = "東".encode(), "京".encode()
+    got = places([a[:2], a[2:] + b[:1], b[1:] + b"!"])
+    expect(got == [0, 1], f"東京! in three tokens: {got} came out. The middle one finishes a character and begins the next.")
+    got = places([b"ok \xe6", b"\x9d\xb1"])
+    expect(got == [0], f"a token of text and the first byte of a character: {got} came out. Does a token have to be all in the middle?")
+    expect(places([]) == [], "no tokens have no places.")
+    draw = random.Random(3)
+    for _ in range(50):
+        data = "".join(draw.choices("aé東🐈 \ufffd", k=8)).encode()
+        cuts = sorted({0, len(data), *draw.choices(range(len(data)), k=9)})
+        want = [i for i, end in enumerate(cuts[1:]) if end < len(data) and data[end] & 0xC0 == 0x80] # the next byte goes on with a character
+        got = places([data[i:j] for i, j in zip(cuts, cuts[1:])])
+        expect(got == want, f"for the {len(cuts) - 1} tokens of {data.decode()!r}, {got} came out: is it about all bytes so far? A � can also stand in the text itself.")
+
 # %% ../nbs/22_lessons.ipynb #17c23a62
 if __name__ == "__main__" and "get_ipython" not in globals(): run_command(main, "nanochat.lessons")
