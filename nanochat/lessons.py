@@ -343,5 +343,102 @@ def _unfinished(unfinished):
         got = places([data[i:j] for i, j in zip(cuts, cuts[1:])])
         expect(got == want, f"for the {len(cuts) - 1} tokens of {data.decode()!r}, {got} came out: is it about all bytes so far? A � can also stand in the text itself.")
 
+# %% ../nbs/22_lessons.ipynb #6a057b01
+def _pair(got, what: str, names: str):
+    "An answer of two, or what is wrong with it."
+    expect(got is not None, f"{what} is None: is there a `return`?")
+    expect(isinstance(got, (tuple, list)) and len(got) == 2, f"{what} is a {type(got).__name__}, where two things are expected: {names}.")
+    return got
+
+@exercise("2.1", "One step later")
+def _one_step_later(inputs_and_targets):
+    draw = torch.Generator().manual_seed(0)
+    for B, T, bos_id, padded in ((2, 5, 0, 0), (3, 6, 40, 3), (1, 1, 7, 0), (4, 9, 2000, 9)):
+        rows = torch.randint(1, 40, (B, T + 1), generator=draw)
+        rows[:, 0] = bos_id
+        if padded: rows[0, T + 1 - padded:] = -1
+        before = rows.clone()
+        x, y = _pair(inputs_and_targets(rows, bos_id), "the answer", "x and y")
+        expect(torch.equal(rows, before), "the rows were changed: x and y come from the same rows, so leave them as they are.")
+        for name, got in (("x", x), ("y", y)):
+            expect(isinstance(got, torch.Tensor), f"{name} is a {type(got).__name__}, where a tensor is expected.")
+            expect(got.shape == (B, T), f"of rows of the shape {tuple(rows.shape)}, {name} has the shape {tuple(got.shape)}, and {(B, T)} is expected.")
+            expect(not got.is_floating_point(), f"{name} is of {got.dtype}, where whole numbers are expected.")
+        expect(not (x < 0).any(), "x holds -1, which is no token: what should a model read at padding?")
+        expect((y < 0).sum() == (before[:, 1:] < 0).sum(), f"{int((before[:, 1:] < 0).sum())} targets are padding, and y marks {int((y < 0).sum())} with -1: a loss would be taken where there is no next token.")
+        seen = before[:, 1:] >= 0
+        expect(torch.equal(y[seen], before[:, 1:][seen]), "y is not what comes one step later: y[:, t] must be the token of the row behind x[:, t].")
+        expect(torch.equal(x, torch.where(before[:, :-1] < 0, bos_id, before[:, :-1])), "x is not all but the last token of each row, with BOS at padding.")
+
+# %% ../nbs/22_lessons.ipynb #287da065
+@exercise("2.2", "Best fit")
+def _best_fit(best_fit):
+    def reference(lengths, capacity):
+        waiting, rows = sorted(lengths), 0
+        while waiting:
+            gap, rows = capacity, rows + 1
+            while fits := [n for n in waiting if n <= gap]:
+                waiting.remove(fits[-1])
+                gap -= fits[-1]
+        return rows
+
+    draw = random.Random(4)
+    cases = [([5, 3, 6, 2, 4], 8), ([8], 8), ([3, 3, 3], 8), ([], 8), ([1] * 10, 5), ([4, 4, 4, 4], 4), ([6, 2, 5, 5, 3, 3], 8)]
+    cases += [([min(capacity, 1 + int(draw.expovariate(1 / mean))) for _ in range(80)], capacity) for mean, capacity in ((4, 10), (10, 32), (20, 64), (30, 64), (50, 64))]
+    for lengths, capacity in cases:
+        given = list(lengths)
+        rows = best_fit(given, capacity)
+        case = f"lengths {lengths} into {capacity}" if len(lengths) < 11 else f"{len(lengths)} documents into rows of {capacity}"
+        expect(rows is not None, "the rows are None: is there a `return`?")
+        expect(isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) and all(type(d) is int for d in row) for row in rows), f"{case}: {rows!r:.60} came out, where a list of lists of document numbers is expected.")
+        expect(given == lengths, "the list of lengths was changed: somebody else may still need it.")
+        placed = sorted(d for row in rows for d in row)
+        expect(set(placed) <= set(range(len(lengths))), f"{case}: a row names a document that there is not. A row holds numbers of documents, not their lengths.")
+        expect(len(set(placed)) == len(placed), f"{case}: a document is in two places.")
+        expect(len(placed) == len(lengths), f"{case}: {len(lengths) - len(placed)} documents are in no row. What about the last row?")
+        most = max((sum(lengths[d] for d in row) for row in rows), default=0)
+        expect(most <= capacity, f"{case}: a row is overfull, with {most} tokens.")
+        expect(all(rows), f"{case}: a row is empty.")
+        least = reference(lengths, capacity)
+        expect(len(rows) <= least, f"{case}: {len(rows)} rows, and best fit needs {least}. Is it the longest document that fits that is put in, out of all that wait?")
+
+# %% ../nbs/22_lessons.ipynb #dc96e81b
+@exercise("2.3", "Count the waste")
+def _waste(waste):
+    def counted(*case):
+        empty, thrown = _pair(waste(*case), "the answer", "the share of the row space, and the share of the tokens")
+        for share in (empty, thrown): expect(not isinstance(share, float) or -1e-9 < share < 1 + 1e-9, f"{share!r} is no share between 0 and 1.")
+        return empty, thrown
+    for rows, lengths, capacity, empty, thrown, hint in (
+        ([[(0, 0, 4)], [(1, 0, 2)]], [4, 2], 4, 0.25, 0.0, "Two of eight places hold no token."),
+        ([[(0, 0, 4)], [(1, 0, 4)]], [10, 6], 4, 0.0, 0.5, "Eight of sixteen tokens are in a row."),
+        ([[(0, 0, 3), (1, 0, 2)], [(0, 3, 4)]], [7, 5], 5, 0.1, 0.25, "A document may be in two rows, and a row may hold several pieces."),
+        ([[(2, 0, 8)]], [3, 5, 8], 10, 0.2, 0.5, "Documents that are in no row at all are thrown away too.")):
+        got = counted([list(row) for row in rows], list(lengths), capacity)
+        expect_close(got[0], empty, "the share of the row space without a token", hint, 1e-9)
+        expect_close(got[1], thrown, "the share of the tokens that are in no row", hint, 1e-9)
+
+# %% ../nbs/22_lessons.ipynb #5b035d18
+@exercise("2.4", "Stop, and go on")
+def _next_rows(next_rows):
+    def step(position, world_size, batch_size):
+        ranks = [_pair(next_rows(position, rank, world_size, batch_size), "the answer", "the rows, and the next position") for rank in range(world_size)]
+        rows = [_ids(list(rows) if isinstance(rows, range) else rows, "the rows") for rows, _ in ranks]
+        for rank, mine in enumerate(rows): expect(len(mine) == batch_size, f"rank {rank} of {world_size} reads {len(mine)} rows, where its batch has {batch_size}.")
+        after = {p for _, p in ranks}
+        expect(all(type(p) is int for p in after), "the next position is no whole number.")
+        expect(len(after) == 1, f"the ranks of one step disagree about the next position: {sorted(after)}. A stop would leave each of them somewhere else.")
+        every = [row for mine in rows for row in mine]
+        case = f"{world_size} ranks with {batch_size} rows each, from position {position}, read {rows}"
+        expect(len(set(every)) == len(every), f"{case}: a row is read twice.")
+        expect(min(every) == position and max(every) == position + len(every) - 1, f"{case}: does the step begin at its position, and leave no row out?")
+        expect(every == sorted(every), f"{case}: each rank reads a stretch of its own, rank 0 the first.")
+        (then,) = after
+        expect(then == position + len(every), f"{case}, and the next position is {then}: how many rows did all ranks read together?")
+        return then
+    for world_size, batch_size in ((1, 4), (2, 4), (4, 2), (3, 1)): step(0, world_size, batch_size)
+    position = 0
+    for world_size, batch_size in ((2, 4), (2, 4), (4, 2), (8, 1), (1, 8), (3, 5)): position = step(position, world_size, batch_size) # stopped, and gone on with other ranks
+
 # %% ../nbs/22_lessons.ipynb #17c23a62
 if __name__ == "__main__" and "get_ipython" not in globals(): run_command(main, "nanochat.lessons")
