@@ -228,5 +228,72 @@ def said(notebook: dict) -> list[str]: # lines, in order
     text = "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
     return [line for line in text.splitlines() if re.match(r"[○✗✓] \d+\.\d+ ", line)]
 
+# %% ../nbs/22_lessons.ipynb #550495fc
+from .attention import reference_attention
+from .model import GPT, GPTConfig, norm, rope_tables
+
+# %% ../nbs/22_lessons.ipynb #d51201d8
+def _untouched(f, *tensors):
+    "The answer to some tensors, which it may not write into."
+    copies = [t.clone() for t in tensors]
+    got = f(*copies)
+    expect(all(torch.equal(a, b) for a, b in zip(copies, tensors)), "your function writes into the tensor that it was given: make a new one.")
+    return got
+
+@exercise("3.1", "RMSNorm")
+def _rms_norm(rms_norm):
+    g = torch.Generator().manual_seed(0)
+    for shape in ((8,), (5, 8), (2, 3, 64)):
+        x = 3 * torch.randn(shape, generator=g)
+        expect_close(_untouched(rms_norm, x), norm(x), f"the norm of a tensor of shape {shape}", "Each vector along the last dimension is divided by the root of the mean of its own squares.")
+    expect_close(rms_norm(torch.zeros(2, 4)), torch.zeros(2, 4), "the norm of zeros", "A 1e-6 is added to the mean of the squares, so that nothing is divided by zero.")
+    expect_close(rms_norm(torch.full((1, 4), 1e-3)), norm(torch.full((1, 4), 1e-3)), "the norm of small numbers", "The 1e-6 stands under the root, beside the mean.")
+
+# %% ../nbs/22_lessons.ipynb #890a1c44
+@exercise("3.2", "Rotate the pairs")
+def _rope(rope):
+    g = torch.Generator().manual_seed(1)
+    for T, d, base in ((1, 4, 100.0), (6, 2, 10000.0), (20, 8, 10000.0), (20, 8, 500.0)):
+        x = torch.randn(T, d, generator=g)
+        got = _untouched(lambda x: rope(x, base), x)
+        expect_close(torch.as_tensor(got)[:1] if torch.is_tensor(got) and got.shape == x.shape else got, x[:1] if torch.is_tensor(got) and got.shape == x.shape else x,
+                     "the vector at position 0", "Positions are counted from 0, and an angle of 0 turns nothing.")
+        expect_close(got.norm(dim=-1), x.norm(dim=-1), "the length of the vectors", "A rotation keeps it: do both halves of a pair use the old x1 and x2?", 1e-4)
+        cos, sin = rope_tables(T, d, base)
+        want = x * cos + x.roll(d // 2, -1) * sin
+        cos, sin = cos[:, :d // 2], sin[:, :d // 2]
+        other = torch.cat([x[:, :d // 2] * cos - x[:, d // 2:] * sin, x[:, d // 2:] * cos + x[:, :d // 2] * sin], -1)
+        expect(d > 2 or T == 1 or not torch.allclose(got.float(), other, atol=1e-4), "the pairs turn the other way round: look at the two signs again.")
+        expect_close(got, want, f"the rotation of {T} vectors of {d} channels at base {base:g}", "Channel i goes with channel i + d/2, and pair i turns by t · base^(−2i/d).", 1e-4)
+
+# %% ../nbs/22_lessons.ipynb #b0c5c7ab
+@exercise("3.3", "A head with a window")
+def _head(one_head):
+    g = torch.Generator().manual_seed(2)
+    for T, d, window in ((1, 4, 2), (9, 4, 3), (9, 16, 0), (6, 8, 20)):
+        q, k, v = (torch.randn(T, d, generator=g) for _ in range(3))
+        got = _untouched(lambda q, k, v: one_head(q, k, v, window), q, k, v)
+        want = reference_attention(q[None, :, None], k[None, :, None], v[None, :, None], window=window)[0, :, 0]
+        if torch.is_tensor(got) and got.shape == want.shape and T > 1:
+            later_k, later_v = k.clone(), v.clone()
+            later_k[-1] += 5; later_v[-1] += 5
+            expect(torch.equal(got[:-1], one_head(q, later_k, later_v, window)[:-1]), "a query sees a key that comes after it: the mask must hide the future.")
+            first_v = v.clone()
+            first_v[0] += 100
+            sees = ((one_head(q, k, first_v, window) - got).abs().amax(1) > 1e-6).sum().item()
+            expect(sees == min(window + 1, T), f"with a window of {window}, the first key is seen by {sees} of {T} queries: a query sees itself and `window` tokens back.")
+        expect_close(got, want, f"the head's output for {T} tokens and a window of {window}", "Are the scores divided by √d, and does every row of weights sum to 1?")
+
+# %% ../nbs/22_lessons.ipynb #193bb0d5
+@exercise("3.4", "Count a model")
+def _count(count):
+    for change, hint in ((dict(), "A table, six kinds of matrices in each layer, and a head."), (dict(n_layer=5), "How many layers are there?"),
+                         (dict(vocab_size=500), "Tables are padded: `config.padded_vocab_size` rows."), (dict(n_head=4, n_kv_head=2), "With fewer kv heads, keys and values have n_kv_head · head_dim channels.")):
+        config = GPTConfig.plain2025(**dict(sequence_len=64, vocab_size=512, n_layer=3, n_head=4, n_embd=64) | change)
+        with torch.device("meta"): want = sum(p.numel() for p in GPT(config).parameters())
+        got = count(config)
+        expect(isinstance(got, int) and not isinstance(got, bool), f"the count is {'None: is there a `return`?' if got is None else f'a {type(got).__name__}, where a whole number is expected.'}")
+        expect(got == want, f"for {change or 'the lesson’s shape'} you count {got:,}, which is {abs(got - want):,} too {'many' if got > want else 'few'}. {hint}")
+
 # %% ../nbs/22_lessons.ipynb #17c23a62
 if __name__ == "__main__" and "get_ipython" not in globals(): run_command(main, "nanochat.lessons")
