@@ -295,5 +295,59 @@ def _count(count):
         expect(isinstance(got, int) and not isinstance(got, bool), f"the count is {'None: is there a `return`?' if got is None else f'a {type(got).__name__}, where a whole number is expected.'}")
         expect(got == want, f"for {change or 'the lesson’s shape'} you count {got:,}, which is {abs(got - want):,} too {'many' if got > want else 'few'}. {hint}")
 
+# %% ../nbs/22_lessons.ipynb #ab209d07
+from .optim import adamw_update, lr_multiplier
+
+# %% ../nbs/22_lessons.ipynb #c8716635
+@exercise("4.1", "One step of Adam")
+def _adam(adam_step):
+    g = torch.Generator().manual_seed(0)
+    for size, (beta1, beta2), eps in ((1.0, (0.9, 0.99), 1e-8), (1e-3, (0.8, 0.95), 1e-8), (1e-3, (0.9, 0.99), 1e-3)):
+        want = torch.randn(3, 4, generator=g)
+        param, mean, square, state = want.clone(), torch.zeros(3, 4), torch.zeros(3, 4), {"exp_avg": torch.zeros(3, 4), "exp_avg_sq": torch.zeros(3, 4)}
+        for step in (1, 2, 3):
+            grad = size * torch.randn(3, 4, generator=g)
+            adamw_update(want, grad, state, step, 0.1, (beta1, beta2), eps, 0.0)
+            got = _untouched(lambda p, g, m, v: adam_step(p, g, m, v, step, 0.1, beta1, beta2, eps), param, grad, mean, square)
+            expect(isinstance(got, tuple) and len(got) == 3, "three things are returned: the new parameters, the new mean of the gradients, and the new mean of their squares.")
+            expect_close(got[1], state["exp_avg"], f"the mean of the gradients after step {step}", "It keeps beta1 of the old mean; the correction is not stored in it.")
+            expect_close(got[2], state["exp_avg_sq"], f"the mean of the squares after step {step}", "It keeps beta2 of the old mean, and takes in the gradient squared.", 1e-8)
+            expect_close(got[0], want, f"the parameters after step {step}", "Divide each mean by 1 − beta**step, the second before the root, and add eps behind it.", 1e-5)
+            param, mean, square = got
+
+# %% ../nbs/22_lessons.ipynb #6cc4f6da
+@exercise("4.2", "Two kinds of decay")
+def _decay(predict):
+    got = predict()
+    expect(isinstance(got, (tuple, list)) and len(got) == 2, "two numbers are expected: the weight after decoupled decay, and the weight after L2 through Adam.")
+    expect_close(got[0], (1 - 0.01 * 0.1)**20, "the weight after decoupled decay", "Each step multiplies the weight by 1 − lr · weight_decay, and Adam itself does nothing without a gradient.", 0.002)
+    expect_close(got[1], 0.8, "the weight after L2 through Adam", "The decay is now all there is of the gradient. What does Adam make of a gradient's size?", 0.02)
+
+# %% ../nbs/22_lessons.ipynb #1cb9b5b9
+@exercise("4.3", "Newton–Schulz")
+def _newton_schulz(newton_schulz):
+    g = torch.Generator().manual_seed(1)
+    for shape, size, steps in (((6, 6), 1.0, 0), ((6, 6), 1.0, 1), ((4, 9), 50.0, 3), ((9, 4), 1e-3, 12)):
+        G = size * torch.randn(shape, generator=g)
+        u, s, vt = torch.linalg.svd(G, full_matrices=False)
+        s = s / s.norm()
+        for _ in range(steps): s = 1.5 * s - 0.5 * s**3
+        got = _untouched(lambda G: newton_schulz(G, steps), G)
+        expect_close(got, u @ torch.diag(s) @ vt, f"a {shape[0]}×{shape[1]} matrix after {steps} steps",
+                     "No step at all is the matrix divided by its norm." if steps == 0 else "Each step is 1.5 X − 0.5 X Xᵀ X, with matrix products (@).", 1e-4)
+
+# %% ../nbs/22_lessons.ipynb #48300cbf
+@exercise("4.4", "A schedule")
+def _schedule(schedule):
+    for steps, warmup, ratio, final in ((100, 10, 0.5, 0.0), (100, 10, 0.5, 0.1), (40, 0, 0.25, 0.05), (20, 15, 0.8, 0.2)):
+        got = [schedule(step, steps, warmup, ratio, final) for step in range(steps)]
+        expect(all(isinstance(x, (int, float)) for x in got), f"a step's multiplier is a {type(got[0]).__name__}, where a number is expected.")
+        want = [lr_multiplier(step, steps, warmup, ratio, final) for step in range(steps)]
+        where = f"with {steps} steps, {warmup} of warm-up, a warm-down over {ratio:g} of the run and an end at {final:g}"
+        expect_close(got[0], want[0], f"step 0 {where}", "A first step of 0 would be wasted, so the climb counts from 1; without a warm-up there is no climb.")
+        expect_close(got[-1], want[-1], f"the last step {where}", "It is one step short of the end, and the fall goes to `final_lr_frac`, not below.")
+        expect_close(max(got), max(want), f"the highest multiplier {where}", "The constant part is 1, and where climb and fall overlap, the lower one holds.")
+        expect_close(got, want, f"the schedule {where}", "Both slopes are straight lines; the fall begins when round(warmdown_ratio · steps) steps are left.")
+
 # %% ../nbs/22_lessons.ipynb #17c23a62
 if __name__ == "__main__" and "get_ipython" not in globals(): run_command(main, "nanochat.lessons")
