@@ -256,8 +256,8 @@ def _rope(rope):
     for T, d, base in ((1, 4, 100.0), (6, 2, 10000.0), (20, 8, 10000.0), (20, 8, 500.0)):
         x = torch.randn(T, d, generator=g)
         got = _untouched(lambda x: rope(x, base), x)
-        expect_close(torch.as_tensor(got)[:1] if torch.is_tensor(got) and got.shape == x.shape else got, x[:1] if torch.is_tensor(got) and got.shape == x.shape else x,
-                     "the vector at position 0", "Positions are counted from 0, and an angle of 0 turns nothing.")
+        expect(torch.is_tensor(got) and got.shape == x.shape, f"{tuple(got.shape) if torch.is_tensor(got) else type(got).__name__} came back, where a tensor of the shape {tuple(x.shape)} is expected.")
+        expect_close(got[0], x[0], "the vector at position 0", "Positions are counted from 0, and an angle of 0 turns nothing.")
         expect_close(got.norm(dim=-1), x.norm(dim=-1), "the length of the vectors", "A rotation keeps it: do both halves of a pair use the old x1 and x2?", 1e-4)
         cos, sin = rope_tables(T, d, base)
         want = x * cos + x.roll(d // 2, -1) * sin
