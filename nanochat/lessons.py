@@ -228,5 +228,79 @@ def said(notebook: dict) -> list[str]: # lines, in order
     text = "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
     return [line for line in text.splitlines() if re.match(r"[○✗✓] \d+\.\d+ ", line)]
 
+# %% ../nbs/22_lessons.ipynb #2de9f33f
+import math
+
+from .model import GPT, GPTConfig
+from .plan import Hardware, flops_per_token
+from .train import accumulate_gradients
+
+# %% ../nbs/22_lessons.ipynb #4b4a56a6
+def _uneven_parts(): # a model, and a batch in four uneven parts: list of (x, y), each (2, 12)
+    model = GPT(GPTConfig(sequence_len=12, vocab_size=64, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    tokens = torch.randint(64, (8, 13), generator=torch.Generator().manual_seed(5))
+    x, y = tokens[:, :-1].clone(), tokens[:, 1:].clone()
+    y[:2, 2:], y[2:4, 7:], y[4:6] = -1, -1, -1
+    return model, list(zip(x.split(2), y.split(2)))
+
+def _gradients(model): return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+@exercise("5.1", "A mean over all targets")
+def _accumulate(answer):
+    model, parts = _uneven_parts()
+    want = accumulate_gradients(model, parts)[0].item()
+    right = _gradients(model)
+    model.zero_grad()
+    copies = [(x.clone(), y.clone()) for x, y in parts]
+    got = answer(model, copies)
+    expect(all(torch.equal(a, b) for pair, copy_ in zip(parts, copies) for a, b in zip(pair, copy_)), "your code has changed the batch itself: read it, and leave it as it is.")
+    expect_close(got, want, "the mean loss", "Over how many targets, in all parts together, is it a mean?")
+    mine = _gradients(model)
+    expect(bool(mine), "no parameter has a gradient: is there a `backward`?")
+    for name, grad in right.items():
+        expect(name in mine, f"{name} has no gradient.")
+        size = grad.norm().item()
+        if size > 1e-6: expect((mine[name] - grad).norm().item() < 1e-3 * size, f"the gradient of {name} is off by {(mine[name] - grad).norm().item() / size:.0%}. By what is each part's sum divided? A target that is -1 does not count.")
+    answer(model, copies) # adds the same once more
+    grad = right["lm_head.weight"]
+    expect((model.lm_head.weight.grad - 2 * grad).norm().item() < 1e-3 * grad.norm().item(), "a gradient that was there before is gone: add to it, and empty nothing.")
+
+# %% ../nbs/22_lessons.ipynb #7f2afa2e
+@exercise("5.2", "Bits per byte")
+def _bits_per_byte(answer):
+    token_bytes = torch.tensor([1, 3, 2, 0])
+    nats, targets = torch.tensor([[1.0, 2.0, 4.0], [0.5, 8.0, 3.0]]), torch.tensor([[0, 1, 2], [1, 3, -1]])
+    keep = nats.clone(), targets.clone(), token_bytes.clone()
+    plain = torch.tensor([[0, 1], [2, 2]])
+    expect_close(answer(torch.full((2, 2), math.log(256)), plain, torch.ones(4, dtype=torch.int64)), 8.0, "with one byte a token and all 256 equally likely, the bits per byte", "What turns nats into bits?")
+    expect_close(answer(torch.full((2, 2), math.log(256)), plain, token_bytes), 4.0, "with tokens of several bytes, the bits per byte", "Divide the sum of all surprise by the sum of all bytes; a mean of quotients is another number.")
+    asked = torch.tensor([[0, 1, 2], [1, -1, -1]])
+    expect_close(answer(nats.clone(), asked, token_bytes), 7.5 / math.log(2) / 9, "with targets that are -1, the bits per byte", "They are not asked: neither their loss nor any byte counts. Beware, -1 is also an index.")
+    expect_close(answer(nats, targets, token_bytes), 7.5 / math.log(2) / 9, "with a special token, the bits per byte", "A token of zero bytes does not count above the line either.")
+    expect(all(torch.equal(a, b) for a, b in zip(keep, (nats, targets, token_bytes))), "your code has changed its inputs: work on copies.")
+
+# %% ../nbs/22_lessons.ipynb #2857a433
+@exercise("5.3", "What a token costs")
+def _train_flops(answer):
+    def want(C, V, windows, T): return 6 * (12 * len(windows) * C * C + V * C) + sum(12 * C * min(w, T) for w in windows)
+    hint = {"layers": "12·C² for each layer, and each parameter is used once forward and twice backward.", "head": "The head multiplies; the embedding is looked up.",
+            "attention": "12·C for each token that a layer sees, layer by layer.", "row": "No layer sees more tokens than the row has."}
+    for what, case in {"layers": (64, 0, [0, 0, 0], 16), "head": (64, 1000, [0, 0], 16), "attention": (64, 1000, [4, 16, 8], 16), "row": (32, 512, [128, 2048], 64)}.items():
+        expect_close(answer(*case), want(*case), f"the cost for n_embd={case[0]}, vocab_size={case[1]}, windows={case[2]}, T={case[3]}", hint[what], tolerance=1e-9)
+    d12 = GPTConfig()
+    expect_close(answer(d12.n_embd, d12.vocab_size, d12.windows, d12.sequence_len), flops_per_token(vars(d12)), "the cost of depth 12, gates aside,", hint["attention"], tolerance=1e-4)
+
+# %% ../nbs/22_lessons.ipynb #4790f269
+@exercise("5.4", "A budget in dollars")
+def _affordable(answer):
+    def machine(count): return Hardware("a machine", "cuda", count, 80 * 2**30, 1e15, 3.0)
+    for count in (1, 8):
+        got = answer(72.0, machine(count), 0.5, 4e9)
+        expect(isinstance(got, (tuple, list)) and len(got) == 2, f"two things are to be returned, hours and tokens; it was {type(got).__name__}.")
+        expect_close(got[0], 24 / count, f"for $72 on {count} GPU{'s' * (count > 1)} of $3 an hour, the hours", "The price is that of one GPU, and all of them run.")
+        expect_close(got[1], 24 * 3600 * 0.5e15 / 4e9, f"for $72 on {count} GPU{'s' * (count > 1)}, the tokens", "FLOPs are seconds × GPUs × peak × the share that is reached.", tolerance=1e-9)
+    tokens = answer(1.0, machine(1), 0.3, 7e9)[1]
+    expect(not isinstance(tokens, bool) and isinstance(tokens, int) and tokens == int(1e15 * 0.3 * 1200 / 7e9), f"tokens are whole: {tokens!r} is not, or is rounded up to one that cannot be paid for.")
+
 # %% ../nbs/22_lessons.ipynb #17c23a62
 if __name__ == "__main__" and "get_ipython" not in globals(): run_command(main, "nanochat.lessons")
