@@ -302,5 +302,68 @@ def _affordable(answer):
     tokens = answer(1.0, machine(1), 0.3, 7e9)[1]
     expect(not isinstance(tokens, bool) and isinstance(tokens, int) and tokens == int(1e15 * 0.3 * 1200 / 7e9), f"tokens are whole: {tokens!r} is not, or is rounded up to one that cannot be paid for.")
 
+# %% ../nbs/22_lessons.ipynb #5233c9e3
+from .chat_eval import mcnemar, pass_at_k
+from .core_eval import centred, wilson_interval
+
+# %% ../nbs/22_lessons.ipynb #6627c990
+def _whole(got, what): # an option or a count must be one
+    if isinstance(got, torch.Tensor) and got.numel() == 1 and not got.is_floating_point(): got = got.item()
+    expect(got is not None, f"{what} is None: is there a `return`?")
+    expect(isinstance(got, int) and not isinstance(got, bool), f"{what} is a {type(got).__name__}, where an int is expected.")
+    return got
+
+@exercise("6.1", "Choose an option")
+def _choose(answer):
+    cases = [([[0, 0, 4, 4, 9], [0, 0, 2, 2, 2]], 2, [4, 5], 1, "Two endings, of which the second surprises less."),
+             ([[0, 9, 2, 2, 2], [0, 0, 3, 3, 3]], 2, [5, 5], 0, "Tokens of the question do not count."),
+             ([[0, 0, 2, 2, 9], [0, 0, 3, 3, 0]], 2, [4, 4], 0, "Behind an option's length is padding, which does not count, and neither does its number in the mean."),
+             ([[0, 0, 8, 1, 1], [0, 0, 2, 2, 2]], 2, [5, 5], 1, "The ending begins at the place `prefix`, and that token counts."),
+             ([[0, 0, 1, 1, 8], [0, 0, 3, 3, 3]], 2, [5, 5], 1, "The last token of an ending counts too."),
+             ([[0, 0, 4, 9, 9], [0, 0, 3, 3, 3]], 2, [3, 5], 1, "The longer ending has the larger sum and the smaller mean."),
+             ([[0, 5, 2, 2, 2], [0, 5, 2, 2, 7], [0, 5, 1, 7, 7]], 2, [5, 4, 3], 2, "An ending may have a single token."),
+             ([[0, 4, 4, 4, 4], [0, 4, 4, 4, 4]], 1, [5, 4], 0, "Of equals, the first.")]
+    for nats, prefix, lengths, want, hint in cases:
+        given, many = torch.tensor(nats, dtype=torch.float32), torch.tensor(lengths)
+        before = given.clone(), many.clone()
+        got = _whole(answer(given, prefix, many), "your choice")
+        expect(got == want, f"of {nats} with prefix={prefix} and lengths={lengths} you chose {got}. {hint}")
+        expect(torch.equal(given, before[0]) and torch.equal(many, before[1]), "your code has changed its inputs: work on copies.")
+
+# %% ../nbs/22_lessons.ipynb #50e43dae
+@exercise("6.2", "Centre and average")
+def _core(answer):
+    for accuracies, chances, hint in (([0.7], [0.4], "What lies above chance is divided by what could lie above it."), ([0.5, 0.9], [0.0, 0.6], "Centre each task first, with its own chance; then take the mean."),
+                                      ([0.25, 1.0], [0.25, 0.0], "Guessing is 0 and perfection is 1."), ([0.1, 0.5], [0.25, 0.0], "Worse than chance is negative, and stays so.")):
+        expect_close(answer(list(accuracies), list(chances)), sum(centred(a, c) for a, c in zip(accuracies, chances)) / len(chances), f"the score of {accuracies} with chances {chances}", hint, tolerance=1e-9)
+
+# %% ../nbs/22_lessons.ipynb #b7514f73
+@exercise("6.3", "An interval that holds")
+def _interval(answer):
+    for right, n, hint in ((60, 100, "Look at the formula again: both n in it, and the root over the whole sum."), (20, 20, "All right is no proof of perfection: the lower end is well below 1."),
+                           (0, 10, "The upper end is above 0, and the lower one is 0."), (1, 3, "Few questions, a wide interval."), (6000, 10_000, "Many questions, a narrow interval.")):
+        got = answer(right, n)
+        expect(isinstance(got, (tuple, list)) and len(got) == 2, f"two numbers are to be returned, low and high; it was {type(got).__name__}.")
+        expect_close(list(got), list(wilson_interval(right, n)), f"the interval for {right} right of {n}", hint, tolerance=1e-9)
+        expect(0 <= got[0] <= got[1] <= 1, f"the interval for {right} right of {n} is {got[0]} to {got[1]}: an accuracy lies from 0 to 1.")
+    expect_close(list(answer(30, 50, z=2.576)), list(wilson_interval(30, 50, 2.576)), "the interval of 99 % for 30 right of 50", "Is z used everywhere?", tolerance=1e-9)
+
+# %% ../nbs/22_lessons.ipynb #16130258
+@exercise("6.4", "A paired test")
+def _paired_test(answer):
+    def results(both, b, c, neither): return [True] * (both + b) + [False] * (c + neither), [True] * both + [False] * b + [True] * c + [False] * neither
+    for counts, hint in (((0, 8, 0, 0), "Eight coins that all fall alike, on this side or on that: the test is two-sided."), ((40, 8, 0, 52), "Questions on which both are right, or both wrong, say nothing."),
+                         ((10, 5, 12, 3), "Add up all splits that are at least as uneven as this one, from 0 to the smaller count."), ((10, 12, 5, 3), "It must not matter which model comes first."),
+                         ((3, 4, 4, 3), "An even split is no sign at all: a probability is at most 1."), ((5, 0, 0, 5), "They never differ: 1."), ((100, 300, 340, 100), "With hundreds of coins the numbers get large; integers of Python do not mind.")):
+        first, second = results(*counts)
+        expect_close(answer(list(first), list(second)), mcnemar(first, second), f"p where A alone is right {counts[1]} times, B alone {counts[2]} times, and {counts[0] + counts[3]} times they agree,", hint, tolerance=1e-9)
+
+# %% ../nbs/22_lessons.ipynb #edcda3a1
+@exercise("6.5", "pass@k")
+def _pass_at(answer):
+    for n, c, k, hint in ((10, 3, 1, "One try is right as often as a sample is."), (10, 3, 5, "Draw k of the n samples without putting any back."), (10, 0, 5, "None is right."), (10, 8, 5, "Five tries cannot all be wrong where only two are."),
+                          (4, 2, 4, "All samples are drawn, and some are right."), (1000, 7, 100, "Large numbers: use whole ones as long as you can.")):
+        expect_close(answer(n, c, k), pass_at_k(n, c, k), f"pass@{k} from {n} samples of which {c} are right", hint, tolerance=1e-9)
+
 # %% ../nbs/22_lessons.ipynb #17c23a62
 if __name__ == "__main__" and "get_ipython" not in globals(): run_command(main, "nanochat.lessons")
