@@ -228,5 +228,174 @@ def said(notebook: dict) -> list[str]: # lines, in order
     text = "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
     return [line for line in text.splitlines() if re.match(r"[○✗✓] \d+\.\d+ ", line)]
 
+# %% ../nbs/22_lessons.ipynb #413c571e
+from .rl import advantages
+
+# %% ../nbs/22_lessons.ipynb #1688e881
+def _tensor_of_shape(got, shape: tuple, what: str) -> torch.Tensor: # the same
+    "Raise `NotYet` unless it is a tensor of a shape."
+    expect(got is not None, f"{what} is None: is there a `return`?")
+    expect(isinstance(got, torch.Tensor), f"{what} should be a tensor, and is a {type(got).__name__}.")
+    expect(got.shape == shape, f"{what} should have the shape {tuple(shape)}, and has {tuple(got.shape)}.")
+    return got
+
+@exercise("9.1", "Advantages of groups")
+def _group_advantages(answer):
+    steps = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 0]]), torch.tensor([[3.0, -1, 0.5, 7, 2]]), torch.tensor([[1.0, 0], [0, 1]])
+    for rewards in steps:
+        given = rewards.clone()
+        got = _tensor_of_shape(answer(given), rewards.shape, "the result")
+        expect(torch.equal(given, rewards), "the rewards that were handed in have been changed: compute a new tensor, without an operation in place.")
+        expect(got.sum(1).abs().max().item() < 1e-4, "a group's advantages don't add up to 0: is the baseline the mean of its own row (`dim=1, keepdim=True`)?")
+        expect_close(got, advantages(rewards), "the advantages", "Without `sigma_norm` nothing is divided.")
+        expect_close(answer(rewards.clone(), sigma_norm=True), advantages(rewards, sigma_norm=True), "the σ-normalised advantages", "Over how many is σ the mean: the samples, or one less? (`correction=0`)")
+    for value, n in ((0.0, 4), (1.0, 8), (0.1, 7)):
+        same = torch.full((2, n), value)
+        for switch in (False, True):
+            got = _tensor_of_shape(answer(same.clone(), sigma_norm=switch), same.shape, "the result")
+            expect(bool((got == 0).all()), f"a group whose rewards are all {value:g} must get exactly 0, {'with' if switch else 'without'} sigma_norm: beware of 0/0, and of a rounded mean of equal numbers.")
+
+# %% ../nbs/22_lessons.ipynb #91eb54dd
+@exercise("9.2", "The policy-gradient loss")
+def _policy_gradient_loss(answer):
+    for seed, (B, T), dtype in ((0, (2, 3), torch.long), (1, (4, 7), torch.float32), (2, (1, 1), torch.bool)):
+        generator = torch.Generator().manual_seed(seed)
+        logprobs = -torch.rand(B, T, generator=generator) * 3
+        mask = (torch.rand(B, T, generator=generator) < 0.5).to(dtype)
+        mask[:, 0] = 1
+        advantage, sampled = torch.randn(B, generator=generator), mask.bool()
+        want = -sum(advantage[b] * logprobs[b, t] for b in range(B) for t in range(T) if sampled[b, t]) / sampled.sum()
+        for filler, of_filler in ((-1.0, "The prompt and the padding must not count: use the mask, in the sum and in the number."), (float("-inf"), "Places that are not sampled hold −∞ here: choose with `torch.where`, as 0 · ∞ is not a number.")):
+            given = torch.where(sampled, logprobs, torch.tensor(filler)).requires_grad_()
+            kept = advantage.clone()
+            got = _tensor_of_shape(answer(given, mask, advantage), (), "the loss")
+            expect(torch.equal(kept, advantage), "the advantages that were handed in have been changed: compute a new tensor.")
+            hint = of_filler if filler < -1 else f"{of_filler} All sampled tokens of the batch count alike, and better answers make the loss *fall* as they get likelier: mind the sign."
+            expect_close(got.detach(), want, "the loss", hint)
+            expect(got.requires_grad, "the loss has no gradient: compute it from `logprobs` with torch alone, without `.item()` or `.detach()`.")
+            gradient, = torch.autograd.grad(got, given)
+            expect_close(gradient, -advantage[:, None] * sampled / sampled.sum(), "the gradient of the loss", of_filler)
+
+# %% ../nbs/22_lessons.ipynb #c37c93aa
+@exercise("9.3", "A verifier that is not fooled")
+def _verify(answer):
+    def judged(text, right):
+        got = answer(text, right)
+        expect(isinstance(got, (bool, int, float)), f"for {text[:20]!r} the verifier returns a {type(got).__name__}, where 1.0 or 0.0 is expected.")
+        return float(got)
+    for text, right in (("12", 12), (" 12\n", 12), ("12.", 12), ("-3", -3), ("0", 0), ("-3. ", -3), ("7", 7)):
+        expect(judged(text, right) == 1.0, f"{text!r} is right where {right} is asked for, and earns {judged(text, right):g}.")
+    attacks = [("", 0, "nothing at all"), ("13", 12, "another number"), ("112", 12, "a longer number with the right one in it"), ("10 11 12 13", 12, "a list of numbers"), ("It is 12", 12, "words"), ("12 or 13", 12, "two numbers"),
+               ("12.0", 12, "a decimal"), ("12.5", 12, "a decimal"), ("12..", 12, "two full stops"), ("-12", 12, "a number with the other sign"), ("12", -12, "a number with the other sign"), ("+12", 12, "a plus"), ("- 12", -12, "a minus that stands apart"), ("1_2", 12, "an underscore between digits"), ("1 2", 12, "digits that stand apart"),
+               ("１２", 12, "digits of another script"), ("12\n13", 12, "a second line"), ("6+6", 12, "a sum that is not computed"), ("True", 1, "a word"), ("one", 1, "a word"), (".", 0, "a lone full stop"), ("-", 0, "a lone minus"), ("12 .", 12, "a full stop that stands apart"), ("²", 2, "a raised digit")]
+    for text, right, what in attacks: expect(judged(text, right) == 0.0, f"fooled by {what}: {text!r} earns {judged(text, right):g} where {right} is asked for.")
+    for text in ("9" * 6000, "[" * 3000, "\x00", "<|assistant_end|>"):
+        expect(judged(text, 9) == 0.0, f"fooled by an odd text of {len(text)} characters that begins with {text[:10]!r}.")
+
+# %% ../nbs/22_lessons.ipynb #7ed852b9
+@exercise("9.4", "The estimator k3")
+def _kl_k3(answer):
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((5,), (3, 4), ()):
+        logprobs, reference = -3 * torch.rand(shape, generator=generator), -3 * torch.rand(shape, generator=generator)
+        log_rho = reference.double() - logprobs.double()
+        got = _tensor_of_shape(answer(logprobs.clone(), reference.clone()), shape, "the estimate")
+        expect_close(got, log_rho.exp() - 1 - log_rho, "the estimate", "Which model is above in ρ, and which below? And the result is one number for each token, no mean.")
+        expect(bool((got >= 0).all()), "an estimate is negative, and k3 never is: look at the signs.")
+    logprobs = torch.full((4,), -1.0)
+    expect(answer(logprobs, logprobs.clone()).abs().max().item() == 0, "where both models agree, the estimate should be exactly 0.")
+    step = torch.tensor([1e-3, -1e-3, 4e-4, -4e-4])
+    reference = logprobs + step
+    log_rho = (reference - logprobs).double()
+    got, want = answer(logprobs, reference).double(), torch.expm1(log_rho) - log_rho
+    expect(((got - want).abs() <= 0.1 * want + 1e-9).all().item() and (got >= 0).all().item(), "near ρ = 1 the result is mostly rounding: let `torch.expm1` compute ρ − 1.")
+
+# %% ../nbs/22_lessons.ipynb #a1958b86
+import math
+
+from .dpo import preferences_from
+
+# %% ../nbs/22_lessons.ipynb #f4868460
+def _library_pairs(records: list[dict]) -> list[tuple]:
+    def messages(r): return [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["answer"]}]
+    lines = [{"rating": r["rating"], "conversation": {"messages": messages(r)}, "instead_of": [{"content": text, "ended": True} for text in r["instead_of"]]} for r in records]
+    return [(p.prompt[0]["content"], p.chosen, p.rejected) for p in preferences_from(lines)]
+
+@exercise("10.1", "From feedback to pairs")
+def _pairs(answer):
+    def say_so(prompt, text, rating, *instead_of): return {"prompt": prompt, "answer": text, "rating": rating, "instead_of": list(instead_of)}
+    cases = [([], "there is no feedback at all"), ([say_so("Q", "a", 1), say_so("Q", "b", -1), say_so("Q", "c", -1)], "one answer has a thumb up and two have a thumb down"), ([say_so("Q", "b", 1, "a")], "an answer was regenerated and the new one liked"),
+             ([say_so("Q", "b", -1), say_so("Q", "a", 1)], "the thumb down came before the thumb up"), ([say_so("Q", "a", 1), say_so("P", "b", -1)], "the answers belong to different prompts"),
+             ([say_so("Q", "a", -1), say_so("Q", "b", 0, "a")], "nothing has a thumb up"), ([say_so("Q", "b", 0, "a")], "an answer was regenerated and nobody touched a thumb"),
+             ([say_so("Q", "a", -1), say_so("Q", "b", 1, "a")], "an answer has a thumb down and was regenerated as well: one pair, not two"), ([say_so("Q", "a", -1), say_so("Q", "b", 1), say_so("Q", "a", 1)], "a later thumb replaces an earlier one"),
+             ([say_so("Q", "a", 1), say_so("Q", "b", -1, "a")], "the answer that was regenerated away has a thumb up"), ([say_so("Q", "a", 1), say_so("Q", "c", -1), say_so("Q", "a", 0)], "a rating of 0 comes after a thumb"),
+             ([say_so("Q", "b", 1, "a"), say_so("Q", "c", 1, "b", "a")], "two answers have a thumb up"), ([say_so("Q", "a", 1), say_so("Q", "b", 0)], "an answer has no thumb and was not regenerated away"),
+             ([say_so("Q", "a", 0), say_so("Q", "c", 1, "a")], "an answer was seen without a thumb first, and regenerated away later"), ([say_so("Q", "a", 1), say_so("Q", "b", -1), say_so("Q", "a", 1)], "the same thumb was given twice")]
+    for records, when in cases:
+        given = copy.deepcopy(records)
+        got = answer(given)
+        expect(isinstance(got, list), f"a list is expected, and a {type(got).__name__} came back.")
+        expect(given == records, "the records that were handed in have been changed.")
+        try: found = sorted(tuple(pair) for pair in got)
+        except TypeError: raise NotYet("each pair should be (prompt, chosen, rejected), three texts.") from None
+        expect(all(len(pair) == 3 for pair in found), "each pair should be (prompt, chosen, rejected), three texts.")
+        expect(len(set(found)) == len(found), f"a pair comes twice where {when}.")
+        want = set(_library_pairs(records))
+        expect(set(found) == want, f"{len(set(found) - want)} pairs too many and {len(want - set(found))} missing where {when}.")
+
+# %% ../nbs/22_lessons.ipynb #bb1b26dc
+@exercise("10.2", "The Bradley–Terry loss")
+def _bradley_terry_loss(answer):
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 5, 40):
+        strengths, winners = torch.randn(6, generator=generator), torch.randint(6, (n,), generator=generator)
+        losers = (winners + torch.randint(1, 6, (n,), generator=generator)) % 6
+        given = strengths.clone().requires_grad_()
+        got = _tensor_of_shape(answer(given, winners, losers), (), "the loss")
+        chance = 1 / (1 + (strengths.double()[losers] - strengths.double()[winners]).exp())
+        expect_close(got.detach(), -chance.log().mean(), "the loss", "It is a mean over the comparisons, and falls where the *winner* gets stronger.")
+        expect(got.requires_grad, "the loss has no gradient: compute it with torch alone, without `.item()` or `.detach()`.")
+        torch.autograd.grad(got, given)
+    far = torch.tensor([0.0, 200.0], requires_grad=True)
+    upset = answer(far, torch.tensor([0]), torch.tensor([1]))
+    expect_close(upset.detach(), 200.0, "the loss where the weaker one by 200 has won", "Take the logarithm with `F.logsigmoid`: σ alone is 0 there.")
+    expect_close(torch.autograd.grad(upset, far)[0], torch.tensor([-1.0, 1.0]), "the gradient there", "Take the logarithm with `F.logsigmoid`: σ alone is flat there.")
+
+# %% ../nbs/22_lessons.ipynb #4cb72574
+@exercise("10.3", "The log-probability of an answer")
+def _answer_logprob(answer):
+    generator = torch.Generator().manual_seed(0)
+    for B, T, V in ((1, 2, 3), (3, 6, 5), (2, 9, 11)):
+        logits, ids = 2 * torch.randn(B, T, V, generator=generator), torch.randint(V, (B, T), generator=generator)
+        mask = (torch.rand(B, T, generator=generator) < 0.6).long()
+        mask[:, 0], mask[:, -1] = 0, 1
+        if T > 6: mask[1] = 0 # an answer without a token
+        kept = logits.clone(), ids.clone(), mask.clone()
+        got = _tensor_of_shape(answer(logits, ids, mask), (B,), "the result")
+        expect(all(torch.equal(a, b) for a, b in zip(kept, (logits, ids, mask))), "what was handed in has been changed.")
+        log_p = logits.double().log_softmax(-1)
+        want = torch.stack([sum((log_p[b, t - 1, ids[b, t]] for t in range(1, T) if mask[b, t]), torch.zeros((), dtype=torch.float64)) for b in range(B)])
+        expect_close(got, want, "the log-probability", "Which row of the logits predicts token t? Does the mask move along with the tokens? Is it a softmax over the vocabulary, and a sum, no mean?")
+
+# %% ../nbs/22_lessons.ipynb #997ac159
+@exercise("10.4", "The DPO loss")
+def _dpo_loss(answer):
+    generator = torch.Generator().manual_seed(0)
+    for n, beta in ((1, 0.5), (4, 0.1), (9, 2.0)):
+        four = [-5 * torch.rand(n, generator=generator) for _ in range(4)]
+        chosen, rejected, reference_chosen, reference_rejected = (t.double() for t in four)
+        same = _tensor_of_shape(answer(*four[:2], *four[:2], beta), (), "the loss")
+        expect_close(same.detach(), math.log(2), "the loss of a model that has not moved", "Each answer is compared with the *reference's* log-probability of the same answer.")
+        given = [t.clone().requires_grad_(i < 2) for i, t in enumerate(four)]
+        got = answer(*given, beta)
+        margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
+        expect_close(_tensor_of_shape(got, (), "the loss").detach(), (1 + (-margin).exp()).log().mean(), "the loss", "Where does β stand, which answer is the chosen one, and is it a mean over the pairs?")
+        expect(got.requires_grad, "the loss has no gradient: compute it with torch alone, without `.item()` or `.detach()`.")
+        gradients = torch.autograd.grad(got, given[:2], allow_unused=True)
+        expect(all(g is not None for g in gradients), "the gradient must reach both answers, the chosen and the rejected one.")
+        expect_close(gradients[1], beta * torch.sigmoid(-margin) / n, "the gradient of the rejected answers")
+    far = answer(torch.tensor([-300.0]), torch.tensor([0.0]), torch.tensor([0.0]), torch.tensor([0.0]), 1.0)
+    expect_close(far, 300.0, "the loss at a margin of −300", "Take the logarithm with `F.logsigmoid`: σ alone is 0 there.")
+
 # %% ../nbs/22_lessons.ipynb #17c23a62
 if __name__ == "__main__" and "get_ipython" not in globals(): run_command(main, "nanochat.lessons")
