@@ -232,5 +232,992 @@ def said(notebook: dict) -> list[str]: # lines, in order
     text = "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
     return [line for line in text.splitlines() if re.match(r"[○✗✓] \d+\.\d+ ", line)]
 
+# %% ../nbs/22_lessons.ipynb #d787669e
+import random
+from collections import Counter
+from collections.abc import Mapping
+
+# %% ../nbs/22_lessons.ipynb #b8a26452
+def _ids(got, what: str) -> list[int]:
+    "An answer as a list of whole numbers, or what is wrong with it."
+    expect(got is not None, f"{what} is None: is there a `return`?")
+    expect(isinstance(got, (list, tuple)) and all(type(i) is int for i in got), f"{what} is {got!r:.60}, where a list of whole numbers is expected.")
+    return list(got)
+
+@exercise("1.1", "Count what repeats only once")
+def _weighted_pairs(count_pairs):
+    def counted(pieces):
+        before = dict(pieces)
+        got = count_pairs(pieces)
+        expect(got is not None, "the counts are None: is there a `return`?")
+        expect(isinstance(got, Mapping), f"the counts are a {type(got).__name__}, where a dictionary (or a Counter) is expected.")
+        expect(pieces == before, "the pieces were changed: count them, and leave them as they are.")
+        return {pair: n for pair, n in got.items() if n}
+    expect(counted({(1, 2): 1}) == {(1, 2): 1}, f"for the one piece (1, 2), which occurs once, the counts are {counted({(1, 2): 1})}, and the pair (1, 2) should be there once.")
+    got = counted({(1, 2): 7})
+    expect(got == {(1, 2): 7}, f"the piece (1, 2) occurs 7 times, and {got} was counted: a piece's pairs count as often as the piece occurs.")
+    got = counted({(1, 2): 1, (3, 4): 1})
+    expect((2, 3) not in got, "the pair (2, 3) was counted, which crosses from one piece into the next.")
+    got = counted({(5, 6, 7): 1})
+    expect(got == {(5, 6): 1, (6, 7): 1}, f"in the piece (5, 6, 7), {got} was counted: which neighbours are there, from the first to the last?")
+    got = counted({(1, 1, 1): 2, (1, 2): 7})
+    expect(got == {(1, 1): 4, (1, 2): 7}, f"for (1, 1, 1) twice and (1, 2) seven times, {got} was counted: how many neighbours has (1, 1, 1), and do counts of different pieces add up?")
+    expect(counted({}) == {} and counted({(4,): 3}) == {}, "no pieces, and a piece of one id, have no pairs.")
+    draw = random.Random(1)
+    pieces = {tuple(draw.choices(range(4), k=draw.randint(1, 7))): draw.randint(1, 9) for _ in range(60)}
+    want = Counter(pair for piece, n in pieces.items() for pair in zip(piece, piece[1:]) for _ in range(n))
+    got = counted(pieces)
+    wrong = [pair for pair in want | got if want.get(pair) != got.get(pair)]
+    expect(not wrong, f"of sixty random pieces, {len(wrong)} pairs have another count: do several pieces add to the same pair?")
+
+# %% ../nbs/22_lessons.ipynb #813b4757
+@exercise("1.2", "Encode in the order of ranks")
+def _encode_piece(encode_piece):
+    def encoded(piece, merges):
+        ranks = {pair: 256 + k for k, pair in enumerate(merges)}
+        got = _ids(encode_piece(piece, ranks), f"the encoding of {piece!r}")
+        expect(ranks == {pair: 256 + k for k, pair in enumerate(merges)}, "the ranks were changed: the next piece needs them too.")
+        return got
+    got = encoded(b"ab", [])
+    expect(got == [97, 98], f"without merges, b'ab' is the bytes [97, 98], and {got} came out.")
+    got = encoded(b"ab", [(97, 98)])
+    expect(got == [256], f"with the one merge a b, b'ab' should be [256], and {got} came out.")
+    got = encoded(b"abc", [(98, 99), (97, 98)])
+    expect(got == [97, 256], f"b c was learned before a b, and b'abc' became {got}: which of the possible merges has the lowest rank?")
+    got = encoded(b"abc", [(98, 99), (97, 98), (257, 99)])
+    expect(got == [97, 256], f"with the merges b c, a b, and ab c, b'abc' became {got}: the longest token is not what training would have made of it. Which merge comes first?")
+    got = encoded(b"abab", [(97, 98), (256, 256)])
+    expect(got == [257], f"with the merges a b and ab ab, b'abab' should be [257], and {got} came out: a merge can make another one possible.")
+    got = encoded(b"aaa", [(97, 97)])
+    expect(got == [256, 97], f"with the merge a a, b'aaa' should be [256, 97], and {got} came out: pairs are replaced from left to right.")
+    expect(encoded(b"", [(97, 97)]) == [] and encoded(b"q", [(97, 97)]) == [113], "a piece of no bytes has no ids, and a piece of one byte has that byte's.")
+    draw = random.Random(2)
+    for _ in range(200):
+        merges = []
+        for k in range(draw.randint(1, 12)):
+            ids = [97, 98, 99, *range(256, 256 + k)]
+            if (pair := (draw.choice(ids), draw.choice(ids))) not in merges: merges.append(pair)
+            else: break
+        piece = bytes(draw.choices(b"abc", k=draw.randint(1, 12)))
+        want = list(piece)
+        for new_id, pair in enumerate(merges, 256): # the training, done again
+            i = 0
+            while i < len(want) - 1:
+                if (want[i], want[i + 1]) == pair: want[i:i + 2] = [new_id]
+                i += 1
+        got = encoded(piece, merges)
+        expect(got == want, f"for {piece!r} and the merges {merges}, {got} came out, and the training would have made {want}.")
+
+# %% ../nbs/22_lessons.ipynb #ec401a3f
+@exercise("1.3", "Bytes per token")
+def _bytes_per_token(bytes_per_token):
+    pairs = lambda text: [*text.encode()[::2]] # two bytes make an id
+    expect_close(bytes_per_token(["abcd"], pairs), 2.0, "the value of a text of 4 bytes in 2 tokens", "Which is divided by which?")
+    expect_close(bytes_per_token(["東京"], pairs), 2.0, "the value of 東京 in 3 tokens", "How many bytes do these two characters have?")
+    lone = lambda text: [0] * (1 if len(text) > 4 else len(text)) # a long text is one token, a short one is its letters
+    expect_close(bytes_per_token(["abcdefghij", "ab", "cd"], lone), 14 / 5, "the value of three texts of 10, 2 and 2 bytes in 1, 2 and 2 tokens", "Is it a mean of the texts' own values? A short text must not weigh as much as a long one.")
+    expect_close(bytes_per_token(["", "abc"], pairs), 1.5, "the value of an empty text and one of 3 bytes in 2 tokens", "An empty text has neither bytes nor tokens.")
+
+# %% ../nbs/22_lessons.ipynb #29ab814e
+@exercise("1.4", "Where a decoder must wait")
+def _unfinished(unfinished):
+    def places(tokens):
+        before = list(tokens)
+        got = _ids(unfinished(tokens), "the answer")
+        expect(tokens == before, "the list of tokens was changed: read it, and leave it as it is.")
+        return got
+    got = places([b"a", b"bc"])
+    expect(got == [], f"for plain letters {got} came out, where no character is ever unfinished.")
+    got = places(["é".encode()[:1], "é".encode()[1:]])
+    expect(1 not in got, "é in two tokens: the second cannot be decoded by itself, but it finishes the character. What has come before it?")
+    expect(got == [0], f"é in two tokens: only after token 0 is it unfinished, and {got} came out.")
+    got = places([b"x", *(bytes([b]) for b in "🐈".encode()), b"y"])
+    expect(got == [1, 2, 3], f"x, then a cat in four tokens of one byte, then y: {got} came out. After which of them is the cat not yet whole?")
+    a, b = "東".encode(), "京".encode()
+    got = places([a[:2], a[2:] + b[:1], b[1:] + b"!"])
+    expect(got == [0, 1], f"東京! in three tokens: {got} came out. The middle one finishes a character and begins the next.")
+    got = places([b"ok \xe6", b"\x9d\xb1"])
+    expect(got == [0], f"a token of text and the first byte of a character: {got} came out. Does a token have to be all in the middle?")
+    expect(places([]) == [], "no tokens have no places.")
+    draw = random.Random(3)
+    for _ in range(50):
+        data = "".join(draw.choices("aé東🐈 \ufffd", k=8)).encode()
+        cuts = sorted({0, len(data), *draw.choices(range(len(data)), k=9)})
+        want = [i for i, end in enumerate(cuts[1:]) if end < len(data) and data[end] & 0xC0 == 0x80] # the next byte goes on with a character
+        got = places([data[i:j] for i, j in zip(cuts, cuts[1:])])
+        expect(got == want, f"for the {len(cuts) - 1} tokens of {data.decode()!r}, {got} came out: is it about all bytes so far? A � can also stand in the text itself.")
+
+# %% ../nbs/22_lessons.ipynb #6a057b01
+def _pair(got, what: str, names: str):
+    "An answer of two, or what is wrong with it."
+    expect(got is not None, f"{what} is None: is there a `return`?")
+    expect(isinstance(got, (tuple, list)) and len(got) == 2, f"{what} is a {type(got).__name__}, where two things are expected: {names}.")
+    return got
+
+@exercise("2.1", "One step later")
+def _one_step_later(inputs_and_targets):
+    draw = torch.Generator().manual_seed(0)
+    for B, T, bos_id, padded in ((2, 5, 0, 0), (3, 6, 40, 3), (1, 1, 7, 0), (4, 9, 2000, 9)):
+        rows = torch.randint(1, 40, (B, T + 1), generator=draw)
+        rows[:, 0] = bos_id
+        if padded: rows[0, T + 1 - padded:] = -1
+        before = rows.clone()
+        x, y = _pair(inputs_and_targets(rows, bos_id), "the answer", "x and y")
+        expect(torch.equal(rows, before), "the rows were changed: x and y come from the same rows, so leave them as they are.")
+        for name, got in (("x", x), ("y", y)):
+            expect(isinstance(got, torch.Tensor), f"{name} is a {type(got).__name__}, where a tensor is expected.")
+            expect(got.shape == (B, T), f"of rows of the shape {tuple(rows.shape)}, {name} has the shape {tuple(got.shape)}, and {(B, T)} is expected.")
+            expect(not got.is_floating_point(), f"{name} is of {got.dtype}, where whole numbers are expected.")
+        expect(not (x < 0).any(), "x holds -1, which is no token: what should a model read at padding?")
+        expect((y < 0).sum() == (before[:, 1:] < 0).sum(), f"{int((before[:, 1:] < 0).sum())} targets are padding, and y marks {int((y < 0).sum())} with -1: a loss would be taken where there is no next token.")
+        seen = before[:, 1:] >= 0
+        expect(torch.equal(y[seen], before[:, 1:][seen]), "y is not what comes one step later: y[:, t] must be the token of the row behind x[:, t].")
+        expect(torch.equal(x, torch.where(before[:, :-1] < 0, bos_id, before[:, :-1])), "x is not all but the last token of each row, with BOS at padding.")
+
+# %% ../nbs/22_lessons.ipynb #287da065
+@exercise("2.2", "Best fit")
+def _best_fit(best_fit):
+    def reference(lengths, capacity):
+        waiting, rows = sorted(lengths), 0
+        while waiting:
+            gap, rows = capacity, rows + 1
+            while fits := [n for n in waiting if n <= gap]:
+                waiting.remove(fits[-1])
+                gap -= fits[-1]
+        return rows
+
+    draw = random.Random(4)
+    cases = [([5, 3, 6, 2, 4], 8), ([8], 8), ([3, 3, 3], 8), ([], 8), ([1] * 10, 5), ([4, 4, 4, 4], 4), ([6, 2, 5, 5, 3, 3], 8)]
+    cases += [([min(capacity, 1 + int(draw.expovariate(1 / mean))) for _ in range(80)], capacity) for mean, capacity in ((4, 10), (10, 32), (20, 64), (30, 64), (50, 64))]
+    for lengths, capacity in cases:
+        given = list(lengths)
+        rows = best_fit(given, capacity)
+        case = f"lengths {lengths} into {capacity}" if len(lengths) < 11 else f"{len(lengths)} documents into rows of {capacity}"
+        expect(rows is not None, "the rows are None: is there a `return`?")
+        expect(isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) and all(type(d) is int for d in row) for row in rows), f"{case}: {rows!r:.60} came out, where a list of lists of document numbers is expected.")
+        expect(given == lengths, "the list of lengths was changed: somebody else may still need it.")
+        placed = sorted(d for row in rows for d in row)
+        expect(set(placed) <= set(range(len(lengths))), f"{case}: a row names a document that there is not. A row holds numbers of documents, not their lengths.")
+        expect(len(set(placed)) == len(placed), f"{case}: a document is in two places.")
+        expect(len(placed) == len(lengths), f"{case}: {len(lengths) - len(placed)} documents are in no row. What about the last row?")
+        most = max((sum(lengths[d] for d in row) for row in rows), default=0)
+        expect(most <= capacity, f"{case}: a row is overfull, with {most} tokens.")
+        expect(all(rows), f"{case}: a row is empty.")
+        least = reference(lengths, capacity)
+        expect(len(rows) <= least, f"{case}: {len(rows)} rows, and best fit needs {least}. Is it the longest document that fits that is put in, out of all that wait?")
+
+# %% ../nbs/22_lessons.ipynb #dc96e81b
+@exercise("2.3", "Count the waste")
+def _waste(waste):
+    def counted(*case):
+        empty, thrown = _pair(waste(*case), "the answer", "the share of the row space, and the share of the tokens")
+        for share in (empty, thrown): expect(not isinstance(share, float) or -1e-9 < share < 1 + 1e-9, f"{share!r} is no share between 0 and 1.")
+        return empty, thrown
+    for rows, lengths, capacity, empty, thrown, hint in (
+        ([[(0, 0, 4)], [(1, 0, 2)]], [4, 2], 4, 0.25, 0.0, "Two of eight places hold no token."),
+        ([[(0, 0, 4)], [(1, 0, 4)]], [10, 6], 4, 0.0, 0.5, "Eight of sixteen tokens are in a row."),
+        ([[(0, 0, 3), (1, 0, 2)], [(0, 3, 4)]], [7, 5], 5, 0.1, 0.25, "A document may be in two rows, and a row may hold several pieces."),
+        ([[(2, 0, 8)]], [3, 5, 8], 10, 0.2, 0.5, "Documents that are in no row at all are thrown away too.")):
+        got = counted([list(row) for row in rows], list(lengths), capacity)
+        expect_close(got[0], empty, "the share of the row space without a token", hint, 1e-9)
+        expect_close(got[1], thrown, "the share of the tokens that are in no row", hint, 1e-9)
+
+# %% ../nbs/22_lessons.ipynb #5b035d18
+@exercise("2.4", "Stop, and go on")
+def _next_rows(next_rows):
+    def step(position, world_size, batch_size):
+        ranks = [_pair(next_rows(position, rank, world_size, batch_size), "the answer", "the rows, and the next position") for rank in range(world_size)]
+        rows = [_ids(list(rows) if isinstance(rows, range) else rows, "the rows") for rows, _ in ranks]
+        for rank, mine in enumerate(rows): expect(len(mine) == batch_size, f"rank {rank} of {world_size} reads {len(mine)} rows, where its batch has {batch_size}.")
+        after = {p for _, p in ranks}
+        expect(all(type(p) is int for p in after), "the next position is no whole number.")
+        expect(len(after) == 1, f"the ranks of one step disagree about the next position: {sorted(after)}. A stop would leave each of them somewhere else.")
+        every = [row for mine in rows for row in mine]
+        case = f"{world_size} ranks with {batch_size} rows each, from position {position}, read {rows}"
+        expect(len(set(every)) == len(every), f"{case}: a row is read twice.")
+        expect(min(every) == position and max(every) == position + len(every) - 1, f"{case}: does the step begin at its position, and leave no row out?")
+        expect(every == sorted(every), f"{case}: each rank reads a stretch of its own, rank 0 the first.")
+        (then,) = after
+        expect(then == position + len(every), f"{case}, and the next position is {then}: how many rows did all ranks read together?")
+        return then
+    for world_size, batch_size in ((1, 4), (2, 4), (4, 2), (3, 1)): step(0, world_size, batch_size)
+    position = 0
+    for world_size, batch_size in ((2, 4), (2, 4), (4, 2), (8, 1), (1, 8), (3, 5)): position = step(position, world_size, batch_size) # stopped, and gone on with other ranks
+
+# %% ../nbs/22_lessons.ipynb #550495fc
+from .attention import reference_attention
+from .model import GPT, GPTConfig, norm, rope_tables
+
+# %% ../nbs/22_lessons.ipynb #d51201d8
+def _untouched(f, *tensors):
+    "The answer to some tensors, which it may not write into."
+    copies = [t.clone() for t in tensors]
+    got = f(*copies)
+    expect(all(torch.equal(a, b) for a, b in zip(copies, tensors)), "your function writes into the tensor that it was given: make a new one.")
+    return got
+
+@exercise("3.1", "RMSNorm")
+def _rms_norm(rms_norm):
+    g = torch.Generator().manual_seed(0)
+    for shape in ((8,), (5, 8), (2, 3, 64)):
+        x = 3 * torch.randn(shape, generator=g)
+        expect_close(_untouched(rms_norm, x), norm(x), f"the norm of a tensor of shape {shape}", "Each vector along the last dimension is divided by the root of the mean of its own squares.")
+    expect_close(rms_norm(torch.zeros(2, 4)), torch.zeros(2, 4), "the norm of zeros", "A 1e-6 is added to the mean of the squares, so that nothing is divided by zero.")
+    expect_close(rms_norm(torch.full((1, 4), 1e-3)), norm(torch.full((1, 4), 1e-3)), "the norm of small numbers", "The 1e-6 stands under the root, beside the mean.")
+
+# %% ../nbs/22_lessons.ipynb #890a1c44
+@exercise("3.2", "Rotate the pairs")
+def _rope(rope):
+    g = torch.Generator().manual_seed(1)
+    for T, d, base in ((1, 4, 100.0), (6, 2, 10000.0), (20, 8, 10000.0), (20, 8, 500.0)):
+        x = torch.randn(T, d, generator=g)
+        got = _untouched(lambda x: rope(x, base), x)
+        expect(torch.is_tensor(got) and got.shape == x.shape, f"{tuple(got.shape) if torch.is_tensor(got) else type(got).__name__} came back, where a tensor of the shape {tuple(x.shape)} is expected.")
+        expect_close(got[0], x[0], "the vector at position 0", "Positions are counted from 0, and an angle of 0 turns nothing.")
+        expect_close(got.norm(dim=-1), x.norm(dim=-1), "the length of the vectors", "A rotation keeps it: do both halves of a pair use the old x1 and x2?", 1e-4)
+        cos, sin = rope_tables(T, d, base)
+        want = x * cos + x.roll(d // 2, -1) * sin
+        cos, sin = cos[:, :d // 2], sin[:, :d // 2]
+        other = torch.cat([x[:, :d // 2] * cos - x[:, d // 2:] * sin, x[:, d // 2:] * cos + x[:, :d // 2] * sin], -1)
+        expect(d > 2 or T == 1 or not torch.allclose(got.float(), other, atol=1e-4), "the pairs turn the other way round: look at the two signs again.")
+        expect_close(got, want, f"the rotation of {T} vectors of {d} channels at base {base:g}", "Channel i goes with channel i + d/2, and pair i turns by t · base^(−2i/d).", 1e-4)
+
+# %% ../nbs/22_lessons.ipynb #b0c5c7ab
+@exercise("3.3", "A head with a window")
+def _head(one_head):
+    g = torch.Generator().manual_seed(2)
+    for T, d, window in ((1, 4, 2), (9, 4, 3), (9, 16, 0), (6, 8, 20)):
+        q, k, v = (torch.randn(T, d, generator=g) for _ in range(3))
+        got = _untouched(lambda q, k, v: one_head(q, k, v, window), q, k, v)
+        want = reference_attention(q[None, :, None], k[None, :, None], v[None, :, None], window=window)[0, :, 0]
+        if torch.is_tensor(got) and got.shape == want.shape and T > 1:
+            later_k, later_v = k.clone(), v.clone()
+            later_k[-1] += 5; later_v[-1] += 5
+            expect(torch.equal(got[:-1], one_head(q, later_k, later_v, window)[:-1]), "a query sees a key that comes after it: the mask must hide the future.")
+            first_v = v.clone()
+            first_v[0] += 100
+            sees = ((one_head(q, k, first_v, window) - got).abs().amax(1) > 1e-6).sum().item()
+            expect(sees == min(window + 1, T), f"with a window of {window}, the first key is seen by {sees} of {T} queries: a query sees itself and `window` tokens back.")
+        expect_close(got, want, f"the head's output for {T} tokens and a window of {window}", "Are the scores divided by √d, and does every row of weights sum to 1?")
+
+# %% ../nbs/22_lessons.ipynb #193bb0d5
+@exercise("3.4", "Count a model")
+def _count(count):
+    for change, hint in ((dict(), "A table, six kinds of matrices in each layer, and a head."), (dict(n_layer=5), "How many layers are there?"),
+                         (dict(vocab_size=500), "Tables are padded: `config.padded_vocab_size` rows."), (dict(n_head=4, n_kv_head=2), "With fewer kv heads, keys and values have n_kv_head · head_dim channels.")):
+        config = GPTConfig.plain2025(**dict(sequence_len=64, vocab_size=512, n_layer=3, n_head=4, n_embd=64) | change)
+        with torch.device("meta"): want = sum(p.numel() for p in GPT(config).parameters())
+        got = count(config)
+        expect(isinstance(got, int) and not isinstance(got, bool), f"the count is {'None: is there a `return`?' if got is None else f'a {type(got).__name__}, where a whole number is expected.'}")
+        expect(got == want, f"for {change or 'the lesson’s shape'} you count {got:,}, which is {abs(got - want):,} too {'many' if got > want else 'few'}. {hint}")
+
+# %% ../nbs/22_lessons.ipynb #ab209d07
+from .optim import adamw_update, lr_multiplier
+
+# %% ../nbs/22_lessons.ipynb #c8716635
+@exercise("4.1", "One step of Adam")
+def _adam(adam_step):
+    g = torch.Generator().manual_seed(0)
+    for size, (beta1, beta2), eps in ((1.0, (0.9, 0.99), 1e-8), (1e-3, (0.8, 0.95), 1e-8), (1e-3, (0.9, 0.99), 1e-3)):
+        want = torch.randn(3, 4, generator=g)
+        param, mean, square, state = want.clone(), torch.zeros(3, 4), torch.zeros(3, 4), {"exp_avg": torch.zeros(3, 4), "exp_avg_sq": torch.zeros(3, 4)}
+        for step in (1, 2, 3):
+            grad = size * torch.randn(3, 4, generator=g)
+            adamw_update(want, grad, state, step, 0.1, (beta1, beta2), eps, 0.0)
+            got = _untouched(lambda p, g, m, v: adam_step(p, g, m, v, step, 0.1, beta1, beta2, eps), param, grad, mean, square)
+            expect(isinstance(got, tuple) and len(got) == 3, "three things are returned: the new parameters, the new mean of the gradients, and the new mean of their squares.")
+            expect_close(got[1], state["exp_avg"], f"the mean of the gradients after step {step}", "It keeps beta1 of the old mean; the correction is not stored in it.")
+            expect_close(got[2], state["exp_avg_sq"], f"the mean of the squares after step {step}", "It keeps beta2 of the old mean, and takes in the gradient squared.", 1e-8)
+            expect_close(got[0], want, f"the parameters after step {step}", "Divide each mean by 1 − beta**step, the second before the root, and add eps behind it.", 1e-5)
+            param, mean, square = got
+
+# %% ../nbs/22_lessons.ipynb #6cc4f6da
+@exercise("4.2", "Two kinds of decay")
+def _decay(predict):
+    got = predict()
+    expect(isinstance(got, (tuple, list)) and len(got) == 2, "two numbers are expected: the weight after decoupled decay, and the weight after L2 through Adam.")
+    expect_close(got[0], (1 - 0.01 * 0.1)**20, "the weight after decoupled decay", "Each step multiplies the weight by 1 − lr · weight_decay, and Adam itself does nothing without a gradient.", 0.002)
+    expect_close(got[1], 0.8, "the weight after L2 through Adam", "The decay is now all there is of the gradient. What does Adam make of a gradient's size?", 0.02)
+
+# %% ../nbs/22_lessons.ipynb #1cb9b5b9
+@exercise("4.3", "Newton–Schulz")
+def _newton_schulz(newton_schulz):
+    g = torch.Generator().manual_seed(1)
+    for shape, size, steps in (((6, 6), 1.0, 0), ((6, 6), 1.0, 1), ((4, 9), 50.0, 3), ((9, 4), 1e-3, 12)):
+        G = size * torch.randn(shape, generator=g)
+        u, s, vt = torch.linalg.svd(G, full_matrices=False)
+        s = s / s.norm()
+        for _ in range(steps): s = 1.5 * s - 0.5 * s**3
+        got = _untouched(lambda G: newton_schulz(G, steps), G)
+        expect_close(got, u @ torch.diag(s) @ vt, f"a {shape[0]}×{shape[1]} matrix after {steps} steps",
+                     "No step at all is the matrix divided by its norm." if steps == 0 else "Each step is 1.5 X − 0.5 X Xᵀ X, with matrix products (@).", 1e-4)
+
+# %% ../nbs/22_lessons.ipynb #48300cbf
+@exercise("4.4", "A schedule")
+def _schedule(schedule):
+    for steps, warmup, ratio, final in ((100, 10, 0.5, 0.0), (100, 10, 0.5, 0.1), (40, 0, 0.25, 0.05), (20, 15, 0.8, 0.2)):
+        got = [schedule(step, steps, warmup, ratio, final) for step in range(steps)]
+        expect(all(isinstance(x, (int, float)) for x in got), f"a step's multiplier is a {type(got[0]).__name__}, where a number is expected.")
+        want = [lr_multiplier(step, steps, warmup, ratio, final) for step in range(steps)]
+        where = f"with {steps} steps, {warmup} of warm-up, a warm-down over {ratio:g} of the run and an end at {final:g}"
+        expect_close(got[0], want[0], f"step 0 {where}", "A first step of 0 would be wasted, so the climb counts from 1; without a warm-up there is no climb.")
+        expect_close(got[-1], want[-1], f"the last step {where}", "It is one step short of the end, and the fall goes to `final_lr_frac`, not below.")
+        expect_close(max(got), max(want), f"the highest multiplier {where}", "The constant part is 1, and where climb and fall overlap, the lower one holds.")
+        expect_close(got, want, f"the schedule {where}", "Both slopes are straight lines; the fall begins when round(warmdown_ratio · steps) steps are left.")
+
+# %% ../nbs/22_lessons.ipynb #2de9f33f
+import math
+
+from .model import GPT, GPTConfig
+from .plan import Hardware, flops_per_token
+from .train import accumulate_gradients
+
+# %% ../nbs/22_lessons.ipynb #4b4a56a6
+def _uneven_parts(): # a model, and a batch in four uneven parts: list of (x, y), each (2, 12)
+    model = GPT(GPTConfig(sequence_len=12, vocab_size=64, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    tokens = torch.randint(64, (8, 13), generator=torch.Generator().manual_seed(5))
+    x, y = tokens[:, :-1].clone(), tokens[:, 1:].clone()
+    y[:2, 2:], y[2:4, 7:], y[4:6] = -1, -1, -1
+    return model, list(zip(x.split(2), y.split(2)))
+
+def _gradients(model): return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+@exercise("5.1", "A mean over all targets")
+def _accumulate(answer):
+    model, parts = _uneven_parts()
+    want = accumulate_gradients(model, parts)[0].item()
+    right = _gradients(model)
+    model.zero_grad()
+    copies = [(x.clone(), y.clone()) for x, y in parts]
+    got = answer(model, copies)
+    expect(all(torch.equal(a, b) for pair, copy_ in zip(parts, copies) for a, b in zip(pair, copy_)), "your code has changed the batch itself: read it, and leave it as it is.")
+    expect_close(got, want, "the mean loss", "Over how many targets, in all parts together, is it a mean?")
+    mine = _gradients(model)
+    expect(bool(mine), "no parameter has a gradient: is there a `backward`?")
+    for name, grad in right.items():
+        expect(name in mine, f"{name} has no gradient.")
+        size = grad.norm().item()
+        if size > 1e-6: expect((mine[name] - grad).norm().item() < 1e-3 * size, f"the gradient of {name} is off by {(mine[name] - grad).norm().item() / size:.0%}. By what is each part's sum divided? A target that is -1 does not count.")
+    answer(model, copies) # adds the same once more
+    grad = right["lm_head.weight"]
+    expect((model.lm_head.weight.grad - 2 * grad).norm().item() < 1e-3 * grad.norm().item(), "a gradient that was there before is gone: add to it, and empty nothing.")
+
+# %% ../nbs/22_lessons.ipynb #7f2afa2e
+@exercise("5.2", "Bits per byte")
+def _bits_per_byte(answer):
+    token_bytes = torch.tensor([1, 3, 2, 0])
+    nats, targets = torch.tensor([[1.0, 2.0, 4.0], [0.5, 8.0, 3.0]]), torch.tensor([[0, 1, 2], [1, 3, -1]])
+    keep = nats.clone(), targets.clone(), token_bytes.clone()
+    plain = torch.tensor([[0, 1], [2, 2]])
+    expect_close(answer(torch.full((2, 2), math.log(256)), plain, torch.ones(4, dtype=torch.int64)), 8.0, "with one byte a token and all 256 equally likely, the bits per byte", "What turns nats into bits?")
+    expect_close(answer(torch.full((2, 2), math.log(256)), plain, token_bytes), 4.0, "with tokens of several bytes, the bits per byte", "Divide the sum of all surprise by the sum of all bytes; a mean of quotients is another number.")
+    asked = torch.tensor([[0, 1, 2], [1, -1, -1]])
+    expect_close(answer(nats.clone(), asked, token_bytes), 7.5 / math.log(2) / 9, "with targets that are -1, the bits per byte", "They are not asked: neither their loss nor any byte counts. Beware, -1 is also an index.")
+    expect_close(answer(nats, targets, token_bytes), 7.5 / math.log(2) / 9, "with a special token, the bits per byte", "A token of zero bytes does not count above the line either.")
+    expect(all(torch.equal(a, b) for a, b in zip(keep, (nats, targets, token_bytes))), "your code has changed its inputs: work on copies.")
+
+# %% ../nbs/22_lessons.ipynb #2857a433
+@exercise("5.3", "What a token costs")
+def _train_flops(answer):
+    def want(C, V, windows, T): return 6 * (12 * len(windows) * C * C + V * C) + sum(12 * C * min(w, T) for w in windows)
+    hint = {"layers": "12·C² for each layer, and each parameter is used once forward and twice backward.", "head": "The head multiplies; the embedding is looked up.",
+            "attention": "12·C for each token that a layer sees, layer by layer.", "row": "No layer sees more tokens than the row has."}
+    for what, case in {"layers": (64, 0, [0, 0, 0], 16), "head": (64, 1000, [0, 0], 16), "attention": (64, 1000, [4, 16, 8], 16), "row": (32, 512, [128, 2048], 64)}.items():
+        expect_close(answer(*case), want(*case), f"the cost for n_embd={case[0]}, vocab_size={case[1]}, windows={case[2]}, T={case[3]}", hint[what], tolerance=1e-9)
+    d12 = GPTConfig()
+    expect_close(answer(d12.n_embd, d12.vocab_size, d12.windows, d12.sequence_len), flops_per_token(vars(d12)), "the cost of depth 12, gates aside,", hint["attention"], tolerance=1e-4)
+
+# %% ../nbs/22_lessons.ipynb #4790f269
+@exercise("5.4", "A budget in dollars")
+def _affordable(answer):
+    def machine(count): return Hardware("a machine", "cuda", count, 80 * 2**30, 1e15, 3.0)
+    for count in (1, 8):
+        got = answer(72.0, machine(count), 0.5, 4e9)
+        expect(isinstance(got, (tuple, list)) and len(got) == 2, f"two things are to be returned, hours and tokens; it was {type(got).__name__}.")
+        expect_close(got[0], 24 / count, f"for $72 on {count} GPU{'s' * (count > 1)} of $3 an hour, the hours", "The price is that of one GPU, and all of them run.")
+        expect_close(got[1], 24 * 3600 * 0.5e15 / 4e9, f"for $72 on {count} GPU{'s' * (count > 1)}, the tokens", "FLOPs are seconds × GPUs × peak × the share that is reached.", tolerance=1e-9)
+    tokens = answer(1.0, machine(1), 0.3, 7e9)[1]
+    expect(not isinstance(tokens, bool) and isinstance(tokens, int) and tokens == int(1e15 * 0.3 * 1200 / 7e9), f"tokens are whole: {tokens!r} is not, or is rounded up to one that cannot be paid for.")
+
+# %% ../nbs/22_lessons.ipynb #5233c9e3
+from .chat_eval import mcnemar, pass_at_k
+from .core_eval import centred, wilson_interval
+
+# %% ../nbs/22_lessons.ipynb #6627c990
+def _whole(got, what): # an option or a count must be one
+    if isinstance(got, torch.Tensor) and got.numel() == 1 and not got.is_floating_point(): got = got.item()
+    expect(got is not None, f"{what} is None: is there a `return`?")
+    expect(isinstance(got, int) and not isinstance(got, bool), f"{what} is a {type(got).__name__}, where an int is expected.")
+    return got
+
+@exercise("6.1", "Choose an option")
+def _choose(answer):
+    cases = [([[0, 0, 4, 4, 9], [0, 0, 2, 2, 2]], 2, [4, 5], 1, "Two endings, of which the second surprises less."),
+             ([[0, 9, 2, 2, 2], [0, 0, 3, 3, 3]], 2, [5, 5], 0, "Tokens of the question do not count."),
+             ([[0, 0, 2, 2, 9], [0, 0, 3, 3, 0]], 2, [4, 4], 0, "Behind an option's length is padding, which does not count, and neither does its number in the mean."),
+             ([[0, 0, 8, 1, 1], [0, 0, 2, 2, 2]], 2, [5, 5], 1, "The ending begins at the place `prefix`, and that token counts."),
+             ([[0, 0, 1, 1, 8], [0, 0, 3, 3, 3]], 2, [5, 5], 1, "The last token of an ending counts too."),
+             ([[0, 0, 4, 9, 9], [0, 0, 3, 3, 3]], 2, [3, 5], 1, "The longer ending has the larger sum and the smaller mean."),
+             ([[0, 5, 2, 2, 2], [0, 5, 2, 2, 7], [0, 5, 1, 7, 7]], 2, [5, 4, 3], 2, "An ending may have a single token."),
+             ([[0, 4, 4, 4, 4], [0, 4, 4, 4, 4]], 1, [5, 4], 0, "Of equals, the first.")]
+    for nats, prefix, lengths, want, hint in cases:
+        given, many = torch.tensor(nats, dtype=torch.float32), torch.tensor(lengths)
+        before = given.clone(), many.clone()
+        got = _whole(answer(given, prefix, many), "your choice")
+        expect(got == want, f"of {nats} with prefix={prefix} and lengths={lengths} you chose {got}. {hint}")
+        expect(torch.equal(given, before[0]) and torch.equal(many, before[1]), "your code has changed its inputs: work on copies.")
+
+# %% ../nbs/22_lessons.ipynb #50e43dae
+@exercise("6.2", "Centre and average")
+def _core(answer):
+    for accuracies, chances, hint in (([0.7], [0.4], "What lies above chance is divided by what could lie above it."), ([0.5, 0.9], [0.0, 0.6], "Centre each task first, with its own chance; then take the mean."),
+                                      ([0.25, 1.0], [0.25, 0.0], "Guessing is 0 and perfection is 1."), ([0.1, 0.5], [0.25, 0.0], "Worse than chance is negative, and stays so.")):
+        expect_close(answer(list(accuracies), list(chances)), sum(centred(a, c) for a, c in zip(accuracies, chances)) / len(chances), f"the score of {accuracies} with chances {chances}", hint, tolerance=1e-9)
+
+# %% ../nbs/22_lessons.ipynb #b7514f73
+@exercise("6.3", "An interval that holds")
+def _interval(answer):
+    for right, n, hint in ((60, 100, "Look at the formula again: both n in it, and the root over the whole sum."), (20, 20, "All right is no proof of perfection: the lower end is well below 1."),
+                           (0, 10, "The upper end is above 0, and the lower one is 0."), (1, 3, "Few questions, a wide interval."), (6000, 10_000, "Many questions, a narrow interval.")):
+        got = answer(right, n)
+        expect(isinstance(got, (tuple, list)) and len(got) == 2, f"two numbers are to be returned, low and high; it was {type(got).__name__}.")
+        expect_close(list(got), list(wilson_interval(right, n)), f"the interval for {right} right of {n}", hint, tolerance=1e-9)
+        expect(0 <= got[0] <= got[1] <= 1, f"the interval for {right} right of {n} is {got[0]} to {got[1]}: an accuracy lies from 0 to 1.")
+    expect_close(list(answer(30, 50, z=2.576)), list(wilson_interval(30, 50, 2.576)), "the interval of 99 % for 30 right of 50", "Is z used everywhere?", tolerance=1e-9)
+
+# %% ../nbs/22_lessons.ipynb #16130258
+@exercise("6.4", "A paired test")
+def _paired_test(answer):
+    def results(both, b, c, neither): return [True] * (both + b) + [False] * (c + neither), [True] * both + [False] * b + [True] * c + [False] * neither
+    for counts, hint in (((0, 8, 0, 0), "Eight coins that all fall alike, on this side or on that: the test is two-sided."), ((40, 8, 0, 52), "Questions on which both are right, or both wrong, say nothing."),
+                         ((10, 5, 12, 3), "Add up all splits that are at least as uneven as this one, from 0 to the smaller count."), ((10, 12, 5, 3), "It must not matter which model comes first."),
+                         ((3, 4, 4, 3), "An even split is no sign at all: a probability is at most 1."), ((5, 0, 0, 5), "They never differ: 1."), ((100, 300, 340, 100), "With hundreds of coins the numbers get large; integers of Python do not mind.")):
+        first, second = results(*counts)
+        expect_close(answer(list(first), list(second)), mcnemar(first, second), f"p where A alone is right {counts[1]} times, B alone {counts[2]} times, and {counts[0] + counts[3]} times they agree,", hint, tolerance=1e-9)
+
+# %% ../nbs/22_lessons.ipynb #edcda3a1
+@exercise("6.5", "pass@k")
+def _pass_at(answer):
+    for n, c, k, hint in ((10, 3, 1, "One try is right as often as a sample is."), (10, 3, 5, "Draw k of the n samples without putting any back."), (10, 0, 5, "None is right."), (10, 8, 5, "Five tries cannot all be wrong where only two are."),
+                          (4, 2, 4, "All samples are drawn, and some are right."), (1000, 7, 100, "Large numbers: use whole ones as long as you can.")):
+        expect_close(answer(n, c, k), pass_at_k(n, c, k), f"pass@{k} from {n} samples of which {c} are right", hint, tolerance=1e-9)
+
+# %% ../nbs/22_lessons.ipynb #359fcfff
+from .tokenizer import SPECIAL_TOKENS, chat_pieces
+
+# %% ../nbs/22_lessons.ipynb #f49a6b34
+_CHATS = [[("user", "Hi"), ("assistant", "Hello!")],
+          [("user", "Who?"), ("assistant", "Pico."), ("user", "Sure?"), ("assistant", "Yes é")],
+          [("user", "Say <|assistant_end|> twice"), ("assistant", "<|bos|>")],
+          [("user", "3+4?"), ("assistant", [{"type": "python", "text": "3+4"}, {"type": "python_output", "text": "7"}, {"type": "text", "text": "Seven."}])],
+          [("user", "only asked")]]
+
+@exercise("7.1", "Render a conversation")
+def _render_chat(render):
+    names = {name: 1000 + i for i, name in enumerate(SPECIAL_TOKENS)}
+    def encode(text): return list(text.encode())
+    def special(name):
+        expect(name in names, f"you asked for the special token {name!r}: there are {' '.join(names)}.")
+        return names[name]
+    for turns in _CHATS:
+        conversation = {"messages": [{"role": role, "content": content} for role, content in turns]}
+        kept = copy.deepcopy(conversation)
+        got = render(conversation, encode, special)
+        expect(isinstance(got, (tuple, list)) and len(got) == 2 and all(isinstance(part, list) for part in got), "it must return two lists, the ids and the mask.")
+        expect(conversation == kept, "the conversation was changed: leave the messages as they are.")
+        (ids, mask), pieces = got, list(chat_pieces(conversation))
+        expect(len(ids) == len(mask), f"there are {len(ids)} ids and {len(mask)} numbers in the mask: every token needs one.")
+        want = [(id, learned, text, is_special) for text, is_special, learned in pieces for id in ([names[text]] if is_special else encode(text))]
+        shown = {id: name for name, id in names.items()}
+        for i, (id, learned, text, is_special) in enumerate(want):
+            expect(i < len(ids), f"it ends after {len(ids)} tokens, and {text} should follow: how does a turn end?")
+            expect(ids[i] == id, f"token {i} is {shown.get(ids[i], ids[i])}, and {text if is_special else 'a byte of ' + repr(text)} is expected: look at the template, and let text stay text.")
+            expect(mask[i] in (0, 1), f"the mask of token {i} is {mask[i]!r}: it is 0 or 1.")
+            expect(bool(mask[i]) == bool(learned), f"the mask of token {i}, in {text!r}, is {int(mask[i])}: who writes this token when the model is in use?")
+        expect(len(ids) == len(want), f"there are {len(ids)} tokens, {len(ids) - len(want)} more than expected.")
+
+# %% ../nbs/22_lessons.ipynb #ed0a7e41
+@exercise("7.2", "The masked loss")
+def _masked_loss(loss):
+    generator = torch.Generator().manual_seed(0)
+    logits, ids = torch.randn(3, 6, 7, generator=generator), torch.randint(7, (3, 6), generator=generator)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 0], [1, 0, 1, 1, 0, 0]]) # the first token of a row is never predicted
+    def losses(predicted, at): return -predicted.log_softmax(-1).gather(-1, at[..., None])[..., 0]
+    each, learned = losses(logits[:, :-1], ids[:, 1:]), mask[:, 1:]
+    want = (each * learned).sum() / learned.sum()
+    inputs = logits.clone().requires_grad_(), ids.clone(), mask.clone()
+    got = loss(*inputs)
+    expect(isinstance(got, torch.Tensor), f"it returned {type(got).__name__}, where a tensor is expected.")
+    expect(got.requires_grad, "the loss has no gradient: stay with torch's functions, without .item() or .detach().")
+    expect(all(torch.equal(a, b) for a, b in zip(inputs, (logits, ids, mask))), "an input was changed: leave logits, ids and mask as they are.")
+    if got.shape == ():
+        for wrong, hint in (((losses(logits, ids) * mask).sum() / mask.sum(), "each logit is compared with its own token: the logits at place t speak of the token at t + 1."),
+                            (each.mean(), "the mask makes no difference: only learned tokens count."),
+                            ((each * learned).mean(), "the sum is divided by all positions: how many tokens are learned?"),
+                            ((each * learned).sum() / mask.sum(), "the first token of a row counts in the number of tokens, and nothing predicts it."),
+                            (((each * learned).sum(1) / learned.sum(1)).mean(), "it is a mean of the rows' means: then a token of a short answer weighs more than one of a long answer."),
+                            (-want, "the sign is wrong: a loss is what is to be made small.")):
+            expect(abs(got.item() - wrong.item()) > 1e-4, hint)
+    expect_close(got.detach(), want, "the loss", "It is the mean over the learned tokens of -log p.")
+    empty = loss(logits, ids, torch.zeros_like(mask))
+    expect_close(empty if empty is None else torch.as_tensor(empty).detach(), 0.0, "the loss of a batch with nothing to learn", "It is 0: what is divided by what?")
+
+# %% ../nbs/22_lessons.ipynb #45b31b82
+@exercise("7.3", "Weights to counts")
+def _weights_to_counts(counts):
+    for weights, total, want in (({"facts": 1, "sums": 1}, 10, {"facts": 5, "sums": 5}), ({"facts": 1, "sums": 1, "spelling": 1}, 10, {"facts": 4, "sums": 3, "spelling": 3}),
+                                 ({"facts": 3, "none": 0, "sums": 1}, 7, {"facts": 5, "none": 0, "sums": 2}), ({"one": 0.5}, 9, {"one": 9}), ({"facts": 2, "sums": 3}, 0, {"facts": 0, "sums": 0}),
+                                 ({"facts": 10, "sums": 10, "spelling": 1}, 2, {"facts": 1, "sums": 1, "spelling": 0}), ({"a": 4, "b": 4, "c": 4, "d": 1}, 10, {"a": 3, "b": 3, "c": 3, "d": 1})):
+        given, case = dict(weights), f"for {weights} and {total}"
+        got = counts(given, total)
+        expect(given == weights, "the weights were changed: leave them as they are.")
+        expect(isinstance(got, dict) and got.keys() == weights.keys(), f"{case} it must return a dictionary with a count for each of {', '.join(weights)}.")
+        expect(all(isinstance(n, int) for n in got.values()), f"{case} the counts are {list(got.values())}: they must be whole numbers (int).")
+        expect(sum(got.values()) == total, f"{case} the counts add up to {sum(got.values())}: what becomes of the conversations that rounding lost or won?")
+        expect(got == want, f"{case} the counts are {list(got.values())}: round down first; who has the largest part left over?")
+
+# %% ../nbs/22_lessons.ipynb #bebad79a
+@exercise("7.4", "Pack conversations")
+def _pack_chats(pack):
+    def best_fit(lengths, capacity): # rows that longest-first best fit needs
+        room = []
+        for length in sorted(lengths, reverse=True):
+            fits = [i for i, left in enumerate(room) if left >= length]
+            if fits: room[min(fits, key=lambda i: room[i])] -= length
+            else: room.append(capacity - length)
+        return len(room)
+    generator = torch.Generator().manual_seed(0)
+    cases = [([4, 3, 3, 2], 6), ([6, 6], 6), ([], 8), ([5, 5, 4, 4, 3, 3], 12), ([1] * 9, 4), ([2, 7, 3, 8, 5, 5], 10), ([60, 50, 40, 35, 30, 25, 20, 20, 10], 100)]
+    for n in (30, 200): cases.append((torch.randint(1, 60, (n,), generator=generator).tolist(), 97))
+    for lengths, capacity in cases:
+        given = list(lengths)
+        rows = pack(given, capacity)
+        case = f"{lengths if len(lengths) < 10 else str(len(lengths)) + ' conversations'} in rows of {capacity}"
+        expect(given == lengths, "the list of lengths was changed: sort a copy, or the indices.")
+        expect(isinstance(rows, list) and all(isinstance(row, list) for row in rows), "it must return a list of rows, each a list of the conversations' indices.")
+        placed = sorted(i for row in rows for i in row)
+        expect(placed == list(range(len(lengths))), f"{case}: each index must be there once, and {len(placed)} places hold {len(set(placed) & set(range(len(lengths))))} of them.")
+        full = max((sum(lengths[i] for i in row) for row in rows), default=0)
+        expect(full <= capacity, f"{case}: a row holds {full} tokens.")
+        expect(all(rows), f"{case}: there is an empty row.")
+        expect(len(rows) <= best_fit(lengths, capacity), f"{case}: {len(rows)} rows, and {best_fit(lengths, capacity)} would do: which conversation should choose its row first, and which of the rows where it fits?")
+
+# %% ../nbs/22_lessons.ipynb #8bc2ffc4
+@exercise("8.1", "Append to a cache")
+def _append_to_cache(append):
+    generator = torch.Generator().manual_seed(0)
+    for B, H, L, D, start in ((3, 2, 8, 4, [0, 3, 7]), (1, 1, 2, 2, [1]), (2, 3, 5, 4, [4, 4])):
+        cache, new = torch.randn(B, H, L, D, generator=generator), torch.randn(B, H, 1, D, generator=generator)
+        lengths, kept, got_cache = torch.tensor(start), new.clone(), cache.clone()
+        want = cache.clone()
+        for b, at in enumerate(start): want[b, :, at] = new[b, :, 0]
+        before = lengths.clone()
+        got = append(got_cache, lengths, new)
+        expect(isinstance(got, torch.Tensor), f"it returned {type(got).__name__}: return the new lengths, a tensor.")
+        expect(got.shape == (B,) and got.tolist() == [at + 1 for at in start], f"rows of {start} tokens have {got.tolist()} after one more: what is the length of each row then?")
+        expect(torch.equal(lengths, before) and torch.equal(new, kept), "an input was changed that should not be: only the cache is written to.")
+        expect(not torch.equal(got_cache, cache), "the cache is as it was: write into the tensor that you were given, in place.")
+        changed = [(got_cache[b] != cache[b]).any(-1).any(0).nonzero().flatten().tolist() for b in range(B)]
+        expect(changed == [[at] for at in start], f"rows of {start} tokens were written at the places {changed}: where does the next token of each row belong? They differ in length.")
+        expect_close(got_cache, want, "the cache", "Every head of a row has its own numbers.")
+
+# %% ../nbs/22_lessons.ipynb #036bcec6
+@exercise("8.2", "How large is a cache?")
+def _cache_bytes(cache_bytes):
+    for shape in ((24, 12, 128, 2048, 1, 4), (24, 3, 128, 2048, 100, 2), (2, 1, 16, 10, 3, 4), (1, 1, 1, 0, 5, 2)):
+        n_layer, n_kv_head, head_dim, tokens, rows, size = shape
+        want, got = 2 * n_layer * n_kv_head * head_dim * tokens * rows * size, cache_bytes(*shape)
+        expect(isinstance(got, (int, float)), f"it returned {type(got).__name__}, where a number of bytes is expected.")
+        expect(not want or got != want / 2, "it is half of what is needed: what does attention remember of a token besides its key?")
+        expect(not want or size == 1 or got != want / size, "these are numbers, not bytes: how many bytes has each?")
+        expect(got == want, f"for {n_layer} layers, {n_kv_head} heads of {head_dim} channels, {rows} rows of {tokens} tokens and {size} bytes a number it is {got:,}: multiply everything that each token leaves behind.")
+
+# %% ../nbs/22_lessons.ipynb #0c61386d
+@exercise("8.3", "Temperature and top-k")
+def _top_k_probs(probs):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 10, generator=generator) * 3
+    for temperature, k in ((1.0, 3), (0.5, 10), (2.0, 4), (1.0, 1), (0.7, 25)):
+        given = logits.clone()
+        got = probs(given, temperature, k)
+        expect(torch.equal(given, logits), "the logits were changed: they will be used again.")
+        best = logits >= logits.topk(min(k, 10)).values[:, -1:]
+        want = (logits / temperature).masked_fill(~best, -torch.inf).softmax(-1)
+        expect(isinstance(got, torch.Tensor) and got.shape == logits.shape, f"it must return a tensor of the shape {tuple(logits.shape)}, with 0 for tokens that cannot be drawn.")
+        expect(bool(((got > 0).sum(-1) == min(k, 10)).all()), f"with k = {k}, {(got > 0).sum(-1).tolist()} tokens of 10 can be drawn in the three rows: each row keeps its own k best, or all if there are fewer.")
+        expect_close(got.sum(-1), torch.ones(3), "the sum of a row's probabilities", "What is left must be scaled up again.")
+        expect(temperature == 1 or k == 1 or (got - (logits * temperature).masked_fill(~best, -torch.inf).softmax(-1)).abs().max() > 1e-4, "the temperature works the wrong way round: a high one should make the tokens more alike.")
+        expect_close(got, want, f"the probabilities at temperature {temperature}", "Is the temperature applied to the logits, before the softmax?")
+
+# %% ../nbs/22_lessons.ipynb #1ed6a893
+@exercise("8.4", "The top-p set")
+def _top_p_set(chosen):
+    for probs, p, want in (([0.5, 0.25, 0.125, 0.125], 0.6, [1, 1, 0, 0]), ([0.125, 0.25, 0.5, 0.125], 0.5, [0, 0, 1, 0]), ([0.125, 0.5, 0.125, 0.25], 0.51, [0, 1, 0, 1]),
+                           ([0.1, 0.9], 0.3, [0, 1]), ([0.25, 0.75], 1.0, [1, 1]), ([1.0], 0.01, [1]), ([0.0625, 0.5, 0.1875, 0.25], 0.9, [0, 1, 1, 1])):
+        given = torch.tensor(probs)
+        got = chosen(given, p)
+        case = f"of {probs} with p = {p}"
+        expect(torch.equal(given, torch.tensor(probs)), "the probabilities were changed: sort a copy.")
+        expect(isinstance(got, torch.Tensor) and got.shape == given.shape and got.dtype == torch.bool, f"it must return a bool for each of the {len(probs)} tokens, in their order.")
+        expect(bool(got.any()), f"{case} no token is left: the likeliest one always stays.")
+        total = given[got].sum().item()
+        expect(total >= p - 1e-6, f"{case} the kept tokens have {total:.3g} together: the one that crosses p belongs to the set.")
+        expect(got.sum().item() <= sum(want), f"{case} {got.sum().item()} tokens are kept, and {sum(want)} would be enough.")
+        expect(got.tolist() == [bool(w) for w in want], f"{case} the places {got.nonzero().flatten().tolist()} are kept: the likeliest come first, and the answer is in the order of the input.")
+
+# %% ../nbs/22_lessons.ipynb #bd704eda
+@exercise("8.5", "Stop strings")
+def _stop_strings(stream):
+    for pieces, stops, want in ((["Hel", "lo"], ["END"], "Hello"), (["Hello E", "ND more", " text"], ["END"], "Hello "), (["a", "b", "E", "N", "x"], ["END"], "abENx"), (["abc E", "N"], ["END"], "abc EN"),
+                                (["one\n", "User", ": two"], ["\nUser:", "###"], "one"), (["x##", "#y"], ["\nUser:", "###"], "x"), (["END"], ["END"], ""), ([], ["END"], ""), (["EEN", "D"], ["END"], "E"),
+                                (["aXb", "Y"], ["b", "X"], "a"), (["Good ", "END", "END"], ["END"], "Good ")):
+        given, seen = list(pieces), []
+        def source(): # remembers how much had come out before each piece
+            for piece in given:
+                seen.append("".join(out))
+                yield piece
+        out, case = [], f"of the pieces {pieces} with the stops {stops}"
+        got = stream(source(), list(stops))
+        expect(hasattr(got, "__iter__") and not isinstance(got, (str, list)), "it must be a generator: `yield` text as it becomes certain.")
+        for text in got:
+            expect(isinstance(text, str), f"it yielded {type(text).__name__}, where text is expected.")
+            out.append(text)
+        expect("".join(out) == want, f"{case} came {''.join(out)!r}, and {want!r} is expected: can a stop begin in one piece and end in another, and what is left at the end?")
+        for i, shown in enumerate(seen): # only what may become a stop is held back
+            text = "".join(given[:i])
+            held = max((n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+            expect(len(shown) >= min(len(want), len(text) - held), f"{case} only {shown!r} had come after {i} pieces: hold back no more than what may be the beginning of a stop.")
+
+# %% ../nbs/22_lessons.ipynb #413c571e
+from .rl import advantages
+
+# %% ../nbs/22_lessons.ipynb #1688e881
+def _tensor_of_shape(got, shape: tuple, what: str) -> torch.Tensor: # the same
+    "Raise `NotYet` unless it is a tensor of a shape."
+    expect(got is not None, f"{what} is None: is there a `return`?")
+    expect(isinstance(got, torch.Tensor), f"{what} should be a tensor, and is a {type(got).__name__}.")
+    expect(got.shape == shape, f"{what} should have the shape {tuple(shape)}, and has {tuple(got.shape)}.")
+    return got
+
+@exercise("9.1", "Advantages of groups")
+def _group_advantages(answer):
+    steps = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 0]]), torch.tensor([[3.0, -1, 0.5, 7, 2]]), torch.tensor([[1.0, 0], [0, 1]])
+    for rewards in steps:
+        given = rewards.clone()
+        got = _tensor_of_shape(answer(given), rewards.shape, "the result")
+        expect(torch.equal(given, rewards), "the rewards that were handed in have been changed: compute a new tensor, without an operation in place.")
+        expect(got.sum(1).abs().max().item() < 1e-4, "a group's advantages don't add up to 0: is the baseline the mean of its own row (`dim=1, keepdim=True`)?")
+        expect_close(got, advantages(rewards), "the advantages", "Without `sigma_norm` nothing is divided.")
+        expect_close(answer(rewards.clone(), sigma_norm=True), advantages(rewards, sigma_norm=True), "the σ-normalised advantages", "Over how many is σ the mean: the samples, or one less? (`correction=0`)")
+    for value, n in ((0.0, 4), (1.0, 8), (0.1, 7)):
+        same = torch.full((2, n), value)
+        for switch in (False, True):
+            got = _tensor_of_shape(answer(same.clone(), sigma_norm=switch), same.shape, "the result")
+            expect(bool((got == 0).all()), f"a group whose rewards are all {value:g} must get exactly 0, {'with' if switch else 'without'} sigma_norm: beware of 0/0, and of a rounded mean of equal numbers.")
+
+# %% ../nbs/22_lessons.ipynb #91eb54dd
+@exercise("9.2", "The policy-gradient loss")
+def _policy_gradient_loss(answer):
+    for seed, (B, T), dtype in ((0, (2, 3), torch.long), (1, (4, 7), torch.float32), (2, (1, 1), torch.bool)):
+        generator = torch.Generator().manual_seed(seed)
+        logprobs = -torch.rand(B, T, generator=generator) * 3
+        mask = (torch.rand(B, T, generator=generator) < 0.5).to(dtype)
+        mask[:, 0] = 1
+        advantage, sampled = torch.randn(B, generator=generator), mask.bool()
+        want = -sum(advantage[b] * logprobs[b, t] for b in range(B) for t in range(T) if sampled[b, t]) / sampled.sum()
+        for filler, of_filler in ((-1.0, "The prompt and the padding must not count: use the mask, in the sum and in the number."), (float("-inf"), "Places that are not sampled hold −∞ here: choose with `torch.where`, as 0 · ∞ is not a number.")):
+            given = torch.where(sampled, logprobs, torch.tensor(filler)).requires_grad_()
+            kept = advantage.clone()
+            got = _tensor_of_shape(answer(given, mask, advantage), (), "the loss")
+            expect(torch.equal(kept, advantage), "the advantages that were handed in have been changed: compute a new tensor.")
+            hint = of_filler if filler < -1 else f"{of_filler} All sampled tokens of the batch count alike, and better answers make the loss *fall* as they get likelier: mind the sign."
+            expect_close(got.detach(), want, "the loss", hint)
+            expect(got.requires_grad, "the loss has no gradient: compute it from `logprobs` with torch alone, without `.item()` or `.detach()`.")
+            gradient, = torch.autograd.grad(got, given)
+            expect_close(gradient, -advantage[:, None] * sampled / sampled.sum(), "the gradient of the loss", of_filler)
+
+# %% ../nbs/22_lessons.ipynb #c37c93aa
+@exercise("9.3", "A verifier that is not fooled")
+def _verify(answer):
+    def judged(text, right):
+        got = answer(text, right)
+        expect(isinstance(got, (bool, int, float)), f"for {text[:20]!r} the verifier returns a {type(got).__name__}, where 1.0 or 0.0 is expected.")
+        return float(got)
+    for text, right in (("12", 12), (" 12\n", 12), ("12.", 12), ("-3", -3), ("0", 0), ("-3. ", -3), ("7", 7)):
+        expect(judged(text, right) == 1.0, f"{text!r} is right where {right} is asked for, and earns {judged(text, right):g}.")
+    attacks = [("", 0, "nothing at all"), ("13", 12, "another number"), ("112", 12, "a longer number with the right one in it"), ("10 11 12 13", 12, "a list of numbers"), ("It is 12", 12, "words"), ("12 or 13", 12, "two numbers"),
+               ("12.0", 12, "a decimal"), ("12.5", 12, "a decimal"), ("12..", 12, "two full stops"), ("-12", 12, "a number with the other sign"), ("12", -12, "a number with the other sign"), ("+12", 12, "a plus"), ("- 12", -12, "a minus that stands apart"), ("1_2", 12, "an underscore between digits"), ("1 2", 12, "digits that stand apart"),
+               ("１２", 12, "digits of another script"), ("12\n13", 12, "a second line"), ("6+6", 12, "a sum that is not computed"), ("True", 1, "a word"), ("one", 1, "a word"), (".", 0, "a lone full stop"), ("-", 0, "a lone minus"), ("12 .", 12, "a full stop that stands apart"), ("²", 2, "a raised digit")]
+    for text, right, what in attacks: expect(judged(text, right) == 0.0, f"fooled by {what}: {text!r} earns {judged(text, right):g} where {right} is asked for.")
+    for text in ("9" * 6000, "[" * 3000, "\x00", "<|assistant_end|>"):
+        expect(judged(text, 9) == 0.0, f"fooled by an odd text of {len(text)} characters that begins with {text[:10]!r}.")
+
+# %% ../nbs/22_lessons.ipynb #7ed852b9
+@exercise("9.4", "The estimator k3")
+def _kl_k3(answer):
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((5,), (3, 4), ()):
+        logprobs, reference = -3 * torch.rand(shape, generator=generator), -3 * torch.rand(shape, generator=generator)
+        log_rho = reference.double() - logprobs.double()
+        got = _tensor_of_shape(answer(logprobs.clone(), reference.clone()), shape, "the estimate")
+        expect_close(got, log_rho.exp() - 1 - log_rho, "the estimate", "Which model is above in ρ, and which below? And the result is one number for each token, no mean.")
+        expect(bool((got >= 0).all()), "an estimate is negative, and k3 never is: look at the signs.")
+    logprobs = torch.full((4,), -1.0)
+    expect(answer(logprobs, logprobs.clone()).abs().max().item() == 0, "where both models agree, the estimate should be exactly 0.")
+    step = torch.tensor([1e-3, -1e-3, 4e-4, -4e-4])
+    reference = logprobs + step
+    log_rho = (reference - logprobs).double()
+    got, want = answer(logprobs, reference).double(), torch.expm1(log_rho) - log_rho
+    expect(((got - want).abs() <= 0.1 * want + 1e-9).all().item() and (got >= 0).all().item(), "near ρ = 1 the result is mostly rounding: let `torch.expm1` compute ρ − 1.")
+
+# %% ../nbs/22_lessons.ipynb #a1958b86
+import math
+
+from .dpo import preferences_from
+
+# %% ../nbs/22_lessons.ipynb #f4868460
+def _library_pairs(records: list[dict]) -> list[tuple]:
+    def messages(r): return [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["answer"]}]
+    lines = [{"rating": r["rating"], "conversation": {"messages": messages(r)}, "instead_of": [{"content": text, "ended": True} for text in r["instead_of"]]} for r in records]
+    return [(p.prompt[0]["content"], p.chosen, p.rejected) for p in preferences_from(lines)]
+
+@exercise("10.1", "From feedback to pairs")
+def _pairs(answer):
+    def say_so(prompt, text, rating, *instead_of): return {"prompt": prompt, "answer": text, "rating": rating, "instead_of": list(instead_of)}
+    cases = [([], "there is no feedback at all"), ([say_so("Q", "a", 1), say_so("Q", "b", -1), say_so("Q", "c", -1)], "one answer has a thumb up and two have a thumb down"), ([say_so("Q", "b", 1, "a")], "an answer was regenerated and the new one liked"),
+             ([say_so("Q", "b", -1), say_so("Q", "a", 1)], "the thumb down came before the thumb up"), ([say_so("Q", "a", 1), say_so("P", "b", -1)], "the answers belong to different prompts"),
+             ([say_so("Q", "a", -1), say_so("Q", "b", 0, "a")], "nothing has a thumb up"), ([say_so("Q", "b", 0, "a")], "an answer was regenerated and nobody touched a thumb"),
+             ([say_so("Q", "a", -1), say_so("Q", "b", 1, "a")], "an answer has a thumb down and was regenerated as well: one pair, not two"), ([say_so("Q", "a", -1), say_so("Q", "b", 1), say_so("Q", "a", 1)], "a later thumb replaces an earlier one"),
+             ([say_so("Q", "a", 1), say_so("Q", "b", -1, "a")], "the answer that was regenerated away has a thumb up"), ([say_so("Q", "a", 1), say_so("Q", "c", -1), say_so("Q", "a", 0)], "a rating of 0 comes after a thumb"),
+             ([say_so("Q", "b", 1, "a"), say_so("Q", "c", 1, "b", "a")], "two answers have a thumb up"), ([say_so("Q", "a", 1), say_so("Q", "b", 0)], "an answer has no thumb and was not regenerated away"),
+             ([say_so("Q", "a", 0), say_so("Q", "c", 1, "a")], "an answer was seen without a thumb first, and regenerated away later"), ([say_so("Q", "a", 1), say_so("Q", "b", -1), say_so("Q", "a", 1)], "the same thumb was given twice")]
+    for records, when in cases:
+        given = copy.deepcopy(records)
+        got = answer(given)
+        expect(isinstance(got, list), f"a list is expected, and a {type(got).__name__} came back.")
+        expect(given == records, "the records that were handed in have been changed.")
+        try: found = sorted(tuple(pair) for pair in got)
+        except TypeError: raise NotYet("each pair should be (prompt, chosen, rejected), three texts.") from None
+        expect(all(len(pair) == 3 for pair in found), "each pair should be (prompt, chosen, rejected), three texts.")
+        expect(len(set(found)) == len(found), f"a pair comes twice where {when}.")
+        want = set(_library_pairs(records))
+        expect(set(found) == want, f"{len(set(found) - want)} pairs too many and {len(want - set(found))} missing where {when}.")
+
+# %% ../nbs/22_lessons.ipynb #bb1b26dc
+@exercise("10.2", "The Bradley–Terry loss")
+def _bradley_terry_loss(answer):
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 5, 40):
+        strengths, winners = torch.randn(6, generator=generator), torch.randint(6, (n,), generator=generator)
+        losers = (winners + torch.randint(1, 6, (n,), generator=generator)) % 6
+        given = strengths.clone().requires_grad_()
+        got = _tensor_of_shape(answer(given, winners, losers), (), "the loss")
+        chance = 1 / (1 + (strengths.double()[losers] - strengths.double()[winners]).exp())
+        expect_close(got.detach(), -chance.log().mean(), "the loss", "It is a mean over the comparisons, and falls where the *winner* gets stronger.")
+        expect(got.requires_grad, "the loss has no gradient: compute it with torch alone, without `.item()` or `.detach()`.")
+        torch.autograd.grad(got, given)
+    far = torch.tensor([0.0, 200.0], requires_grad=True)
+    upset = answer(far, torch.tensor([0]), torch.tensor([1]))
+    expect_close(upset.detach(), 200.0, "the loss where the weaker one by 200 has won", "Take the logarithm with `F.logsigmoid`: σ alone is 0 there.")
+    expect_close(torch.autograd.grad(upset, far)[0], torch.tensor([-1.0, 1.0]), "the gradient there", "Take the logarithm with `F.logsigmoid`: σ alone is flat there.")
+
+# %% ../nbs/22_lessons.ipynb #4cb72574
+@exercise("10.3", "The log-probability of an answer")
+def _answer_logprob(answer):
+    generator = torch.Generator().manual_seed(0)
+    for B, T, V in ((1, 2, 3), (3, 6, 5), (2, 9, 11)):
+        logits, ids = 2 * torch.randn(B, T, V, generator=generator), torch.randint(V, (B, T), generator=generator)
+        mask = (torch.rand(B, T, generator=generator) < 0.6).long()
+        mask[:, 0], mask[:, -1] = 0, 1
+        if T > 6: mask[1] = 0 # an answer without a token
+        kept = logits.clone(), ids.clone(), mask.clone()
+        got = _tensor_of_shape(answer(logits, ids, mask), (B,), "the result")
+        expect(all(torch.equal(a, b) for a, b in zip(kept, (logits, ids, mask))), "what was handed in has been changed.")
+        log_p = logits.double().log_softmax(-1)
+        want = torch.stack([sum((log_p[b, t - 1, ids[b, t]] for t in range(1, T) if mask[b, t]), torch.zeros((), dtype=torch.float64)) for b in range(B)])
+        expect_close(got, want, "the log-probability", "Which row of the logits predicts token t? Does the mask move along with the tokens? Is it a softmax over the vocabulary, and a sum, no mean?")
+
+# %% ../nbs/22_lessons.ipynb #997ac159
+@exercise("10.4", "The DPO loss")
+def _dpo_loss(answer):
+    generator = torch.Generator().manual_seed(0)
+    for n, beta in ((1, 0.5), (4, 0.1), (9, 2.0)):
+        four = [-5 * torch.rand(n, generator=generator) for _ in range(4)]
+        chosen, rejected, reference_chosen, reference_rejected = (t.double() for t in four)
+        same = _tensor_of_shape(answer(*four[:2], *four[:2], beta), (), "the loss")
+        expect_close(same.detach(), math.log(2), "the loss of a model that has not moved", "Each answer is compared with the *reference's* log-probability of the same answer.")
+        given = [t.clone().requires_grad_(i < 2) for i, t in enumerate(four)]
+        got = answer(*given, beta)
+        margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
+        expect_close(_tensor_of_shape(got, (), "the loss").detach(), (1 + (-margin).exp()).log().mean(), "the loss", "Where does β stand, which answer is the chosen one, and is it a mean over the pairs?")
+        expect(got.requires_grad, "the loss has no gradient: compute it with torch alone, without `.item()` or `.detach()`.")
+        gradients = torch.autograd.grad(got, given[:2], allow_unused=True)
+        expect(all(g is not None for g in gradients), "the gradient must reach both answers, the chosen and the rejected one.")
+        expect_close(gradients[1], beta * torch.sigmoid(-margin) / n, "the gradient of the rejected answers")
+    far = answer(torch.tensor([-300.0]), torch.tensor([0.0]), torch.tensor([0.0]), torch.tensor([0.0]), 1.0)
+    expect_close(far, 300.0, "the loss at a margin of −300", "Take the logarithm with `F.logsigmoid`: σ alone is 0 there.")
+
+# %% ../nbs/22_lessons.ipynb #f10ba57c
+import math
+
+import numpy as np
+
+# %% ../nbs/22_lessons.ipynb #cba4b19d
+def _array(answer, # what the learner's code returned
+           shape: tuple, # that is expected
+           what: str,
+           ) -> np.ndarray:
+    "An answer as an array, if it has the expected shape."
+    expect(isinstance(answer, (np.ndarray, torch.Tensor)), f"{what} is a {type(answer).__name__}, where an array is expected: is there a `return`?")
+    expect(tuple(answer.shape) == shape, f"{what} has the shape {tuple(answer.shape)}, and {shape} is expected.")
+    return np.asarray(answer)
+
+@exercise("11.1", "One step of the ring")
+def _ring_step(ring_step):
+    generator = np.random.default_rng(0)
+    for ranks, numbers in ((4, 3), (2, 1), (5, 2)):
+        data = generator.integers(1, 100, (ranks, ranks, numbers)).astype(float)
+        total = data.sum(0) # (chunk, numbers)
+        for step in range(ranks - 1):
+            before, want = data.copy(), data.copy()
+            for r in range(ranks): want[(r + 1) % ranks, (r - step) % ranks] += before[r, (r - step) % ranks]
+            got = _array(ring_step(data, step), data.shape, "the new state")
+            expect(np.array_equal(data, before), "`data` itself was changed: work on a copy.")
+            changed, should = (got != before).any(-1), (want != before).any(-1)
+            where = f"With {ranks} ranks, in step {step}"
+            expect(changed.sum() == ranks, f"{where}, {int(changed.sum())} chunks changed, and each of the {ranks} ranks receives exactly one.")
+            expect(np.array_equal(changed, should), f"{where}, other chunks changed than those that should: which chunk does rank r send, and who gets it?")
+            expect(np.allclose(got, want), f"{where}, a received chunk has a wrong value: a rank adds what the sender had before this step to what it has itself.")
+            data = want
+        assert all(np.allclose(data[r, (r + 1) % ranks], total[(r + 1) % ranks]) for r in range(ranks))
+
+# %% ../nbs/22_lessons.ipynb #92171e95
+@exercise("11.2", "What ZeRO leaves on a rank")
+def _bytes_per_rank(bytes_per_rank):
+    for params, ranks in ((1000, 1), (7_500_000_000, 64), (1001, 8), (3, 8)):
+        share = (params + ranks - 1) // ranks
+        for stage, (weights, gradients, state) in enumerate(((params,) * 3, (params, params, share), (params, share, share), (share,) * 3)):
+            want, got = 2 * weights + 2 * gradients + 12 * state, bytes_per_rank(params, ranks, stage)
+            case = f"{params:,} parameters on {ranks} ranks in stage {stage}"
+            expect(isinstance(got, (int, float, np.integer)) and not isinstance(got, bool), f"{case}: the answer is a {type(got).__name__}, where a number is expected.")
+            if got == want: continue
+            if params % ranks: raise NotYet(f"{case}: {got:,} bytes. A share is a whole number of parameters, rounded up.")
+            if ranks == 1: raise NotYet(f"{case}: {got:,} bytes. On one rank every stage needs 2 + 2 + 12 bytes for a parameter.")
+            hints = ("nothing is shared yet", "only the optimizer's state is shared", "gradients and state are shared, and the weights are not", "everything is shared")
+            raise NotYet(f"{case}: {got:,} bytes. In stage {stage} {hints[stage]}.")
+
+# %% ../nbs/22_lessons.ipynb #595f5d37
+@exercise("11.3", "Round like bf16")
+def _round_bf16(round_bf16):
+    def see(x, hint):
+        got, want = round_bf16(x), torch.tensor(x, dtype=torch.float64).to(torch.bfloat16).item()
+        expect(isinstance(got, (int, float)), f"round_bf16({x!r}) is a {type(got).__name__}, where a float is expected.")
+        expect(math.isfinite(got) and got == want, f"round_bf16({x!r}) is {got!r}. {hint}")
+    for x in (1.0, -2.0, 0.15625, 384.0, 0.0): see(x, "This number has few bits: it should stay as it is.")
+    for x in (1.001, 3.14159, -0.3, 1e-5, 70000.0, 1.005, 255.7): see(x, "Eight significant bits are kept, the leading one among them.")
+    for x in (1.006, 1.99999, 0.99999, -5.99): see(x, "It should go to the nearest neighbour, not always down.")
+    for x in (1 + 2**-8, 1 + 3 * 2**-8, 257.0, 259.0, -(1 + 2**-8)): see(x, "It lies in the middle of two neighbours: a tie goes to the even one.")
+    for x in torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist(): see(x, "Look at its bits once more.")
+
+# %% ../nbs/22_lessons.ipynb #b3483428
+@exercise("11.4", "Softmax without the whole row")
+def _online_attention(online_attention):
+    generator = np.random.default_rng(0)
+    cases = [("scores of usual size", generator.normal(size=64), 16), ("the largest score in the last block", np.arange(60.0), 20), ("the largest score in the first block", -np.arange(60.0), 20),
+             ("a last block that is shorter", generator.normal(size=50), 16), ("blocks of one", generator.normal(size=7), 1), ("one block larger than the row", generator.normal(size=7), 100),
+             ("scores of 10,000", 1e4 + generator.normal(size=40), 8), ("scores of −10,000", -1e4 + generator.normal(size=40), 8)]
+    for what, scores, block in cases:
+        values = generator.normal(size=(len(scores), 5))
+        p = np.exp(scores - scores.max())
+        seen, kept = [], (scores.copy(), values.copy())
+        class Watched(np.ndarray): # notes how much is exponentiated at a time
+            def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+                if ufunc is np.exp: seen.extend(np.size(x) for x in inputs)
+                plain = [np.asarray(x) if isinstance(x, Watched) else x for x in inputs]
+                out = getattr(ufunc, method)(*plain, **{k: v for k, v in kwargs.items() if k != "out"})
+                return out.view(Watched) if isinstance(out, np.ndarray) else out
+        with np.errstate(all="ignore"): got = online_attention(scores.view(Watched), values, block)
+        got = np.asarray(_array(got, (5,), "the result"))
+        expect(np.array_equal(scores, kept[0]) and np.array_equal(values, kept[1]), "`scores` or `values` was changed: leave them as they are.")
+        expect(np.isfinite(got).all(), f"With {what} the result is not finite: subtract the largest score so far before `exp`.")
+        expect(np.allclose(got, p @ values / p.sum(), rtol=1e-8, atol=1e-10), f"With {what} the result is wrong. When a larger score comes, what has been summed so far has to be mended, the sum and the output; at the end, divide.")
+        expect(not seen or max(seen) <= block, f"With {what}, `exp` was taken of {max(seen, default=0)} scores at a time, and a block has {block}: do not look at the whole row.")
+
+# %% ../nbs/22_lessons.ipynb #9e7020af
+from .common import STAGES, fingerprint
+
+@exercise("12.1", "As deep as the budget")
+def _best_depth(best_depth):
+    for budget, deepest, fits in ((100, 100, 100), (0.5, 100, 100), (1e9, 100, 100), (1e9, 100, 37), (5.0, 1, 1), (64, 64, 64), (63.99, 64, 64), (1.0, 2, 1)):
+        calls = []
+        def cost(depth):
+            expect(isinstance(depth, int) and 1 <= depth <= deepest, f"cost was called with {depth!r}, and depths go from 1 to {deepest}.")
+            calls.append(depth)
+            if depth > fits: raise UserError(f"depth {depth} does not fit the memory.")
+            return depth**3 / 64**2
+        right = max([d for d in range(1, fits + 1) if d**3 / 64**2 <= budget], default=0)
+        case = f"With a budget of {budget:g} dollars, depths up to {deepest}" + (f" and a memory that ends at {fits}" if fits < deepest else "")
+        try: got = best_depth(budget, cost, deepest)
+        except UserError: raise NotYet(f"{case}, the UserError of a depth that does not fit went through: such a depth is not affordable.") from None
+        expect(isinstance(got, int) and not isinstance(got, bool), f"{case}, the answer is a {type(got).__name__}, where a whole number is expected.")
+        expect(got == right, f"{case}, the answer is {got}. It should be the largest depth that costs at most the budget, or 0.")
+        expect(len(calls) <= 10, f"{case}, `cost` was called {len(calls)} times: each call can halve what is left.")
+
+# %% ../nbs/22_lessons.ipynb #1d1ca157
+@exercise("12.2", "When will it be done?")
+def _seconds_left(seconds_left):
+    def lines(times, every=1, steps=100, looks=()): # a line a step, and evaluations behind some of them, a while later
+        rows = []
+        for i, t in enumerate(times, 1):
+            rows.append({"stage": "base", "step": i * every, "steps": steps, "time": t, "loss": 3.0})
+            if i in looks: rows.append({"stage": "base", "step": i * every, "steps": steps, "time": t + 0.4, "bits_per_byte": 1.0})
+        return rows
+    def see(rows, want, hint):
+        before = copy.deepcopy(rows)
+        got = seconds_left(rows)
+        expect(rows == before, "the rows were changed: leave them as they are.")
+        if want is None: expect(got is None, f"{hint} the answer is {got!r}.")
+        else: expect_close(got, want, "the time left", hint, tolerance=1e-6)
+    steady = [1000 + 2.0 * i for i in range(10)]
+    see(lines(steady), 180.0, "Ten steps of 2 seconds were done, of 100.")
+    see(lines(steady, every=10, steps=200), 20.0, "Here a line is written every 10 steps: divide by the steps between two lines.")
+    see(lines(steady, looks=(4, 5, 6, 7, 8, 10)), 180.0, "Lines without a loss are evaluations, not steps.")
+    see(lines([1000.0] + [1060 + 2.0 * i for i in range(9)]), 180.0, "The first step took a minute: is it the median?")
+    see(lines(steady[:5] + [t + 30000 for t in steady[5:]]), 180.0, "There was a night between two lines: is it the median?")
+    see(lines(steady, steps=10), 0.0, "All steps are done.")
+    for rows in ([], lines(steady[:1]), lines(steady[:1], looks=(1,)), [{"stage": "base", "step": 0, "steps": 9, "time": 1.0, "bits_per_byte": 4.0}, *lines(steady[:1])]): see(rows, None, "With fewer than two lines of training nothing can be said, and None is expected, but")
+
+# %% ../nbs/22_lessons.ipynb #e01a26b4
+@exercise("12.3", "What is undone?")
+def _undone(undone):
+    sections = dict.fromkeys(["seed", "dial", "hardware", "data", "tokenizer", "model", "base", "mid", "eval", "identity", "sft", "rl", "dpo"])
+    config = {name: {"one": 1} for name in sections} | {"seed": 1}
+    for setting in ("sft.epochs", "data.source", "seed", "tokenizer.vocab_size", "model.n_embd", "base.steps", "mid.mixture.sums", "eval.questions", "identity.card", "rl.steps", "hardware.dtype", "dpo.beta"):
+        section, _, key = setting.partition(".")
+        changed = config | {section: {"one": 1, key: 2} if key else 2}
+        want = [stage for stage in STAGES if fingerprint(config, stage) != fingerprint(changed, stage)]
+        got = undone(setting)
+        expect(isinstance(got, (list, tuple)), f"{setting}: the answer is a {type(got).__name__}, where a list of stages is expected.")
+        missing, more = [stage for stage in want if stage not in got], [stage for stage in got if stage not in want]
+        expect(not missing, f"{setting}: {', '.join(missing)} can no longer be trusted, and {'is' if len(missing) == 1 else 'are'} not in your answer. Who reads the setting, and who builds on that?")
+        expect(not more, f"{setting}: {', '.join(map(str, more))} {'does' if len(more) == 1 else 'do'} not depend on it.")
+        expect(list(got) == want, f"{setting}: the stages are not in their order, each once.")
+
+# %% ../nbs/22_lessons.ipynb #a28a2e80
+@exercise("12.4", "An honest verdict")
+def _verdict(verdict):
+    for only_first, only_second, both, neither in ((0, 0, 5, 5), (5, 0, 3, 2), (6, 0, 3, 2), (0, 6, 3, 2), (12, 3, 10, 10), (12, 4, 10, 10), (3, 12, 0, 0), (60, 40, 400, 0), (61, 39, 0, 0), (39, 61, 300, 300), (0, 0, 0, 0), (400, 500, 100, 100)):
+        first = [True] * only_first + [False] * only_second + [True] * both + [False] * neither
+        second = [False] * only_first + [True] * only_second + [True] * both + [False] * neither
+        n, k = only_first + only_second, min(only_first, only_second)
+        p = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+        want = "not told apart" if p >= 0.05 else "first" if only_first > only_second else "second"
+        got = verdict(list(first), list(second))
+        case = f"The first alone has {only_first} right, the second alone {only_second}, both {both}, neither {neither}"
+        expect(got in ("first", "second", "not told apart"), f'{case}: the verdict is {got!r}, and "first", "second" or "not told apart" is expected.')
+        if got == want: continue
+        if want == "not told apart": raise NotYet(f"{case}: the verdict is {got!r}, but equal models differ as much in {p:.0%} of cases. Are both sides of the coin counted, and only questions on which they differ?")
+        raise NotYet(f"{case}: the verdict is {got!r}, and equal models would differ as much in only {p:.1%} of cases.")
+
 # %% ../nbs/22_lessons.ipynb #17c23a62
 if __name__ == "__main__" and "get_ipython" not in globals(): run_command(main, "nanochat.lessons")
