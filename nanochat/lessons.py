@@ -228,5 +228,105 @@ def said(notebook: dict) -> list[str]: # lines, in order
     text = "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
     return [line for line in text.splitlines() if re.match(r"[○✗✓] \d+\.\d+ ", line)]
 
+# %% ../nbs/22_lessons.ipynb #42278409
+from .tokenizer import SPECIAL_TOKENS, chat_pieces
+
+# %% ../nbs/22_lessons.ipynb #ba343119
+_CHATS = [[("user", "Hi"), ("assistant", "Hello!")],
+          [("user", "Who?"), ("assistant", "Pico."), ("user", "Sure?"), ("assistant", "Yes é")],
+          [("user", "Say <|assistant_end|> twice"), ("assistant", "<|bos|>")],
+          [("user", "3+4?"), ("assistant", [{"type": "python", "text": "3+4"}, {"type": "python_output", "text": "7"}, {"type": "text", "text": "Seven."}])],
+          [("user", "only asked")]]
+
+@exercise("7.1", "Render a conversation")
+def _render_chat(render):
+    names = {name: 1000 + i for i, name in enumerate(SPECIAL_TOKENS)}
+    def encode(text): return list(text.encode())
+    def special(name):
+        expect(name in names, f"you asked for the special token {name!r}: there are {' '.join(names)}.")
+        return names[name]
+    for turns in _CHATS:
+        conversation = {"messages": [{"role": role, "content": content} for role, content in turns]}
+        kept = copy.deepcopy(conversation)
+        got = render(conversation, encode, special)
+        expect(isinstance(got, (tuple, list)) and len(got) == 2 and all(isinstance(part, list) for part in got), "it must return two lists, the ids and the mask.")
+        expect(conversation == kept, "the conversation was changed: leave the messages as they are.")
+        (ids, mask), pieces = got, list(chat_pieces(conversation))
+        expect(len(ids) == len(mask), f"there are {len(ids)} ids and {len(mask)} numbers in the mask: every token needs one.")
+        want = [(id, learned, text, is_special) for text, is_special, learned in pieces for id in ([names[text]] if is_special else encode(text))]
+        shown = {id: name for name, id in names.items()}
+        for i, (id, learned, text, is_special) in enumerate(want):
+            expect(i < len(ids), f"it ends after {len(ids)} tokens, and {text} should follow: how does a turn end?")
+            expect(ids[i] == id, f"token {i} is {shown.get(ids[i], ids[i])}, and {text if is_special else 'a byte of ' + repr(text)} is expected: look at the template, and let text stay text.")
+            expect(mask[i] in (0, 1), f"the mask of token {i} is {mask[i]!r}: it is 0 or 1.")
+            expect(bool(mask[i]) == bool(learned), f"the mask of token {i}, in {text!r}, is {int(mask[i])}: who writes this token when the model is in use?")
+        expect(len(ids) == len(want), f"there are {len(ids)} tokens, {len(ids) - len(want)} more than expected.")
+
+# %% ../nbs/22_lessons.ipynb #46b032a4
+@exercise("7.2", "The masked loss")
+def _masked_loss(loss):
+    generator = torch.Generator().manual_seed(0)
+    logits, ids = torch.randn(3, 6, 7, generator=generator), torch.randint(7, (3, 6), generator=generator)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 0], [1, 0, 1, 1, 0, 0]]) # the first token of a row is never predicted
+    def losses(predicted, at): return -predicted.log_softmax(-1).gather(-1, at[..., None])[..., 0]
+    each, learned = losses(logits[:, :-1], ids[:, 1:]), mask[:, 1:]
+    want = (each * learned).sum() / learned.sum()
+    inputs = logits.clone().requires_grad_(), ids.clone(), mask.clone()
+    got = loss(*inputs)
+    expect(isinstance(got, torch.Tensor), f"it returned {type(got).__name__}, where a tensor is expected.")
+    expect(got.requires_grad, "the loss has no gradient: stay with torch's functions, without .item() or .detach().")
+    expect(all(torch.equal(a, b) for a, b in zip(inputs, (logits, ids, mask))), "an input was changed: leave logits, ids and mask as they are.")
+    if got.shape == ():
+        for wrong, hint in (((losses(logits, ids) * mask).sum() / mask.sum(), "each logit is compared with its own token: the logits at place t speak of the token at t + 1."),
+                            (each.mean(), "the mask makes no difference: only learned tokens count."),
+                            ((each * learned).mean(), "the sum is divided by all positions: how many tokens are learned?"),
+                            ((each * learned).sum() / mask.sum(), "the first token of a row counts in the number of tokens, and nothing predicts it."),
+                            (((each * learned).sum(1) / learned.sum(1)).mean(), "it is a mean of the rows' means: then a token of a short answer weighs more than one of a long answer."),
+                            (-want, "the sign is wrong: a loss is what is to be made small.")):
+            expect(abs(got.item() - wrong.item()) > 1e-4, hint)
+    expect_close(got.detach(), want, "the loss", "It is the mean over the learned tokens of -log p.")
+    empty = loss(logits, ids, torch.zeros_like(mask))
+    expect_close(empty if empty is None else torch.as_tensor(empty).detach(), 0.0, "the loss of a batch with nothing to learn", "It is 0: what is divided by what?")
+
+# %% ../nbs/22_lessons.ipynb #e0839c8a
+@exercise("7.3", "Weights to counts")
+def _weights_to_counts(counts):
+    for weights, total, want in (({"facts": 1, "sums": 1}, 10, {"facts": 5, "sums": 5}), ({"facts": 1, "sums": 1, "spelling": 1}, 10, {"facts": 4, "sums": 3, "spelling": 3}),
+                                 ({"facts": 3, "none": 0, "sums": 1}, 7, {"facts": 5, "none": 0, "sums": 2}), ({"one": 0.5}, 9, {"one": 9}), ({"facts": 2, "sums": 3}, 0, {"facts": 0, "sums": 0}),
+                                 ({"facts": 10, "sums": 10, "spelling": 1}, 2, {"facts": 1, "sums": 1, "spelling": 0}), ({"a": 4, "b": 4, "c": 4, "d": 1}, 10, {"a": 3, "b": 3, "c": 3, "d": 1})):
+        given, case = dict(weights), f"for {weights} and {total}"
+        got = counts(given, total)
+        expect(given == weights, "the weights were changed: leave them as they are.")
+        expect(isinstance(got, dict) and got.keys() == weights.keys(), f"{case} it must return a dictionary with a count for each of {', '.join(weights)}.")
+        expect(all(isinstance(n, int) for n in got.values()), f"{case} the counts are {list(got.values())}: they must be whole numbers (int).")
+        expect(sum(got.values()) == total, f"{case} the counts add up to {sum(got.values())}: what becomes of the conversations that rounding lost or won?")
+        expect(got == want, f"{case} the counts are {list(got.values())}: round down first; who has the largest part left over?")
+
+# %% ../nbs/22_lessons.ipynb #0e3c18eb
+@exercise("7.4", "Pack conversations")
+def _pack_chats(pack):
+    def best_fit(lengths, capacity): # rows that longest-first best fit needs
+        room = []
+        for length in sorted(lengths, reverse=True):
+            fits = [i for i, left in enumerate(room) if left >= length]
+            if fits: room[min(fits, key=lambda i: room[i])] -= length
+            else: room.append(capacity - length)
+        return len(room)
+    generator = torch.Generator().manual_seed(0)
+    cases = [([4, 3, 3, 2], 6), ([6, 6], 6), ([], 8), ([5, 5, 4, 4, 3, 3], 12), ([1] * 9, 4), ([2, 7, 3, 8, 5, 5], 10), ([60, 50, 40, 35, 30, 25, 20, 20, 10], 100)]
+    for n in (30, 200): cases.append((torch.randint(1, 60, (n,), generator=generator).tolist(), 97))
+    for lengths, capacity in cases:
+        given = list(lengths)
+        rows = pack(given, capacity)
+        case = f"{lengths if len(lengths) < 10 else str(len(lengths)) + ' conversations'} in rows of {capacity}"
+        expect(given == lengths, "the list of lengths was changed: sort a copy, or the indices.")
+        expect(isinstance(rows, list) and all(isinstance(row, list) for row in rows), "it must return a list of rows, each a list of the conversations' indices.")
+        placed = sorted(i for row in rows for i in row)
+        expect(placed == list(range(len(lengths))), f"{case}: each index must be there once, and {len(placed)} places hold {len(set(placed) & set(range(len(lengths))))} of them.")
+        full = max((sum(lengths[i] for i in row) for row in rows), default=0)
+        expect(full <= capacity, f"{case}: a row holds {full} tokens.")
+        expect(all(rows), f"{case}: there is an empty row.")
+        expect(len(rows) <= best_fit(lengths, capacity), f"{case}: {len(rows)} rows, and {best_fit(lengths, capacity)} would do: which conversation should choose its row first, and which of the rows where it fits?")
+
 # %% ../nbs/22_lessons.ipynb #17c23a62
 if __name__ == "__main__" and "get_ipython" not in globals(): run_command(main, "nanochat.lessons")
