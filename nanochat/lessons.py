@@ -228,10 +228,10 @@ def said(notebook: dict) -> list[str]: # lines, in order
     text = "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
     return [line for line in text.splitlines() if re.match(r"[○✗✓] \d+\.\d+ ", line)]
 
-# %% ../nbs/22_lessons.ipynb #42278409
+# %% ../nbs/22_lessons.ipynb #359fcfff
 from .tokenizer import SPECIAL_TOKENS, chat_pieces
 
-# %% ../nbs/22_lessons.ipynb #ba343119
+# %% ../nbs/22_lessons.ipynb #f49a6b34
 _CHATS = [[("user", "Hi"), ("assistant", "Hello!")],
           [("user", "Who?"), ("assistant", "Pico."), ("user", "Sure?"), ("assistant", "Yes é")],
           [("user", "Say <|assistant_end|> twice"), ("assistant", "<|bos|>")],
@@ -262,7 +262,7 @@ def _render_chat(render):
             expect(bool(mask[i]) == bool(learned), f"the mask of token {i}, in {text!r}, is {int(mask[i])}: who writes this token when the model is in use?")
         expect(len(ids) == len(want), f"there are {len(ids)} tokens, {len(ids) - len(want)} more than expected.")
 
-# %% ../nbs/22_lessons.ipynb #46b032a4
+# %% ../nbs/22_lessons.ipynb #ed0a7e41
 @exercise("7.2", "The masked loss")
 def _masked_loss(loss):
     generator = torch.Generator().manual_seed(0)
@@ -288,7 +288,7 @@ def _masked_loss(loss):
     empty = loss(logits, ids, torch.zeros_like(mask))
     expect_close(empty if empty is None else torch.as_tensor(empty).detach(), 0.0, "the loss of a batch with nothing to learn", "It is 0: what is divided by what?")
 
-# %% ../nbs/22_lessons.ipynb #e0839c8a
+# %% ../nbs/22_lessons.ipynb #45b31b82
 @exercise("7.3", "Weights to counts")
 def _weights_to_counts(counts):
     for weights, total, want in (({"facts": 1, "sums": 1}, 10, {"facts": 5, "sums": 5}), ({"facts": 1, "sums": 1, "spelling": 1}, 10, {"facts": 4, "sums": 3, "spelling": 3}),
@@ -302,7 +302,7 @@ def _weights_to_counts(counts):
         expect(sum(got.values()) == total, f"{case} the counts add up to {sum(got.values())}: what becomes of the conversations that rounding lost or won?")
         expect(got == want, f"{case} the counts are {list(got.values())}: round down first; who has the largest part left over?")
 
-# %% ../nbs/22_lessons.ipynb #0e3c18eb
+# %% ../nbs/22_lessons.ipynb #bebad79a
 @exercise("7.4", "Pack conversations")
 def _pack_chats(pack):
     def best_fit(lengths, capacity): # rows that longest-first best fit needs
@@ -327,6 +327,92 @@ def _pack_chats(pack):
         expect(full <= capacity, f"{case}: a row holds {full} tokens.")
         expect(all(rows), f"{case}: there is an empty row.")
         expect(len(rows) <= best_fit(lengths, capacity), f"{case}: {len(rows)} rows, and {best_fit(lengths, capacity)} would do: which conversation should choose its row first, and which of the rows where it fits?")
+
+# %% ../nbs/22_lessons.ipynb #8bc2ffc4
+@exercise("8.1", "Append to a cache")
+def _append_to_cache(append):
+    generator = torch.Generator().manual_seed(0)
+    for B, H, L, D, start in ((3, 2, 8, 4, [0, 3, 7]), (1, 1, 2, 2, [1]), (2, 3, 5, 4, [4, 4])):
+        cache, new = torch.randn(B, H, L, D, generator=generator), torch.randn(B, H, 1, D, generator=generator)
+        lengths, kept, got_cache = torch.tensor(start), new.clone(), cache.clone()
+        want = cache.clone()
+        for b, at in enumerate(start): want[b, :, at] = new[b, :, 0]
+        before = lengths.clone()
+        got = append(got_cache, lengths, new)
+        expect(isinstance(got, torch.Tensor), f"it returned {type(got).__name__}: return the new lengths, a tensor.")
+        expect(got.shape == (B,) and got.tolist() == [at + 1 for at in start], f"rows of {start} tokens have {got.tolist()} after one more: what is the length of each row then?")
+        expect(torch.equal(lengths, before) and torch.equal(new, kept), "an input was changed that should not be: only the cache is written to.")
+        expect(not torch.equal(got_cache, cache), "the cache is as it was: write into the tensor that you were given, in place.")
+        changed = [(got_cache[b] != cache[b]).any(-1).any(0).nonzero().flatten().tolist() for b in range(B)]
+        expect(changed == [[at] for at in start], f"rows of {start} tokens were written at the places {changed}: where does the next token of each row belong? They differ in length.")
+        expect_close(got_cache, want, "the cache", "Every head of a row has its own numbers.")
+
+# %% ../nbs/22_lessons.ipynb #036bcec6
+@exercise("8.2", "How large is a cache?")
+def _cache_bytes(cache_bytes):
+    for shape in ((24, 12, 128, 2048, 1, 4), (24, 3, 128, 2048, 100, 2), (2, 1, 16, 10, 3, 4), (1, 1, 1, 0, 5, 2)):
+        n_layer, n_kv_head, head_dim, tokens, rows, size = shape
+        want, got = 2 * n_layer * n_kv_head * head_dim * tokens * rows * size, cache_bytes(*shape)
+        expect(isinstance(got, (int, float)), f"it returned {type(got).__name__}, where a number of bytes is expected.")
+        expect(not want or got != want / 2, "it is half of what is needed: what does attention remember of a token besides its key?")
+        expect(not want or size == 1 or got != want / size, "these are numbers, not bytes: how many bytes has each?")
+        expect(got == want, f"for {n_layer} layers, {n_kv_head} heads of {head_dim} channels, {rows} rows of {tokens} tokens and {size} bytes a number it is {got:,}: multiply everything that each token leaves behind.")
+
+# %% ../nbs/22_lessons.ipynb #0c61386d
+@exercise("8.3", "Temperature and top-k")
+def _top_k_probs(probs):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 10, generator=generator) * 3
+    for temperature, k in ((1.0, 3), (0.5, 10), (2.0, 4), (1.0, 1), (0.7, 25)):
+        given = logits.clone()
+        got = probs(given, temperature, k)
+        expect(torch.equal(given, logits), "the logits were changed: they will be used again.")
+        best = logits >= logits.topk(min(k, 10)).values[:, -1:]
+        want = (logits / temperature).masked_fill(~best, -torch.inf).softmax(-1)
+        expect(isinstance(got, torch.Tensor) and got.shape == logits.shape, f"it must return a tensor of the shape {tuple(logits.shape)}, with 0 for tokens that cannot be drawn.")
+        expect(bool(((got > 0).sum(-1) == min(k, 10)).all()), f"with k = {k}, {(got > 0).sum(-1).tolist()} tokens of 10 can be drawn in the three rows: each row keeps its own k best, or all if there are fewer.")
+        expect_close(got.sum(-1), torch.ones(3), "the sum of a row's probabilities", "What is left must be scaled up again.")
+        expect(temperature == 1 or k == 1 or (got - (logits * temperature).masked_fill(~best, -torch.inf).softmax(-1)).abs().max() > 1e-4, "the temperature works the wrong way round: a high one should make the tokens more alike.")
+        expect_close(got, want, f"the probabilities at temperature {temperature}", "Is the temperature applied to the logits, before the softmax?")
+
+# %% ../nbs/22_lessons.ipynb #1ed6a893
+@exercise("8.4", "The top-p set")
+def _top_p_set(chosen):
+    for probs, p, want in (([0.5, 0.25, 0.125, 0.125], 0.6, [1, 1, 0, 0]), ([0.125, 0.25, 0.5, 0.125], 0.5, [0, 0, 1, 0]), ([0.125, 0.5, 0.125, 0.25], 0.51, [0, 1, 0, 1]),
+                           ([0.1, 0.9], 0.3, [0, 1]), ([0.25, 0.75], 1.0, [1, 1]), ([1.0], 0.01, [1]), ([0.0625, 0.5, 0.1875, 0.25], 0.9, [0, 1, 1, 1])):
+        given = torch.tensor(probs)
+        got = chosen(given, p)
+        case = f"of {probs} with p = {p}"
+        expect(torch.equal(given, torch.tensor(probs)), "the probabilities were changed: sort a copy.")
+        expect(isinstance(got, torch.Tensor) and got.shape == given.shape and got.dtype == torch.bool, f"it must return a bool for each of the {len(probs)} tokens, in their order.")
+        expect(bool(got.any()), f"{case} no token is left: the likeliest one always stays.")
+        total = given[got].sum().item()
+        expect(total >= p - 1e-6, f"{case} the kept tokens have {total:.3g} together: the one that crosses p belongs to the set.")
+        expect(got.sum().item() <= sum(want), f"{case} {got.sum().item()} tokens are kept, and {sum(want)} would be enough.")
+        expect(got.tolist() == [bool(w) for w in want], f"{case} the places {got.nonzero().flatten().tolist()} are kept: the likeliest come first, and the answer is in the order of the input.")
+
+# %% ../nbs/22_lessons.ipynb #bd704eda
+@exercise("8.5", "Stop strings")
+def _stop_strings(stream):
+    for pieces, stops, want in ((["Hel", "lo"], ["END"], "Hello"), (["Hello E", "ND more", " text"], ["END"], "Hello "), (["a", "b", "E", "N", "x"], ["END"], "abENx"), (["abc E", "N"], ["END"], "abc EN"),
+                                (["one\n", "User", ": two"], ["\nUser:", "###"], "one"), (["x##", "#y"], ["\nUser:", "###"], "x"), (["END"], ["END"], ""), ([], ["END"], ""), (["EEN", "D"], ["END"], "E"),
+                                (["aXb", "Y"], ["b", "X"], "a"), (["Good ", "END", "END"], ["END"], "Good ")):
+        given, seen = list(pieces), []
+        def source(): # remembers how much had come out before each piece
+            for piece in given:
+                seen.append("".join(out))
+                yield piece
+        out, case = [], f"of the pieces {pieces} with the stops {stops}"
+        got = stream(source(), list(stops))
+        expect(hasattr(got, "__iter__") and not isinstance(got, (str, list)), "it must be a generator: `yield` text as it becomes certain.")
+        for text in got:
+            expect(isinstance(text, str), f"it yielded {type(text).__name__}, where text is expected.")
+            out.append(text)
+        expect("".join(out) == want, f"{case} came {''.join(out)!r}, and {want!r} is expected: can a stop begin in one piece and end in another, and what is left at the end?")
+        for i, shown in enumerate(seen): # only what may become a stop is held back
+            text = "".join(given[:i])
+            held = max((n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+            expect(len(shown) >= min(len(want), len(text) - held), f"{case} only {shown!r} had come after {i} pieces: hold back no more than what may be the beginning of a stop.")
 
 # %% ../nbs/22_lessons.ipynb #17c23a62
 if __name__ == "__main__" and "get_ipython" not in globals(): run_command(main, "nanochat.lessons")
