@@ -228,5 +228,167 @@ def said(notebook: dict) -> list[str]: # lines, in order
     text = "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
     return [line for line in text.splitlines() if re.match(r"[○✗✓] \d+\.\d+ ", line)]
 
+# %% ../nbs/22_lessons.ipynb #f10ba57c
+import math
+
+import numpy as np
+
+# %% ../nbs/22_lessons.ipynb #cba4b19d
+def _array(answer, # what the learner's code returned
+           shape: tuple, # that is expected
+           what: str,
+           ) -> np.ndarray:
+    "An answer as an array, if it has the expected shape."
+    expect(isinstance(answer, (np.ndarray, torch.Tensor)), f"{what} is a {type(answer).__name__}, where an array is expected: is there a `return`?")
+    expect(tuple(answer.shape) == shape, f"{what} has the shape {tuple(answer.shape)}, and {shape} is expected.")
+    return np.asarray(answer)
+
+@exercise("11.1", "One step of the ring")
+def _ring_step(ring_step):
+    generator = np.random.default_rng(0)
+    for ranks, numbers in ((4, 3), (2, 1), (5, 2)):
+        data = generator.integers(1, 100, (ranks, ranks, numbers)).astype(float)
+        total = data.sum(0) # (chunk, numbers)
+        for step in range(ranks - 1):
+            before, want = data.copy(), data.copy()
+            for r in range(ranks): want[(r + 1) % ranks, (r - step) % ranks] += before[r, (r - step) % ranks]
+            got = _array(ring_step(data, step), data.shape, "the new state")
+            expect(np.array_equal(data, before), "`data` itself was changed: work on a copy.")
+            changed, should = (got != before).any(-1), (want != before).any(-1)
+            where = f"With {ranks} ranks, in step {step}"
+            expect(changed.sum() == ranks, f"{where}, {int(changed.sum())} chunks changed, and each of the {ranks} ranks receives exactly one.")
+            expect(np.array_equal(changed, should), f"{where}, other chunks changed than those that should: which chunk does rank r send, and who gets it?")
+            expect(np.allclose(got, want), f"{where}, a received chunk has a wrong value: a rank adds what the sender had before this step to what it has itself.")
+            data = want
+        assert all(np.allclose(data[r, (r + 1) % ranks], total[(r + 1) % ranks]) for r in range(ranks))
+
+# %% ../nbs/22_lessons.ipynb #92171e95
+@exercise("11.2", "What ZeRO leaves on a rank")
+def _bytes_per_rank(bytes_per_rank):
+    for params, ranks in ((1000, 1), (7_500_000_000, 64), (1001, 8), (3, 8)):
+        share = (params + ranks - 1) // ranks
+        for stage, (weights, gradients, state) in enumerate(((params,) * 3, (params, params, share), (params, share, share), (share,) * 3)):
+            want, got = 2 * weights + 2 * gradients + 12 * state, bytes_per_rank(params, ranks, stage)
+            case = f"{params:,} parameters on {ranks} ranks in stage {stage}"
+            expect(isinstance(got, (int, float, np.integer)) and not isinstance(got, bool), f"{case}: the answer is a {type(got).__name__}, where a number is expected.")
+            if got == want: continue
+            if params % ranks: raise NotYet(f"{case}: {got:,} bytes. A share is a whole number of parameters, rounded up.")
+            if ranks == 1: raise NotYet(f"{case}: {got:,} bytes. On one rank every stage needs 2 + 2 + 12 bytes for a parameter.")
+            hints = ("nothing is shared yet", "only the optimizer's state is shared", "gradients and state are shared, and the weights are not", "everything is shared")
+            raise NotYet(f"{case}: {got:,} bytes. In stage {stage} {hints[stage]}.")
+
+# %% ../nbs/22_lessons.ipynb #595f5d37
+@exercise("11.3", "Round like bf16")
+def _round_bf16(round_bf16):
+    def see(x, hint):
+        got, want = round_bf16(x), torch.tensor(x, dtype=torch.float64).to(torch.bfloat16).item()
+        expect(isinstance(got, (int, float)), f"round_bf16({x!r}) is a {type(got).__name__}, where a float is expected.")
+        expect(math.isfinite(got) and got == want, f"round_bf16({x!r}) is {got!r}. {hint}")
+    for x in (1.0, -2.0, 0.15625, 384.0, 0.0): see(x, "This number has few bits: it should stay as it is.")
+    for x in (1.001, 3.14159, -0.3, 1e-5, 70000.0, 1.005, 255.7): see(x, "Eight significant bits are kept, the leading one among them.")
+    for x in (1.006, 1.99999, 0.99999, -5.99): see(x, "It should go to the nearest neighbour, not always down.")
+    for x in (1 + 2**-8, 1 + 3 * 2**-8, 257.0, 259.0, -(1 + 2**-8)): see(x, "It lies in the middle of two neighbours: a tie goes to the even one.")
+    for x in torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist(): see(x, "Look at its bits once more.")
+
+# %% ../nbs/22_lessons.ipynb #b3483428
+@exercise("11.4", "Softmax without the whole row")
+def _online_attention(online_attention):
+    generator = np.random.default_rng(0)
+    cases = [("scores of usual size", generator.normal(size=64), 16), ("the largest score in the last block", np.arange(60.0), 20), ("the largest score in the first block", -np.arange(60.0), 20),
+             ("a last block that is shorter", generator.normal(size=50), 16), ("blocks of one", generator.normal(size=7), 1), ("one block larger than the row", generator.normal(size=7), 100),
+             ("scores of 10,000", 1e4 + generator.normal(size=40), 8), ("scores of −10,000", -1e4 + generator.normal(size=40), 8)]
+    for what, scores, block in cases:
+        values = generator.normal(size=(len(scores), 5))
+        p = np.exp(scores - scores.max())
+        seen, kept = [], (scores.copy(), values.copy())
+        class Watched(np.ndarray): # notes how much is exponentiated at a time
+            def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+                if ufunc is np.exp: seen.extend(np.size(x) for x in inputs)
+                plain = [np.asarray(x) if isinstance(x, Watched) else x for x in inputs]
+                out = getattr(ufunc, method)(*plain, **{k: v for k, v in kwargs.items() if k != "out"})
+                return out.view(Watched) if isinstance(out, np.ndarray) else out
+        with np.errstate(all="ignore"): got = online_attention(scores.view(Watched), values, block)
+        got = np.asarray(_array(got, (5,), "the result"))
+        expect(np.array_equal(scores, kept[0]) and np.array_equal(values, kept[1]), "`scores` or `values` was changed: leave them as they are.")
+        expect(np.isfinite(got).all(), f"With {what} the result is not finite: subtract the largest score so far before `exp`.")
+        expect(np.allclose(got, p @ values / p.sum(), rtol=1e-8, atol=1e-10), f"With {what} the result is wrong. When a larger score comes, what has been summed so far has to be mended, the sum and the output; at the end, divide.")
+        expect(not seen or max(seen) <= block, f"With {what}, `exp` was taken of {max(seen, default=0)} scores at a time, and a block has {block}: do not look at the whole row.")
+
+# %% ../nbs/22_lessons.ipynb #9e7020af
+from .common import STAGES, fingerprint
+
+@exercise("12.1", "As deep as the budget")
+def _best_depth(best_depth):
+    for budget, deepest, fits in ((100, 100, 100), (0.5, 100, 100), (1e9, 100, 100), (1e9, 100, 37), (5.0, 1, 1), (64, 64, 64), (63.99, 64, 64), (1.0, 2, 1)):
+        calls = []
+        def cost(depth):
+            expect(isinstance(depth, int) and 1 <= depth <= deepest, f"cost was called with {depth!r}, and depths go from 1 to {deepest}.")
+            calls.append(depth)
+            if depth > fits: raise UserError(f"depth {depth} does not fit the memory.")
+            return depth**3 / 64**2
+        right = max([d for d in range(1, fits + 1) if d**3 / 64**2 <= budget], default=0)
+        case = f"With a budget of {budget:g} dollars, depths up to {deepest}" + (f" and a memory that ends at {fits}" if fits < deepest else "")
+        try: got = best_depth(budget, cost, deepest)
+        except UserError: raise NotYet(f"{case}, the UserError of a depth that does not fit went through: such a depth is not affordable.") from None
+        expect(isinstance(got, int) and not isinstance(got, bool), f"{case}, the answer is a {type(got).__name__}, where a whole number is expected.")
+        expect(got == right, f"{case}, the answer is {got}. It should be the largest depth that costs at most the budget, or 0.")
+        expect(len(calls) <= 10, f"{case}, `cost` was called {len(calls)} times: each call can halve what is left.")
+
+# %% ../nbs/22_lessons.ipynb #1d1ca157
+@exercise("12.2", "When will it be done?")
+def _seconds_left(seconds_left):
+    def lines(times, every=1, steps=100, looks=()): # a line a step, and evaluations behind some of them, a while later
+        rows = []
+        for i, t in enumerate(times, 1):
+            rows.append({"stage": "base", "step": i * every, "steps": steps, "time": t, "loss": 3.0})
+            if i in looks: rows.append({"stage": "base", "step": i * every, "steps": steps, "time": t + 0.4, "bits_per_byte": 1.0})
+        return rows
+    def see(rows, want, hint):
+        before = copy.deepcopy(rows)
+        got = seconds_left(rows)
+        expect(rows == before, "the rows were changed: leave them as they are.")
+        if want is None: expect(got is None, f"{hint} the answer is {got!r}.")
+        else: expect_close(got, want, "the time left", hint, tolerance=1e-6)
+    steady = [1000 + 2.0 * i for i in range(10)]
+    see(lines(steady), 180.0, "Ten steps of 2 seconds were done, of 100.")
+    see(lines(steady, every=10, steps=200), 20.0, "Here a line is written every 10 steps: divide by the steps between two lines.")
+    see(lines(steady, looks=(4, 5, 6, 7, 8, 10)), 180.0, "Lines without a loss are evaluations, not steps.")
+    see(lines([1000.0] + [1060 + 2.0 * i for i in range(9)]), 180.0, "The first step took a minute: is it the median?")
+    see(lines(steady[:5] + [t + 30000 for t in steady[5:]]), 180.0, "There was a night between two lines: is it the median?")
+    see(lines(steady, steps=10), 0.0, "All steps are done.")
+    for rows in ([], lines(steady[:1]), lines(steady[:1], looks=(1,)), [{"stage": "base", "step": 0, "steps": 9, "time": 1.0, "bits_per_byte": 4.0}, *lines(steady[:1])]): see(rows, None, "With fewer than two lines of training nothing can be said, and None is expected, but")
+
+# %% ../nbs/22_lessons.ipynb #e01a26b4
+@exercise("12.3", "What is undone?")
+def _undone(undone):
+    sections = dict.fromkeys(["seed", "dial", "hardware", "data", "tokenizer", "model", "base", "mid", "eval", "identity", "sft", "rl", "dpo"])
+    config = {name: {"one": 1} for name in sections} | {"seed": 1}
+    for setting in ("sft.epochs", "data.source", "seed", "tokenizer.vocab_size", "model.n_embd", "base.steps", "mid.mixture.sums", "eval.questions", "identity.card", "rl.steps", "hardware.dtype", "dpo.beta"):
+        section, _, key = setting.partition(".")
+        changed = config | {section: {"one": 1, key: 2} if key else 2}
+        want = [stage for stage in STAGES if fingerprint(config, stage) != fingerprint(changed, stage)]
+        got = undone(setting)
+        expect(isinstance(got, (list, tuple)), f"{setting}: the answer is a {type(got).__name__}, where a list of stages is expected.")
+        missing, more = [stage for stage in want if stage not in got], [stage for stage in got if stage not in want]
+        expect(not missing, f"{setting}: {', '.join(missing)} can no longer be trusted, and {'is' if len(missing) == 1 else 'are'} not in your answer. Who reads the setting, and who builds on that?")
+        expect(not more, f"{setting}: {', '.join(map(str, more))} {'does' if len(more) == 1 else 'do'} not depend on it.")
+        expect(list(got) == want, f"{setting}: the stages are not in their order, each once.")
+
+# %% ../nbs/22_lessons.ipynb #a28a2e80
+@exercise("12.4", "An honest verdict")
+def _verdict(verdict):
+    for only_first, only_second, both, neither in ((0, 0, 5, 5), (5, 0, 3, 2), (6, 0, 3, 2), (0, 6, 3, 2), (12, 3, 10, 10), (12, 4, 10, 10), (3, 12, 0, 0), (60, 40, 400, 0), (61, 39, 0, 0), (39, 61, 300, 300), (0, 0, 0, 0), (400, 500, 100, 100)):
+        first = [True] * only_first + [False] * only_second + [True] * both + [False] * neither
+        second = [False] * only_first + [True] * only_second + [True] * both + [False] * neither
+        n, k = only_first + only_second, min(only_first, only_second)
+        p = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+        want = "not told apart" if p >= 0.05 else "first" if only_first > only_second else "second"
+        got = verdict(list(first), list(second))
+        case = f"The first alone has {only_first} right, the second alone {only_second}, both {both}, neither {neither}"
+        expect(got in ("first", "second", "not told apart"), f'{case}: the verdict is {got!r}, and "first", "second" or "not told apart" is expected.')
+        if got == want: continue
+        if want == "not told apart": raise NotYet(f"{case}: the verdict is {got!r}, but equal models differ as much in {p:.0%} of cases. Are both sides of the coin counted, and only questions on which they differ?")
+        raise NotYet(f"{case}: the verdict is {got!r}, and equal models would differ as much in only {p:.1%} of cases.")
+
 # %% ../nbs/22_lessons.ipynb #17c23a62
 if __name__ == "__main__" and "get_ipython" not in globals(): run_command(main, "nanochat.lessons")
