@@ -95,17 +95,22 @@ def _tidy(path: Path): # of a processed notebook
 # %% ../nbs/22_docs.ipynb #1b0dd09f
 def prepare_docs(root: Path) -> Path: # the folder to render
     "Let nbdev process the notebooks, then make the home and the pages of source code."
-    proc, index = root/"_proc", root/"nanochat"/"_modidx.py"
+    proc, index, stamp = root/"_proc", root/"nanochat"/"_modidx.py", root/"_proc"/"index.md" # the home is as old as the build is
     if not (home := root/"nbs"/"guide"/"index.md").is_file(): raise UserError(f"there is no {home}, which is the home of the docs: write it, or get it back with `git restore nbs/guide`.")
-    force = proc.exists() and index.exists() and index.stat().st_mtime > proc.stat().st_mtime
+    started, last = time.time(), stamp.stat().st_mtime if stamp.exists() else 0.0
+    force = proc.exists() and index.exists() and index.stat().st_mtime > last
     for path in proc.rglob("*") if proc.exists() else ():   # what has been deleted or renamed since
-        if path.is_file() and not (root/path.relative_to(proc)).exists() and path.relative_to(proc).parts[0] not in ("_docs", "source"): path.unlink()
+        if path.is_file() and not (root/path.relative_to(proc)).exists() and path.relative_to(proc).parts[0] not in ("_docs", "source", "index.md"): path.unlink()
+    if proc.exists(): os.utime(proc, (last, last))          # nbdev passes over sources that are older than this folder, whose time anything put into it changes
     call = f"from nbdev.serve import proc_nbs; proc_nbs('.', n_workers={min(8, os.cpu_count() or 1)}, force={force}, skip_folder_re=r'^[_.]|^(nanochat|tests|target)$')"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", call], cwd=root, capture_output=True, text=True,
                           env=os.environ | {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"})
     if done.returncode: raise UserError(f"nbdev could not process the notebooks ({(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}): `uv run nbdev_test` tells which, and why.")
-    for path in proc.rglob("*.ipynb"): _tidy(path)
-    (proc/"index.md").write_text(home_page(home.read_text()))
+    for path in proc.rglob("*.ipynb"):
+        _tidy(path)
+        os.utime(path, (started, started))                  # older than an edit made meanwhile
+    stamp.write_text(home_page(home.read_text()))
+    os.utime(stamp, (started, started))
     (proc/"nbs"/"guide"/"index.md").unlink()
     shutil.rmtree(proc/"source", ignore_errors=True)
     (proc/"source").mkdir()

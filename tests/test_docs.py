@@ -230,10 +230,12 @@ def test_links_between_sources_become_links_between_pages(clone, tmp_path, capfd
     assert "<b id='shown'>four</b>" in small and 'id="double"' in small and "../source/small.html#L" in small
     assert "katex/katex.min.js" in (out/"nbs"/"guide"/"start.html").read_text() and (out/"site_libs"/"katex"/"fonts"/"KaTeX_Main-Regular.woff2").is_file()
 
-    # built again into the same folder, after a page was renamed and a link broken
+    # built again into the same folder, after a page was changed, one renamed and a link broken
+    (clone/"lessons"/"01_first.ipynb").write_text((clone/"lessons"/"01_first.ipynb").read_text().replace("It is **four**", "It was **five**"))
     (clone/"nbs"/"speedrun"/"1_data.ipynb").rename(clone/"nbs"/"speedrun"/"1_texts.ipynb")
     build_docs(tmp_path/"out", clone)
     said = capfd.readouterr().out
+    assert "<strong>five</strong>" in (out/"lessons"/"01_first.html").read_text()
     assert not (out/"nbs"/"speedrun"/"1_data.html").exists() and (out/"nbs"/"speedrun"/"1_texts.html").exists()
     assert "note: index.html: nbs/speedrun/1_data.html leads nowhere" in said, said
 
