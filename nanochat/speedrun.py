@@ -6,8 +6,9 @@
 __all__ = ['PATIENCE', 'LAUNCHER_ENV', 'fetch_questions', 'fetch_mixtures', 'data_stage', 'tokenizer_stage', 'stage_function',
            'report_stage', 'run_stage', 'Follower', 'as_rank', 'launch', 'run_name', 'default_preset', 'open_run',
            'notebooks_dir', 'run_lock', 'last_lines', 'tidy_outputs', 'execute_notebook', 'speedrun', 'cli',
-           'speedrun_command', 'chat_command', 'serve_command', 'dpo_command', 'report_command', 'last_run',
-           'show_scores', 'eval_command', 'data_group', 'data_get', 'data_show', 'data_verify', 'stage_command', 'main']
+           'speedrun_command', 'chat_command', 'serve_command', 'docs_command', 'dpo_command', 'report_command',
+           'last_run', 'show_scores', 'eval_command', 'data_group', 'data_get', 'data_show', 'data_verify',
+           'stage_command', 'main']
 
 # %% ../nbs/23_speedrun.ipynb #ab164c1b
 import json
@@ -474,6 +475,18 @@ def serve_command(name, stage, host, port, api_key, devices, max_rows, max_queue
     """Serve a trained model: a page to chat in, and the API of OpenAI's clients."""
     from nanochat.serve import Limits, serve
     serve(name or last_run(), stage, host, port, api_key or None, devices, origins, Limits(rows=max_rows, queue=max_queue, tokens=max_tokens, body=max_body))
+
+@cli.command("docs")
+@click.option("--serve", "serving", is_flag=True, help="Serve the site on this machine afterwards.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port of 127.0.0.1 to serve at, 8001 unless given; 0 takes one that is free.")
+@click.option("--out", help="Folder for the site; without it, _docs in the clone.")
+def docs_command(serving, port, out):
+    """Build the website of these notebooks, in a clone of the repository."""
+    from nanochat.docs import build_docs, docs_server, serve_docs
+    if port is not None and not serving: raise UserError(f"--port {port} is where the docs are served: add --serve, or leave it out to only build them.")
+    sock = docs_server(8001 if port is None else port) if serving else None   # before the time for building is spent
+    site = build_docs(Path(out) if out else None)
+    if sock: serve_docs(site, sock)
 
 @cli.command("dpo")
 @click.argument("name", required=False)
