@@ -1,6 +1,5 @@
 """The lessons run from top to bottom, every check fails on the untouched stub and passes on the folded solution, and they keep the form that a learner can lean on."""
 import json
-import os
 import re
 import subprocess
 import sys
@@ -42,7 +41,7 @@ started = time.perf_counter()
 notebook = run_lesson({str(path)!r}, with_solutions=True)
 print(json.dumps([said(notebook), time.perf_counter() - started, most]))
 """
-    done = subprocess.run([sys.executable, "-c", program], env=environment(tmp_path) | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": str(os.cpu_count())}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=800)
+    done = subprocess.run([sys.executable, "-c", program], env=environment(tmp_path), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-4000:]
     lines, seconds, most = json.loads(done.stdout.splitlines()[-1])
     print(f"{path.stem}: {seconds:.0f} s, {most / 1e6:.0f} MB")
