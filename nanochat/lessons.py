@@ -1143,9 +1143,10 @@ def _online_attention(online_attention):
         expect(np.allclose(got, p @ values / p.sum(), rtol=1e-8, atol=1e-10), f"With {what} the result is wrong. When a larger score comes, what has been summed so far has to be mended, the sum and the output; at the end, divide.")
         expect(not seen or max(seen) <= block, f"With {what}, `exp` was taken of {max(seen, default=0)} scores at a time, and a block has {block}: do not look at the whole row.")
 
-# %% ../nbs/22_lessons.ipynb #9e7020af
+# %% ../nbs/22_lessons.ipynb #87cd8f1f
 from .common import STAGES, fingerprint
 
+# %% ../nbs/22_lessons.ipynb #9e7020af
 @exercise("12.1", "As deep as the budget")
 def _best_depth(best_depth):
     for budget, deepest, fits in ((100, 100, 100), (0.5, 100, 100), (1e9, 100, 100), (1e9, 100, 37), (5.0, 1, 1), (64, 64, 64), (63.99, 64, 64), (1.0, 2, 1)):
