@@ -568,7 +568,6 @@ def _schedule(schedule):
 # %% ../nbs/22_lessons.ipynb #2de9f33f
 import math
 
-from .model import GPT, GPTConfig
 from .plan import Hardware, flops_per_token
 from .train import accumulate_gradients
 
@@ -971,8 +970,6 @@ def _kl_k3(answer):
     expect(((got - want).abs() <= 0.1 * want + 1e-9).all().item() and (got >= 0).all().item(), "near ρ = 1 the result is mostly rounding: let `torch.expm1` compute ρ − 1.")
 
 # %% ../nbs/22_lessons.ipynb #a1958b86
-import math
-
 from .dpo import preferences_from
 
 # %% ../nbs/22_lessons.ipynb #f4868460
@@ -1058,8 +1055,6 @@ def _dpo_loss(answer):
     expect_close(far, 300.0, "the loss at a margin of −300", "Take the logarithm with `F.logsigmoid`: σ alone is 0 there.")
 
 # %% ../nbs/22_lessons.ipynb #f10ba57c
-import math
-
 import numpy as np
 
 # %% ../nbs/22_lessons.ipynb #cba4b19d
