@@ -52,22 +52,23 @@ class _Page:
     def __repr__(self): return self.text
 
 def lesson_map(here: int | None = None, # the lesson that is read; the ones before it are filled in lightly
-               ) -> _Page: # a drawing that takes the colour of the page's text
+               ) -> _Page: # an image, since JupyterLab strips drawings out of the HTML of notebooks that it does not trust yet
     "The twelve lessons in two rows, each with what it hands on to the next, and \"you are here\"."
     boxes, width, height = [], 124, 62
     for n, (_, title, gives) in LESSONS.items():
         x, y = 4 + (n - 1) % 6 * (width + 22), 20 + (n - 1) // 6 * (height + 44)
-        fill, opacity = ("#e8743b", 0.9) if n == here else ("#3b82c4", 0.28 if here and n < here else 0.07)
+        fill = "#f0a57c" if n == here else "#c8dcef" if here and n < here else "#f2f5f8"
         words, lines = title.split(), [""]
         for word in words: lines[-1:] = [f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < 18 else [lines[-1], word]
-        boxes.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{fill}" fill-opacity="{opacity}" stroke="currentColor" stroke-opacity="0.5"/>'
+        boxes.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{fill}" stroke="#8a94a0"/>'
                      + f'<text x="{x + 8}" y="{y + 18}" font-weight="bold">{n}</text>'
                      + "".join(f'<text x="{x + 26}" y="{y + 18 + 14 * i}">{line}</text>' for i, line in enumerate(lines))
-                     + f'<text x="{x + 8}" y="{y + height - 7}" font-style="italic" font-size="10" opacity="0.8">→ {gives}</text>')
-        if n % 6: boxes.append(f'<path d="M{x + width + 4} {y + height / 2} h12 m-5 -4 l5 4 l-5 4" fill="none" stroke="currentColor"/>')
+                     + f'<text x="{x + 8}" y="{y + height - 7}" font-style="italic" font-size="10" fill="#4a5460">→ {gives}</text>')
+        if n % 6: boxes.append(f'<path d="M{x + width + 4} {y + height / 2} h12 m-5 -4 l5 4 l-5 4" fill="none" stroke="#8a94a0"/>')
         if n == here: boxes.append(f'<text x="{x + width / 2}" y="{y - 6}" text-anchor="middle" font-weight="bold" fill="#e8743b">you are here ▾</text>')
-    html = (f'<svg viewBox="0 0 {6 * (width + 22) - 14} {2 * height + 72}" style="width: 100%; max-width: 900px; color: inherit" role="img" aria-label="The map of the lessons" '
-            f'font-family="sans-serif" font-size="11" fill="currentColor">{"".join(boxes)}</svg>')
+    svg = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {6 * (width + 22) - 14} {2 * height + 72}" font-family="sans-serif" font-size="11" fill="#222">{"".join(boxes)}</svg>')
+    alt = "The map of the lessons" + (f": you are at lesson {here}, {LESSONS[here][1]}" if here else "")
+    html = f'<img alt="{alt}" width="900" style="max-width: 100%" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
     return _Page(html, " → ".join(f"[{n}]" if n == here else str(n) for n in LESSONS))
 
 # %% ../nbs/22_lessons.ipynb #6dc06217
