@@ -93,6 +93,9 @@ def _tidy(path: Path): # of a processed notebook
     if (new := json.dumps(notebook, ensure_ascii=False, indent=1) + "\n") != text: path.write_text(new)
 
 # %% ../nbs/22_docs.ipynb #1b0dd09f
+def _last_words(done: subprocess.CompletedProcess) -> str: # of a program that failed
+    return (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+
 def prepare_docs(root: Path) -> Path: # the folder to render
     "Let nbdev process the notebooks, then make the home and the pages of source code."
     proc, index, stamp = root/"_proc", root/"nanochat"/"_modidx.py", root/"_proc"/"index.md" # the home is as old as the build is
@@ -105,7 +108,7 @@ def prepare_docs(root: Path) -> Path: # the folder to render
     call = f"from nbdev.serve import proc_nbs; proc_nbs('.', n_workers={min(8, os.cpu_count() or 1)}, force={force}, skip_folder_re=r'^[_.]|^(nanochat|tests|target)$')"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", call], cwd=root, capture_output=True, text=True,
                           env=os.environ | {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"})
-    if done.returncode: raise UserError(f"nbdev could not process the notebooks ({(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}): `uv run nbdev_test` tells which, and why.")
+    if done.returncode: raise UserError(f"nbdev could not process the notebooks ({_last_words(done)}): `uv run nbdev_test` tells which, and why.")
     for path in proc.rglob("*.ipynb"):
         _tidy(path)
         os.utime(path, (started, started))                  # older than an edit made meanwhile
@@ -123,7 +126,7 @@ def render_docs(proc: Path, # what `prepare_docs` returned
     "Render with Quarto where it is installed, otherwise with smalldocs."
     quarto = shutil.which("quarto")
     done = subprocess.run([quarto, "render", str(proc)] if quarto else [sys.executable, "-m", "smalldocs.cli", "render", str(proc), "--quiet"], capture_output=True, text=True)
-    if done.returncode: raise UserError(f"{'Quarto' if quarto else 'smalldocs'} could not render {proc} ({(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}): mend what it names, and build again.")
+    if done.returncode: raise UserError(f"{'Quarto' if quarto else 'smalldocs'} could not render {proc} ({_last_words(done)}): mend what it names, and build again.")
     return proc/"_docs"
 
 # %% ../nbs/22_docs.ipynb #f1786a40

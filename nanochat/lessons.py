@@ -97,6 +97,26 @@ def expect_close(got, # what the learner's code returned
     far = (got - want).abs().max().item() if got.numel() else 0.0
     expect(far <= tolerance * max(1.0, want.abs().max().item() if want.numel() else 0.0), f"{what} is off by up to {far:.3g}. {hint}".strip())
 
+# %% ../nbs/22_lessons.ipynb #ef014839
+def _pair(got, what: str, names: str): # the same
+    "Raise `NotYet` unless it is two things."
+    expect(isinstance(got, (tuple, list)) and len(got) == 2, f"{what} is {'None (is there a `return`?)' if got is None else f'a {type(got).__name__}'}, where two things are expected: {names}.")
+    return got
+
+def _tensor_of_shape(got, shape: tuple, what: str) -> torch.Tensor: # the same
+    "Raise `NotYet` unless it is a tensor of a shape."
+    expect(got is not None, f"{what} is None: is there a `return`?")
+    expect(isinstance(got, torch.Tensor), f"{what} should be a tensor, and is a {type(got).__name__}.")
+    expect(got.shape == shape, f"{what} should have the shape {tuple(shape)}, and has {tuple(got.shape)}.")
+    return got
+
+def _untouched(f, *tensors):
+    "The answer to some tensors, which it may not write into."
+    copies = [t.clone() for t in tensors]
+    got = f(*copies)
+    expect(all(torch.equal(a, b) for a, b in zip(copies, tensors)), "your function writes into the tensor that it was given: make a new one.")
+    return got
+
 # %% ../nbs/22_lessons.ipynb #1422bcb8
 EXERCISES = {} # "3.2": (title, check)
 
@@ -130,8 +150,10 @@ def check(number: str, # of the exercise
         print(f"✗ {number} {title}: your code raised {type(e).__name__}: {e}{where}")
     else:
         done = _done()
-        if number not in done: atomic_write(base_dir()/"lessons.json", json.dumps(done | {number: datetime.now().isoformat(timespec="seconds")}, indent=1))
-        print(f"✓ {number} {title}: right. {len(_done().keys() & EXERCISES.keys())} of {len(EXERCISES)} exercises done.")
+        if number not in done:
+            done[number] = datetime.now().isoformat(timespec="seconds")
+            atomic_write(base_dir()/"lessons.json", json.dumps(done, indent=1))
+        print(f"✓ {number} {title}: right. {len(done.keys() & EXERCISES.keys())} of {len(EXERCISES)} exercises done.")
 
 # %% ../nbs/22_lessons.ipynb #0e9c32ce
 def progress() -> _Page: # a table
@@ -204,15 +226,14 @@ def run_lesson(path: Path, # a lesson's notebook
     from nbclient import NotebookClient
     source = read_json(path, "open it in JupyterLab and mend it, or take it anew from the repository")
     notebook = nbformat.reads(json.dumps(solved(source) if with_solutions else source), as_version=4)
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}, store_widget_state=False)
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}, store_widget_state=False, record_timing=False)
     with tempfile.TemporaryDirectory() as folder: # for what the kernel keeps: somebody's own progress is neither shown nor changed
         client.execute(env=os.environ | {"NANOCHAT_BASE_DIR": folder}, stderr=subprocess.DEVNULL) # ipykernel says there, each time, how it is reached
     if not with_solutions:
-        for cell in notebook.cells:
-            cell.get("metadata", {}).pop("execution", None)
-            if cell.cell_type == "code": cell.execution_count = None
-            for output in cell.get("outputs", []):
-                output.pop("execution_count", None) if output.output_type != "execute_result" else output.update(execution_count=None)
+        for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+            cell.execution_count = None
+            for output in cell.outputs:
+                if output.output_type == "execute_result": output.execution_count = None
                 if len(data := output.get("data", {})) > 1: data.pop("application/vnd.jupyter.widget-view+json", None)
         atomic_write(Path(path), nbformat.writes(notebook) + "\n")
     return notebook
@@ -349,12 +370,6 @@ def _unfinished(unfinished):
         expect(got == want, f"for the {len(cuts) - 1} tokens of {data.decode()!r}, {got} came out: is it about all bytes so far? A � can also stand in the text itself.")
 
 # %% ../nbs/22_lessons.ipynb #6a057b01
-def _pair(got, what: str, names: str):
-    "An answer of two, or what is wrong with it."
-    expect(got is not None, f"{what} is None: is there a `return`?")
-    expect(isinstance(got, (tuple, list)) and len(got) == 2, f"{what} is a {type(got).__name__}, where two things are expected: {names}.")
-    return got
-
 @exercise("2.1", "One step later")
 def _one_step_later(inputs_and_targets):
     draw = torch.Generator().manual_seed(0)
@@ -450,13 +465,6 @@ from .attention import reference_attention
 from .model import GPT, GPTConfig, norm, rope_tables
 
 # %% ../nbs/22_lessons.ipynb #d51201d8
-def _untouched(f, *tensors):
-    "The answer to some tensors, which it may not write into."
-    copies = [t.clone() for t in tensors]
-    got = f(*copies)
-    expect(all(torch.equal(a, b) for a, b in zip(copies, tensors)), "your function writes into the tensor that it was given: make a new one.")
-    return got
-
 @exercise("3.1", "RMSNorm")
 def _rms_norm(rms_norm):
     g = torch.Generator().manual_seed(0)
@@ -536,7 +544,7 @@ def _adam(adam_step):
 @exercise("4.2", "Two kinds of decay")
 def _decay(predict):
     got = predict()
-    expect(isinstance(got, (tuple, list)) and len(got) == 2, "two numbers are expected: the weight after decoupled decay, and the weight after L2 through Adam.")
+    _pair(got, "the prediction", "two numbers, the weight after decoupled decay and the weight after L2 through Adam")
     expect_close(got[0], (1 - 0.01 * 0.1)**20, "the weight after decoupled decay", "Each step multiplies the weight by 1 − lr · weight_decay, and Adam itself does nothing without a gradient.", 0.002)
     expect_close(got[1], 0.8, "the weight after L2 through Adam", "The decay is now all there is of the gradient. What does Adam make of a gradient's size?", 0.02)
 
@@ -633,7 +641,7 @@ def _affordable(answer):
     def machine(count): return Hardware("a machine", "cuda", count, 80 * 2**30, 1e15, 3.0)
     for count in (1, 8):
         got = answer(72.0, machine(count), 0.5, 4e9)
-        expect(isinstance(got, (tuple, list)) and len(got) == 2, f"two things are to be returned, hours and tokens; it was {type(got).__name__}.")
+        _pair(got, "the answer", "hours and tokens")
         expect_close(got[0], 24 / count, f"for $72 on {count} GPU{'s' * (count > 1)} of $3 an hour, the hours", "The price is that of one GPU, and all of them run.")
         expect_close(got[1], 24 * 3600 * 0.5e15 / 4e9, f"for $72 on {count} GPU{'s' * (count > 1)}, the tokens", "FLOPs are seconds × GPUs × peak × the share that is reached.", tolerance=1e-9)
     tokens = answer(1.0, machine(1), 0.3, 7e9)[1]
@@ -680,7 +688,7 @@ def _interval(answer):
     for right, n, hint in ((60, 100, "Look at the formula again: both n in it, and the root over the whole sum."), (20, 20, "All right is no proof of perfection: the lower end is well below 1."),
                            (0, 10, "The upper end is above 0, and the lower one is 0."), (1, 3, "Few questions, a wide interval."), (6000, 10_000, "Many questions, a narrow interval.")):
         got = answer(right, n)
-        expect(isinstance(got, (tuple, list)) and len(got) == 2, f"two numbers are to be returned, low and high; it was {type(got).__name__}.")
+        _pair(got, "the interval", "two numbers, low and high")
         expect_close(list(got), list(wilson_interval(right, n)), f"the interval for {right} right of {n}", hint, tolerance=1e-9)
         expect(0 <= got[0] <= got[1] <= 1, f"the interval for {right} right of {n} is {got[0]} to {got[1]}: an accuracy lies from 0 to 1.")
     expect_close(list(answer(30, 50, z=2.576)), list(wilson_interval(30, 50, 2.576)), "the interval of 99 % for 30 right of 50", "Is z used everywhere?", tolerance=1e-9)
@@ -892,13 +900,6 @@ def _stop_strings(stream):
 from .rl import advantages
 
 # %% ../nbs/22_lessons.ipynb #1688e881
-def _tensor_of_shape(got, shape: tuple, what: str) -> torch.Tensor: # the same
-    "Raise `NotYet` unless it is a tensor of a shape."
-    expect(got is not None, f"{what} is None: is there a `return`?")
-    expect(isinstance(got, torch.Tensor), f"{what} should be a tensor, and is a {type(got).__name__}.")
-    expect(got.shape == shape, f"{what} should have the shape {tuple(shape)}, and has {tuple(got.shape)}.")
-    return got
-
 @exercise("9.1", "Advantages of groups")
 def _group_advantages(answer):
     steps = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 0]]), torch.tensor([[3.0, -1, 0.5, 7, 2]]), torch.tensor([[1.0, 0], [0, 1]])

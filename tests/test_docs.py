@@ -1,5 +1,4 @@
 """The docs site: built once from the notebooks of this repository, its links followed, its pages opened in a browser; and a small site of a few pages, for what can go wrong."""
-import functools
 import http.server
 import json
 import os
@@ -14,7 +13,7 @@ import pytest
 from browser import open_browser
 from conftest import REPO, assert_user_error, nanochat
 
-from nanochat.docs import MARK, SEARCH, build_docs, check_site
+from nanochat.docs import MARK, SEARCH, build_docs, check_site, docs_server, serve_docs
 
 pytest.importorskip("nbdev", reason="the docs are built with the dev group")
 pytest.importorskip("smalldocs", reason="the docs are built with the dev group")
@@ -35,12 +34,9 @@ def site(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(site):
     "Where the site is served while these tests run."
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args): pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
+    sock = docs_server(0)
+    threading.Thread(target=serve_docs, args=(site, sock), daemon=True).start()
+    return f"http://127.0.0.1:{sock.getsockname()[1]}/"
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 """The lessons run from top to bottom, every check fails on the untouched stub and passes on the folded solution, and they keep the form that a learner can lean on."""
+import contextlib
 import json
 import re
-import subprocess
-import sys
+import time
 
 import jupytext
+import psutil
 import pytest
-from conftest import REPO, environment
+from conftest import REPO, family, kill_tree, start
 
 from nanochat.lessons import EXERCISES, LESSONS, exercises_of
 
@@ -20,30 +21,27 @@ def cells_of(path): return [(cell["cell_type"], "".join(cell["source"]), cell) f
 def each(function): return pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)(function)
 
 
+def memory(process):
+    "Bytes that a process and all that it has started occupy, what they share counted once."
+    used = 0
+    with contextlib.suppress(psutil.Error):
+        for member in family(process):
+            with contextlib.suppress(psutil.Error, AttributeError): used += member.memory_full_info().pss # one may have ended meanwhile; not every system tells it
+    return used
+
+
 @each
 def test_runs_and_every_check_fails_and_passes(path, tmp_path):
-    program = f"""
-import json, psutil, sys, threading, time
-from nanochat.lessons import run_lesson, said
-most = 0
-def watch():
-    global most
-    while True:
-        family = psutil.Process().children(recursive=True)
-        used = 0
-        for p in family:
-            try: used += p.memory_full_info().pss
-            except (psutil.NoSuchProcess, psutil.AccessDenied, AttributeError): pass
-        most = max(most, used)
-        time.sleep(0.5)
-threading.Thread(target=watch, daemon=True).start()
-started = time.perf_counter()
-notebook = run_lesson({str(path)!r}, with_solutions=True)
-print(json.dumps([said(notebook), time.perf_counter() - started, most]))
-"""
-    done = subprocess.run([sys.executable, "-c", program], env=environment(tmp_path), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=800)
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines, seconds, most = json.loads(done.stdout.splitlines()[-1])
+    started, most, process = time.perf_counter(), 0, start(tmp_path, "-m", "nanochat.lessons", path, "--solved")
+    try:
+        while process.poll() is None:
+            most = max(most, memory(process))
+            time.sleep(0.5)
+    finally:
+        if process.poll() is None: kill_tree(process)
+    seconds, output = time.perf_counter() - started, (tmp_path/"output.txt").read_text()
+    assert process.returncode == 0, output[-4000:]
+    lines = [line for line in output.splitlines() if line.startswith(("○ ", "✗ ", "✓ "))]
     print(f"{path.stem}: {seconds:.0f} s, {most / 1e6:.0f} MB")
     for number in exercises_of(json.loads(path.read_text())):
         marks = [line[0] for line in lines if line.split()[1] == number]
