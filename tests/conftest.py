@@ -18,8 +18,9 @@ import psutil
 import pytest
 import yaml
 
-from nanochat.common import STAGES, Run, file_lock, read_metrics
-from nanochat.plan import known_presets, setting_name
+from nanochat.core.run import STAGES, Run, read_metrics
+from nanochat.core.files import file_lock
+from nanochat.train.plan import known_presets, setting_name
 
 # without cached bytecode, every kernel, rank and command would spend five seconds on importing torch instead of two
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -48,7 +49,7 @@ def typed_commands(text):
 
 def check_parses(words):
     "That a command is one of ours (`nanochat …`, `python -m nanochat.…`) with options, settings and presets that exist, or somebody else's."
-    if words[0] == "nanochat": command, arguments = importlib.import_module("nanochat.speedrun").cli, words[1:]
+    if words[0] == "nanochat": command, arguments = importlib.import_module("nanochat.lab.speedrun").cli, words[1:]
     elif words[:2] == ["python", "-m"] and words[2].startswith("nanochat."): command, arguments = importlib.import_module(words[2]).cli, words[3:]
     else: return
     name = words[0]
@@ -74,7 +75,7 @@ def without_zmq(stderr):
 
 def nanochat(base, *args, timeout=600):
     "Run the `nanochat` command to its end."
-    return subprocess.run([sys.executable, "-m", "nanochat.speedrun", *map(str, args)], env=environment(base), stdin=subprocess.DEVNULL,
+    return subprocess.run([sys.executable, "-m", "nanochat", *map(str, args)], env=environment(base), stdin=subprocess.DEVNULL,
                           capture_output=True, text=True, timeout=timeout)
 
 

@@ -17,10 +17,10 @@ import pytest
 from browser import open_browser
 from conftest import REPO, assert_user_error, environment, nanochat
 
-from nanochat.checkpoint import save_checkpoint
-from nanochat.common import Run
-from nanochat.model import GPT, GPTConfig
-from nanochat.tokenizer import Tokenizer
+from nanochat.train.checkpoint import save_checkpoint
+from nanochat.core.run import Run
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.core.tokenizer import Tokenizer
 
 NASTY = ('<script>window.ran = 1; alert(1)</script><img src="/ran.png" onerror="window.ran = 1">**bold** [link](javascript:alert(1)) $x$ 🐱𝄞 "\'&amp;</div></span>\n' * 80)[:10_000]
 
@@ -28,10 +28,10 @@ NASTY = ('<script>window.ran = 1; alert(1)</script><img src="/ran.png" onerror="
 SETUP = '''
 import json, time
 from pathlib import Path
-from nanochat.chat import Chat, open_chat
-from nanochat.common import Run
-from nanochat.engine import TokenEvent
-from nanochat.tokenizer import StreamDecoder
+from nanochat.talk.chat import Chat, open_chat
+from nanochat.core.run import Run
+from nanochat.model.engine import TokenEvent
+from nanochat.core.tokenizer import StreamDecoder
 
 run = Run.open("demo")
 real = open_chat("demo", max_new_tokens=12)
@@ -339,14 +339,14 @@ def test_side_by_side(lab):
 # the command, with an engine that takes its time
 SLOW = '''
 import sys, time
-from nanochat.engine import Engine
+from nanochat.model.engine import Engine
 stream = Engine.stream
 def slow(self, *args, **settings):
     for event in stream(self, *args, **settings):
         time.sleep(0.1)
         yield event
 Engine.stream = slow
-from nanochat.speedrun import main
+from nanochat.lab.speedrun import main
 main()
 '''
 

@@ -12,15 +12,18 @@ import pytest
 import torch
 from conftest import real_data
 
-from nanochat.chat_eval import (chat_core, evaluate_chat, evaluate_stage, evaluate_task, greedy_answers, items_to_tell_apart, overlap, task_names,
-                                world_score)
-from nanochat.common import Run, UserError, distributed
-from nanochat.engine import Engine
-from nanochat.model import GPT, GPTConfig
-from nanochat.sandbox import calculator, sandbox_kind
-from nanochat.tasks import TASKS, answer_number, code_of, make_task, visible_text
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.post.chat_eval import (
+    chat_core, evaluate_chat, evaluate_stage, evaluate_task, greedy_answers, items_to_tell_apart,
+    overlap, task_names, world_score)
+from nanochat.core.run import Run
+from nanochat.core.files import UserError
+from nanochat.core.machine import distributed
+from nanochat.model.engine import Engine
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.sandbox import calculator, sandbox_kind
+from nanochat.post.tasks import TASKS, answer_number, code_of, make_task, visible_text
+from nanochat.core.tokenizer import Tokenizer
+from nanochat.core.world import World
 
 TOKENIZER = Tokenizer.train(World(1).documents(0, 300), 500)
 SETS = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval")
@@ -157,7 +160,7 @@ def test_results_do_not_depend_on_the_number_of_ranks(data, sandbox, tmp_path):
     alone = [without_times(evaluate_chat(engine(), names, 20, max_new_tokens=4)),
              evaluate_task(engine(), make_task("gsm8k", "test"), 3, max_new_tokens=4, temperature=1.0, samples=3)["items"]]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanochat.chat_eval"]) # imported once for both
+    context.set_forkserver_preload(["nanochat.post.chat_eval"]) # imported once for both
     with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
     environment = dict(os.environ) # a server that another test started has another
     ranks = [context.Process(target=one_rank, args=(rank, port, tmp_path, names, environment)) for rank in range(2)]
@@ -196,7 +199,7 @@ def test_a_task_that_needs_longer_answers_gets_them(data, sandbox, monkeypatch):
     def short(engine, prompts, max_new_tokens):
         taken.append(max_new_tokens)
         return greedy_answers(engine, prompts, 1)
-    monkeypatch.setattr("nanochat.chat_eval.greedy_answers", short)
+    monkeypatch.setattr("nanochat.post.chat_eval.greedy_answers", short)
     for name, given in (("gsm8k", 8), ("gsm8k", 300), ("humaneval", 8), ("sums", 8)): evaluate_task(engine(), make_task(name, "test"), 1, max_new_tokens=given)
     assert taken == [256, 300, 384, 8]
 
@@ -233,7 +236,7 @@ def test_a_bad_row_is_named(data, name):
 
 
 def test_looking_at_tasks_reads_and_imports_nothing_heavy():
-    code = ("import sys; from nanochat.tasks import REAL_TASKS, make_task; [make_task(n, s) for n, t in REAL_TASKS.items() for s in t.splits]; "
+    code = ("import sys; from nanochat.post.tasks import REAL_TASKS, make_task; [make_task(n, s) for n, t in REAL_TASKS.items() for s in t.splits]; "
             "assert not {'torch', 'pyarrow', 'huggingface_hub', 'pandas'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -262,7 +265,7 @@ def test_a_set_that_cannot_be_had_is_left_out_aloud(data, tmp_path, capsys):
 
 def test_without_a_sandbox_humaneval_is_left_out_before_anything_is_written(data, monkeypatch):
     def none(): raise UserError("no sandbox can be built here")
-    monkeypatch.setattr("nanochat.tasks.sandbox_kind", none)
+    monkeypatch.setattr("nanochat.post.tasks.sandbox_kind", none)
     found = evaluate_chat(Engine(engine().model, TOKENIZER), ["humaneval"], 2)
     assert found == {"tasks": {}, "world_score": None, "chat_core": None, "chat_core_of": 0, "missing": {"humaneval": "no sandbox can be built here"}}
 

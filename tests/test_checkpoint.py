@@ -9,11 +9,11 @@ import time
 import pytest
 import torch
 
-from nanochat.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from nanochat.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
 SAVER = """
 import itertools, sys, torch
-from nanochat.checkpoint import save_checkpoint
+from nanochat.train.checkpoint import save_checkpoint
 for step in itertools.count(1):
     value = torch.full((300_000,), float(step))
     save_checkpoint(sys.argv[1], step, {"w": value}, {"w/exp_avg": value}, {"step": step})

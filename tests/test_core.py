@@ -13,14 +13,16 @@ import pytest
 import torch
 from conftest import real_data
 
-from nanochat import core_eval
-from nanochat.common import UserError, distributed
-from nanochat.core_eval import (CHOICE, CORE, LM, SCHEMA, CoreTask, GPTReader, TransformersReader, ask, core_file, core_rows, decide, evaluate_core, examples_for, render,
-                                sample_rows, score_questions, to_question)
-from nanochat.eval_bench import one_by_one, spread_model
-from nanochat.hub import to_transformers
-from nanochat.model import GPT, GPTConfig
-from nanochat.tokenizer import Tokenizer
+from nanochat.post import core_eval
+from nanochat.core.files import UserError
+from nanochat.core.machine import distributed
+from nanochat.post.core_eval import (
+    CHOICE, CORE, LM, SCHEMA, CoreTask, GPTReader, TransformersReader, ask, core_file, core_rows,
+    decide, evaluate_core, examples_for, render, sample_rows, score_questions, to_question)
+from nanochat.lab.bench.eval import one_by_one, spread_model
+from nanochat.talk.export import to_transformers
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.core.tokenizer import Tokenizer
 
 
 class ByHand:
@@ -309,7 +311,7 @@ def test_ties_hang_neither_on_the_batch_nor_on_the_ranks(tmp_path, monkeypatch):
     for tokens in (300, 4096, 10**6): assert answers_to_ties(tokens) == want
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanochat.core_eval", "nanochat.eval_bench"]) # imported once for both
+    context.set_forkserver_preload(["nanochat.post.core_eval", "nanochat.lab.bench.eval"]) # imported once for both
     with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
     ranks = [context.Process(target=one_rank, args=(rank, port, tmp_path)) for rank in range(2)]
     for rank in ranks: rank.start()
@@ -508,7 +510,7 @@ def test_examples_are_others():
 
 
 def test_the_sample_is_the_same_in_another_process():
-    code = "from nanochat.core_eval import *; rows = sample_rows(range(1000), 40); print(rows, [examples_for(rows, i, 10) for i in range(40)])"
+    code = "from nanochat.post.core_eval import *; rows = sample_rows(range(1000), 40); print(rows, [examples_for(rows, i, 10) for i in range(40)])"
     one, other = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2))
     assert one == other and one.startswith("[")
 

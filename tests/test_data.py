@@ -13,12 +13,13 @@ import pytest
 from conftest import assert_user_error, environment, nanochat, real_data
 from hub import Hub, hub_environment
 
-from nanochat.common import Run, UserError
-from nanochat.dataset import SETS, conversations, set_rows, take, tokenize
-from nanochat.plan import make_plan
-from nanochat.speedrun import run_stage
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.core.run import Run
+from nanochat.core.files import UserError
+from nanochat.core.dataset import SETS, conversations, set_rows, take, tokenize
+from nanochat.train.plan import make_plan
+from nanochat.lab.speedrun import run_stage
+from nanochat.core.tokenizer import Tokenizer
+from nanochat.core.world import World
 
 
 def write_txt(folder, texts):
@@ -72,10 +73,10 @@ def test_real_english(monkeypatch, tmp_path):
 
 
 HUB_RUN = """
-import nanochat.dataset as d
-from nanochat.common import Run
-from nanochat.plan import make_plan
-from nanochat.speedrun import run_stage
+import nanochat.core.dataset as d
+from nanochat.core.run import Run
+from nanochat.train.plan import make_plan
+from nanochat.lab.speedrun import run_stage
 d.SOURCES["climbmix"] = d.Source("a test", "none", repo="someone/text", shards=5, shard_characters=40_000)
 run = Run.create("hub", make_plan("smoke", {"data.characters": 120_000, "tokenizer.max_characters": 40_000, "eval.core_questions": 0, "eval.tasks": "world"}, data="climbmix").config)
 for stage in ("data", "tokenizer"): run_stage(run, stage)

@@ -13,7 +13,7 @@ import pytest
 from browser import open_browser
 from conftest import REPO, assert_user_error, nanochat
 
-from nanochat.docs import MARK, SEARCH, build_docs, check_site, docs_server, serve_docs
+from nanochat.lab.docs import MARK, SEARCH, build_docs, check_site, docs_server, serve_docs
 
 pytest.importorskip("nbdev", reason="the docs are built with the dev group")
 pytest.importorskip("smalldocs", reason="the docs are built with the dev group")
@@ -87,8 +87,8 @@ def test_every_link_leads_somewhere_and_nothing_is_loaded_from_outside(site):
     page = site/"index.html"
     text = page.read_text()
     try:
-        page.write_text(text.replace("</main>", '<a href="nbs/06_model.html#no-such-place">x</a><img src="https://images.invalid/x.png"></main>', 1))
-        assert sorted(check_site(site)) == ["index.html loads https://images.invalid/x.png", "index.html: nbs/06_model.html#no-such-place has no such anchor"]
+        page.write_text(text.replace("</main>", '<a href="nbs/model/14_gpt.html#no-such-place">x</a><img src="https://images.invalid/x.png"></main>', 1))
+        assert sorted(check_site(site)) == ["index.html loads https://images.invalid/x.png", "index.html: nbs/model/14_gpt.html#no-such-place has no such anchor"]
     finally: page.write_text(text)
 
 
@@ -120,7 +120,7 @@ def test_pages_open_without_errors_and_ask_nobody(site, address, visitor):
             assert state["drawn"] == state["math"], (name, state)
             with_math.append(name)
     assert faults == []
-    assert "nbs/05_loss.html" in with_math
+    assert "nbs/model/12_loss.html" in with_math
     print(f"{len(seen)} pages in {time.perf_counter() - started:.0f} s")
 
 
@@ -130,7 +130,7 @@ def test_pages_fit_the_screen(site, address, visitor, width, scheme):
     page, faults = visitor
     page.set_viewport_size({"width": width, "height": 800})
     page.emulate_media(color_scheme=scheme)
-    names = ["index.html", "nbs/06_model.html", "nbs/speedrun/7_report.html", *sources("nbs/guide/[!i]*.md"), *sources("lessons/*.ipynb")]
+    names = ["index.html", "nbs/model/14_gpt.html", "nbs/speedrun/7_report.html", *sources("nbs/guide/[!i]*.md"), *sources("lessons/*.ipynb")]
     for name in names:
         page.goto(address + name, wait_until="load")
         assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than {width} pixels"
@@ -144,16 +144,16 @@ def test_dark_can_be_switched_and_stays(address, visitor):
     page, _ = visitor
     page.set_viewport_size({"width": 1280, "height": 800})
     page.emulate_media(color_scheme="light")
-    page.goto(address + "nbs/06_model.html", wait_until="load")
+    page.goto(address + "nbs/model/14_gpt.html", wait_until="load")
     light = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.locator(".quarto-color-scheme-toggle:visible").first.click()
     page.wait_for_function("before => getComputedStyle(document.body).backgroundColor != before", arg=light)
-    page.goto(address + "nbs/07_optim.html", wait_until="load")
+    page.goto(address + "nbs/model/15_optim.html", wait_until="load")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
     page.evaluate("localStorage.clear()")
 
 
-@pytest.mark.parametrize("query, wanted", [("Muon", r"nbs/07_optim\.html"), ("loss mask", r"glossary\.html#loss-mask|lessons/07_chat\.html"), ("best fit", r"nbs/04_dataloader\.html")])
+@pytest.mark.parametrize("query, wanted", [("Muon", r"nbs/model/15_optim\.html"), ("loss mask", r"glossary\.html#loss-mask|lessons/07_chat\.html"), ("best fit", r"nbs/core/08_dataloader\.html")])
 def test_search_finds(address, visitor, query, wanted):
     page, faults = visitor
     page.set_viewport_size({"width": 1280, "height": 800})
@@ -288,7 +288,7 @@ def test_the_dev_group_is_asked_for(tmp_path, monkeypatch):
 
 
 def test_an_older_build_may_be_replaced(tmp_path):
-    from nanochat.docs import check_out
+    from nanochat.lab.docs import check_out
     (tmp_path/MARK).touch()
     (tmp_path/"old.html").touch()
     assert check_out(tmp_path) == Path(tmp_path).resolve()

@@ -19,9 +19,9 @@ NAMES = [f"shard_{i:05d}.parquet" for i in range(4)]
 
 CLIENT = f"""
 import sys
-from nanochat.common import UserError
-from nanochat.download import download
-import nanochat.download as d
+from nanochat.core.run import UserError
+from nanochat.core.download import download
+import nanochat.core.download as d
 d.RETRY_SECONDS = 0.01
 try: download("{REPO}", {NAMES}, sys.argv[1], *sys.argv[2:])
 except UserError as e: sys.exit(f"UserError: {{e}}")
@@ -90,8 +90,8 @@ SCHEDULES = """
 import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from nanochat.common import UserError
-import nanochat.download as d
+from nanochat.core.run import UserError
+import nanochat.core.download as d
 d.RETRY_SECONDS = 0.01
 names, base = json.loads(sys.argv[1]), Path(sys.argv[2])
 def one(k):

@@ -4,7 +4,7 @@ import shutil
 import pytest
 from conftest import assert_user_error, contents, nanochat
 
-from nanochat.checkpoint import latest_checkpoint
+from nanochat.train.checkpoint import latest_checkpoint
 
 REFUSED = { # before anything is written: arguments, and what the sentence has to say
     "preset": (["--preset", "gigantic"], ["'gigantic'", "smoke"]),

@@ -49,7 +49,7 @@ def test_core_and_bits_per_byte_of_a_run(copy, data):
     # on two ranks: the same answers, question by question
     env = environment(place.base) | {"NANOCHAT_DATA_ROOT": str(data)}
     (place.run/"base"/"core.json").unlink()
-    ranks = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "nanochat.speedrun", "eval", "smoke", "--stage", "base"],
+    ranks = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "nanochat", "eval", "smoke", "--stage", "base"],
                            env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     assert ranks.returncode == 0, ranks.stderr[-3000:]
     assert measured(place.run) == first

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.checkpoint import load_checkpoint, save_checkpoint
-from nanochat.common import distributed, rank_and_world
-from nanochat.model import GPT, GPTConfig
-from nanochat.optim import lr_multiplier, make_optimizer, muon_momentum, weight_decay_multiplier
-from nanochat.train import accumulate_gradients
-from nanochat.world import World
+from nanochat.train.checkpoint import load_checkpoint, save_checkpoint
+from nanochat.core.machine import distributed
+from nanochat.core.files import rank_and_world
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.optim import (
+    lr_multiplier, make_optimizer, muon_momentum, weight_decay_multiplier)
+from nanochat.train.loop import accumulate_gradients
+from nanochat.core.world import World
 
 STEPS, HALF = 100, 50
 ROWS, MICRO_BATCHES, T = 16, 2, 64 # in a step, over all ranks; on each rank; tokens in a row
@@ -56,7 +58,7 @@ def one_rank(rank: int, world_size: int, port: int, folder: Path, jobs):
 def start(world_size: int, folder: Path, *jobs: tuple) -> list[torch.Tensor]: # the losses of each job
     """Do jobs, each the arguments of `train` after the folder, one after the other on some ranks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanochat.train", "nanochat.world"]) # imported once for all ranks
+    context.set_forkserver_preload(["nanochat.train.loop", "nanochat.core.world"]) # imported once for all ranks
     with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
     ranks = [context.Process(target=one_rank, args=(rank, world_size, port, folder, jobs)) for rank in range(world_size)]
     for rank in ranks: rank.start()

@@ -8,7 +8,7 @@ import re
 import pytest
 from conftest import REPO, check_parses, typed_commands
 
-from nanochat.mixture import describe_conversations
+from nanochat.post.mixture import describe_conversations
 
 GUIDE = REPO/"nbs"/"guide"
 PAGES = sorted(GUIDE.glob("*.md"))
@@ -42,7 +42,7 @@ def test_commands_parse(page, tmp_path, monkeypatch):
 
 
 def test_wrong_commands_would_be_found():
-    for line in ("nanochat fly", "nanochat speedrun --no-such-option", "nanochat speedrun --preset mega", "nanochat speedrun --set base.stepz=3", "nanochat data fly", "python -m nanochat.mixture fly"):
+    for line in ("nanochat fly", "nanochat speedrun --no-such-option", "nanochat speedrun --preset mega", "nanochat speedrun --set base.stepz=3", "nanochat data fly", "python -m nanochat.post.mixture fly"):
         with pytest.raises((Exception, SystemExit)): check_parses(line.split())
     assert typed_commands("```bash\nuv run nanochat chat \\\n  -p x # so\n```\n") == [["nanochat", "chat", "-p", "x"]]
     assert sum(words[0] == "nanochat" for page in PAGES for words in typed_commands(page.read_text("utf-8"))) > 30

@@ -3,9 +3,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat.hub import from_transformers, to_transformers, transformers_names
-from nanochat.model import GPT, GPTConfig
-from nanochat.tokenizer import Tokenizer
+from nanochat.talk.export import from_transformers, to_transformers, transformers_names
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.core.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 

@@ -41,11 +41,11 @@ def test_help_tells_the_commands():
 
 def test_importing_the_model_costs_little_beside_torch():
     # processor time, because other programs do not count in it
-    torch_alone, model = (min(seconds(sys.executable, "-c", f"import {module}")[1] for _ in range(3)) for module in ("torch", "nanochat.model"))
+    torch_alone, model = (min(seconds(sys.executable, "-c", f"import {module}")[1] for _ in range(3)) for module in ("torch", "nanochat.model.gpt"))
     assert model <= torch_alone + 0.5, (model, torch_alone)
 
 
-@pytest.mark.parametrize("module", ["nanochat.speedrun", "nanochat.common", "nanochat.plan", "nanochat.world"])
+@pytest.mark.parametrize("module", ["nanochat.lab.speedrun", "nanochat.core.run", "nanochat.train.plan", "nanochat.core.world"])
 def test_what_needs_no_torch_does_not_import_it(module):
     heavy = "import sys; print([m for m in ('torch', 'papermill', 'IPython', 'matplotlib', 'pyarrow', 'ipywidgets') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", f"import {module}; {heavy}"], capture_output=True, text=True, check=True, cwd=REPO)

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from conftest import REPO, family, kill_tree, start
 
-from nanochat.lessons import EXERCISES, LESSONS, exercises_of
+from nanochat.lab.course import EXERCISES, LESSONS, exercises_of
 
 PATHS = sorted((REPO/"lessons").glob("*.ipynb"))
 MOST_SECONDS, MOST_MB = 360, 4000  # on two cores
@@ -32,7 +32,7 @@ def memory(process):
 
 @each
 def test_runs_and_every_check_fails_and_passes(path, tmp_path):
-    started, most, process = time.perf_counter(), 0, start(tmp_path, "-m", "nanochat.lessons", path, "--solved")
+    started, most, process = time.perf_counter(), 0, start(tmp_path, "-m", "nanochat.lab.course", path, "--solved")
     try:
         while process.poll() is None:
             most = max(most, memory(process))

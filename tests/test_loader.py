@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import environment, real_data
 
-from nanochat.bench import timed
-from nanochat.common import UserError
-from nanochat.data_bench import lost_by_best_fit, lost_in_epoch
-from nanochat.dataloader import PackedLoader
-from nanochat.dataset import iter_texts, make_world, tokenize
-from nanochat.tokenizer import Tokenizer
+from nanochat.lab.bench.measure import timed
+from nanochat.core.files import UserError
+from nanochat.lab.bench.data import lost_by_best_fit, lost_in_epoch
+from nanochat.core.dataloader import PackedLoader
+from nanochat.core.dataset import iter_texts, make_world, tokenize
+from nanochat.core.tokenizer import Tokenizer
 
 T, B = 128, 16 # rows of a step, over all ranks
 
@@ -111,8 +111,8 @@ def test_little_is_lost_of_real_text(wikipedia, seq_len):
 TOKENIZE = """
 import sys
 from pathlib import Path
-from nanochat.dataset import tokenize
-from nanochat.tokenizer import Tokenizer
+from nanochat.core.dataset import tokenize
+from nanochat.core.tokenizer import Tokenizer
 tokenize(Path(sys.argv[1]), Tokenizer.load(sys.argv[2]), Path(sys.argv[3]), None, 20_000)
 """
 

@@ -13,12 +13,14 @@ import torch
 from conftest import start, wait_for
 from safetensors.torch import load_file
 
-from nanochat.checkpoint import latest_checkpoint, load_checkpoint
-from nanochat.common import TRACKERS, Run, UserError, distributed, rank_and_world, read_metrics, run_command
-from nanochat.model import GPT, GPTConfig
-from nanochat.optim import make_optimizer
-from nanochat.speedrun import LAUNCHER_ENV
-from nanochat.train import train
+from nanochat.train.checkpoint import latest_checkpoint, load_checkpoint
+from nanochat.core.run import TRACKERS, Run, read_metrics
+from nanochat.core.files import UserError, rank_and_world, run_command
+from nanochat.core.machine import distributed
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.optim import make_optimizer
+from nanochat.lab.speedrun import LAUNCHER_ENV
+from nanochat.train.loop import train
 
 STEPS, ROWS = 20, 4 # rows of a step, over all ranks
 
@@ -198,7 +200,7 @@ def test_the_stop_button_of_a_notebook(tmp_path):
 
 TRACKED = """
 import sys
-from nanochat.common import Run
+from nanochat.core.run import Run
 run = Run(sys.argv[1], {"seed": 1, "hardware": {"tracker": sys.argv[2]}})
 log = run.metrics("base")
 for step in range(1, 6): log.log(step, loss=6.0 - step)

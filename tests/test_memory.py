@@ -6,16 +6,16 @@ import sys
 import pytest
 import torch
 
-from nanochat.common import peak_memory
-from nanochat.loss import CHUNK_LOGITS
-from nanochat.plan import LOGITS, model_shape, training_memory
+from nanochat.core.machine import peak_memory
+from nanochat.model.loss import CHUNK_LOGITS
+from nanochat.train.plan import LOGITS, model_shape, training_memory
 
 STEP = """
 import json, sys, torch
-from nanochat.common import peak_memory
-from nanochat.model import GPT, GPTConfig
-from nanochat.optim import make_optimizer
-from nanochat.train import accumulate_gradients
+from nanochat.core.run import peak_memory
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.optim import make_optimizer
+from nanochat.train.loop import accumulate_gradients
 model, rows, dtype = json.loads(sys.argv[1])
 tiny = GPT(GPTConfig(**model | {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 64, "vocab_size": 64}))
 def step(gpt, optimizer, tokens):

@@ -12,14 +12,16 @@ import pytest
 import torch
 from conftest import assert_user_error, environment, nanochat
 
-from nanochat.common import Run, UserError
-from nanochat.finetune import ConversationLoader, fit_conversations, finetune, pack_conversations, prepare_rows
-from nanochat.identity import read_card
-from nanochat.mixture import open_mixture, open_task, take
-from nanochat.plan import TASKS, Hardware, _flatten, _stage_tokens, make_plan, named_hardware
-from nanochat.speedrun import data_stage, run_stage
-from nanochat.tasks import visible_text
-from nanochat.tokenizer import Tokenizer
+from nanochat.core.run import Run
+from nanochat.core.files import UserError
+from nanochat.post.finetune import (
+    ConversationLoader, fit_conversations, finetune, pack_conversations, prepare_rows)
+from nanochat.core.identity import read_card
+from nanochat.post.mixture import open_mixture, open_task, take
+from nanochat.train.plan import TASKS, Hardware, _flatten, _stage_tokens, make_plan, named_hardware
+from nanochat.lab.speedrun import data_stage, run_stage
+from nanochat.post.tasks import visible_text
+from nanochat.core.tokenizer import Tokenizer
 
 CPU = Hardware("CPU with 2 cores", "cpu", 1, 8 * 2**30, 1e11, 0.0, bf16=False, cores=2)
 NO_WORLD = {f"{stage}.mixture.{task}": 0 for stage in ("mid", "sft") for task in TASKS}
@@ -158,7 +160,7 @@ def test_sets_epochs_and_splits(sets, tokenizer):
 
 
 def test_what_cannot_be_had_is_said_before_anything_is_spent(sets, monkeypatch):
-    from nanochat import dataset
+    from nanochat.core import dataset
     def offline(*args, **kwargs): raise UserError("the hub cannot be reached.")
     monkeypatch.setattr(dataset, "download", offline)
     config = plan({"mid.mixture.gsm8k": "1x", "mid.mixture.smoltalk": 5, "sft.mixture.smoltalk": 5, "sft.mixture.mmlu": 5}).config
@@ -208,7 +210,7 @@ def test_one_and_two_ranks_read_the_same_rows(tmp_path, own, tokenizer):
     config = plan(NO_WORLD | {f"sft.mixture.{own}": "3x", "mid.mixture.sums": 9}).config
     run = Run.create("ranks", config)
     tokenizer.save(run.stage_dir("tokenizer"))
-    code = "import sys; from nanochat.common import Run; from nanochat.finetune import prepare_rows; from nanochat.tokenizer import Tokenizer; r = Run.open('ranks'); p = prepare_rows(r, 'sft', Tokenizer.load(r.stage_dir('tokenizer')), 64)['train']; print(p.tokens.astype(int).sum(), p.mask.sum(), len(p.tokens))"
+    code = "import sys; from nanochat.core.run import Run; from nanochat.post.finetune import prepare_rows; from nanochat.core.tokenizer import Tokenizer; r = Run.open('ranks'); p = prepare_rows(r, 'sft', Tokenizer.load(r.stage_dir('tokenizer')), 64)['train']; print(p.tokens.astype(int).sum(), p.mask.sum(), len(p.tokens))"
     both = [subprocess.Popen([sys.executable, "-c", code], env=environment(tmp_path/"base"), stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[0].split("\n")[-2] for process in both]
     packed = prepare_rows(run, "sft", tokenizer, 64)["train"]

@@ -10,10 +10,10 @@ import torch
 from conftest import REPO, between_checkpoints, edit_config, family, kill_tree, start, wait_for
 from safetensors.torch import load_file
 
-from nanochat.checkpoint import latest_checkpoint
-from nanochat.speedrun import LAUNCHER_ENV
+from nanochat.train.checkpoint import latest_checkpoint
+from nanochat.lab.speedrun import LAUNCHER_ENV
 
-CELL = "from nanochat.common import Run; from nanochat.speedrun import run_stage; run_stage(Run.open('smoke'), 'base')"
+CELL = "from nanochat.core.run import Run; from nanochat.lab.speedrun import run_stage; run_stage(Run.open('smoke'), 'base')"
 SHORT = {"steps": 40, "tokens": 40 * 2048, "eval_every": 10, "eval_tokens": 2048, "device_batch": 8}
 
 SHORT = {"steps": 40, "tokens": 40 * 2048, "eval_every": 10, "eval_tokens": 2048, "device_batch": 8}
@@ -78,7 +78,7 @@ def test_a_rank_that_dies(two, undisturbed):
 
 def documented_command(port):
     "The command for two machines of eight GPUs, as notebook 23 has it, for two launchers of one rank on this machine: (environment, arguments)."
-    cells = json.loads((REPO/"nbs"/"23_speedrun.ipynb").read_text())["cells"]
+    cells = json.loads((REPO/"nbs"/"lab/55_speedrun.ipynb").read_text())["cells"]
     export, command = re.search(r"```bash\n(export .*)\n(torchrun .*)\n```", "".join("".join(cell["source"]) for cell in cells)).groups()
     for theirs, ours in (("--nproc-per-node=8", "--nproc-per-node=1"), ("HOST:29500", f"127.0.0.1:{port}"), ("NAME", "smoke"),
                          ("torchrun", "-m torch.distributed.run")):

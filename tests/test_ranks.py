@@ -5,8 +5,8 @@ import psutil
 import pytest
 from conftest import edit_config, family, nanochat, start, wait_for
 
-from nanochat.checkpoint import latest_checkpoint, load_checkpoint
-from nanochat.common import STAGES, read_metrics
+from nanochat.train.checkpoint import latest_checkpoint, load_checkpoint
+from nanochat.core.run import STAGES, read_metrics
 
 TRAINED = ("base", "mid", "sft", "rl")
 LONG = {"steps": 999, "tokens": 999 * 2048, "eval_every": 999, "device_batch": 8} # will not end by itself before it is stopped
@@ -51,7 +51,7 @@ def training(run):
     return len(read_metrics(run/"metrics.jsonl", "base")) > 5
 
 
-CELL = "from nanochat.common import Run; from nanochat.speedrun import run_stage; run_stage(Run.open('smoke'), 'base')"
+CELL = "from nanochat.core.run import Run; from nanochat.lab.speedrun import run_stage; run_stage(Run.open('smoke'), 'base')"
 
 
 def start_cell(run):
@@ -123,7 +123,7 @@ def test_sigterm_to_the_launcher_saves(copy):
 
 def test_ctrl_c_in_the_terminal_stops_every_rank(copy):
     mine = copy("tokenizer")
-    process = start(mine.base, "-m", "nanochat.speedrun", "speedrun", "--preset", "smoke", "--nproc", 2)
+    process = start(mine.base, "-m", "nanochat", "speedrun", "--preset", "smoke", "--nproc", 2)
     wait_for(lambda: training(mine.run), process)
     members = family(process)
     assert len(members) >= 5 # driver, kernel, launcher, two ranks

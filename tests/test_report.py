@@ -9,10 +9,13 @@ import pytest
 import yaml
 from conftest import nanochat
 
-from nanochat.common import STAGES, Run, UserError, atomic_write
-from nanochat.core_eval import CORE, mean_interval, wilson_interval
-from nanochat.report import PUBLISHED, Comparison, Picture, Report, code_size, correlation, difference_interval, figure_svg, read_run, write_comparison, write_report
-from nanochat.speedrun import last_run
+from nanochat.core.run import STAGES, Run
+from nanochat.core.files import UserError, atomic_write
+from nanochat.post.core_eval import CORE, mean_interval, wilson_interval
+from nanochat.lab.report import (
+    PUBLISHED, Comparison, Picture, Report, code_size, correlation, difference_interval,
+    figure_svg, read_run, write_comparison, write_report)
+from nanochat.lab.speedrun import last_run
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> ![x](http://evil.example/x.png) [y](javascript:z) </div>| `a` **b** $\\frac{ \x00\x1b[31m \ud800 \u202e {{7*7}} ' + "\n# h\n```\n"
 
@@ -59,7 +62,7 @@ def assert_alone(page):
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    for slow, quick in (("code_size", dict), ("code_commit", str)): monkeypatch.setattr(f"nanochat.report.{slow}", quick) # a third of a second each time
+    for slow, quick in (("code_size", dict), ("code_commit", str)): monkeypatch.setattr(f"nanochat.lab.report.{slow}", quick) # a third of a second each time
     return tmp_path
 
 

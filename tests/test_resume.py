@@ -14,9 +14,9 @@ from conftest import between_checkpoints, edit_config, kill_tree, nanochat, star
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from nanochat.checkpoint import latest_checkpoint
-from nanochat.common import Run, read_metrics
-from nanochat.speedrun import stage_function
+from nanochat.train.checkpoint import latest_checkpoint
+from nanochat.core.run import Run, read_metrics
+from nanochat.lab.speedrun import stage_function
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 
@@ -68,7 +68,7 @@ def test_killed_stage(smoke, copy, stage):
         assert nanochat(theirs.base, "stage", "rl", "--run", "smoke").returncode == 0
         assert differing(weights(theirs.run, "rl"), weights(theirs.run, "sft")), "RL has learned nothing, so this test would show nothing"
 
-    process = start(mine.base, "-m", "nanochat.speedrun", "stage", stage, "--run", "smoke")
+    process = start(mine.base, "-m", "nanochat", "stage", stage, "--run", "smoke")
     wait_for(lambda: between_checkpoints(mine.run, stage), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -133,7 +133,7 @@ def test_killed_twenty_times(smoke, copy, monkeypatch):
     # a new process would import torch for two seconds; these are copies of one that has
     processes = multiprocessing.get_context("forkserver")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    processes.set_forkserver_preload(["nanochat.train", __name__])
+    processes.set_forkserver_preload(["nanochat.train.loop", __name__])
 
     aims = ["start"] * 3 + ["save"] * 7 + ["anywhere"] * 10
     dice.shuffle(aims)
@@ -161,7 +161,7 @@ def test_killed_twenty_times(smoke, copy, monkeypatch):
 
 def test_killed_speedrun(smoke, copy):
     mine, command = copy("sft"), ("speedrun", "--preset", "smoke")
-    process = start(mine.base, "-m", "nanochat.speedrun", *command)
+    process = start(mine.base, "-m", "nanochat", *command)
     wait_for(lambda: between_checkpoints(mine.run, "rl"), process)
     kill_tree(process)
     assert not (mine.run/"rl"/"manifest.json").exists()
@@ -176,7 +176,7 @@ def test_killed_speedrun(smoke, copy):
 def test_two_at_a_time_are_refused(copy):
     "A second command on a run that is being worked on says so, and the first one is not disturbed."
     mine = copy("tokenizer")
-    process = start(mine.base, "-m", "nanochat.speedrun", "speedrun", "--preset", "smoke")
+    process = start(mine.base, "-m", "nanochat", "speedrun", "--preset", "smoke")
     try:
         wait_for(lambda: read_metrics(mine.run/"metrics.jsonl", "base"), process)
         done = nanochat(mine.base, "speedrun", "--preset", "smoke")

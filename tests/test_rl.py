@@ -11,14 +11,18 @@ import torch
 import yaml
 from conftest import real_data
 
-from nanochat.common import Metrics, Run, UserError, barrier, distributed, read_metrics
-from nanochat.engine import Engine
-from nanochat.model import GPT, GPTConfig
-from nanochat.optim import make_optimizer
-from nanochat.plan import make_plan
-from nanochat.rl import Rollouts, lay_out, note_distance, policy_gradient, reinforce, rl_tasks, rollout, show_rollouts
-from nanochat.tasks import visible_text
-from nanochat.tokenizer import Tokenizer
+from nanochat.core.run import Metrics, Run, read_metrics
+from nanochat.core.files import UserError
+from nanochat.core.machine import barrier, distributed
+from nanochat.model.engine import Engine
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.optim import make_optimizer
+from nanochat.train.plan import make_plan
+from nanochat.post.rl import (
+    Rollouts, lay_out, note_distance, policy_gradient, reinforce, rl_tasks, rollout,
+    show_rollouts)
+from nanochat.post.tasks import visible_text
+from nanochat.core.tokenizer import Tokenizer
 
 EVERYTHING = {"sigma_norm": True, "clip": 0.1, "kl": 0.2, "updates": 3}
 SETTINGS = dict(seed=3, prompts_per_step=4, samples_per_prompt=4, max_new_tokens=3, temperature=0.7, top_k=40, eval_every=3, eval_problems=4, eval_batch=4, micro_tokens=64)

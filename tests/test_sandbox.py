@@ -16,9 +16,10 @@ import psutil
 import pytest
 from conftest import REPO, real_data, wait_for
 
-from nanochat import sandbox
-from nanochat.common import UserError, peak_memory
-from nanochat.sandbox import Limits, calculator, judge, judge_many, run_python, sandbox_kind
+from nanochat.model import sandbox
+from nanochat.core.files import UserError
+from nanochat.core.machine import peak_memory
+from nanochat.model.sandbox import Limits, calculator, judge, judge_many, run_python, sandbox_kind
 
 QUICK = Limits(seconds=0.7)  # for what would never end
 
@@ -339,7 +340,7 @@ def test_no_process_stays(kind):
 
 ALONE = """
 import sys
-from nanochat.sandbox import Limits, judge_many
+from nanochat.model.sandbox import Limits, judge_many
 judge_many([({program!r}, "def check(f): f()", "f")] * 3, 2, limits=Limits(seconds=60))
 """
 
@@ -399,7 +400,7 @@ def test_as_an_ordinary_user():
             "PATH": os.environ["PATH"], "HOME": folder, "TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": os.pathsep.join([str(REPO), *(p for p in sys.path if p.endswith("site-packages"))])})
         for python in (sys.executable, "/usr/bin/python{}.{}".format(*sys.version_info)):
-            try: reached = subprocess.run([python, "-c", "import nanochat.sandbox, pytest, psutil"], **how).returncode == 0
+            try: reached = subprocess.run([python, "-c", "import nanochat.model.sandbox, pytest, psutil"], **how).returncode == 0
             except OSError: reached = False
             if reached: break
         else: pytest.skip("an ordinary user cannot reach this Python, and there is no other of its version")

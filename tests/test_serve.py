@@ -21,13 +21,13 @@ import pytest
 from browser import open_browser
 from conftest import assert_user_error, environment, nanochat
 
-from nanochat.chat import Piece, content_of, readable
-from nanochat.checkpoint import save_checkpoint
-from nanochat.common import Run
-from nanochat.engine import Engine, Scheduler, TokenEvent
-from nanochat.model import GPT, GPTConfig
-from nanochat.serve import Limits, Service, in_thread
-from nanochat.tokenizer import StreamDecoder, Tokenizer
+from nanochat.talk.chat import Piece, content_of, readable
+from nanochat.train.checkpoint import save_checkpoint
+from nanochat.core.run import Run
+from nanochat.model.engine import Engine, Scheduler, TokenEvent
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.talk.serve import Limits, Service, in_thread
+from nanochat.core.tokenizer import StreamDecoder, Tokenizer
 
 EGGS = [{"type": "text", "text": "Three boxes of twelve are "}, {"type": "python", "text": "3*12"}, {"type": "python_output", "text": "36"}, {"type": "text", "text": "36 eggs."}]
 
@@ -413,7 +413,7 @@ def base(tmp_path_factory, engine, tokenizer):
 
 
 def test_the_command_with_two_workers_one_of_which_is_killed(base, engine, tokenizer, tmp_path):
-    process = subprocess.Popen([sys.executable, "-m", "nanochat.speedrun", "serve", "--run", "demo", "--devices", "2", "--port", "0"], env=environment(base) | {"NANOCHAT_API_KEY": "correct horse"},
+    process = subprocess.Popen([sys.executable, "-m", "nanochat", "serve", "--run", "demo", "--devices", "2", "--port", "0"], env=environment(base) | {"NANOCHAT_API_KEY": "correct horse"},
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         said = ""

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import REPO, real_data
 
-from nanochat import tokenizer as module
-from nanochat.common import UserError
+from nanochat.core import tokenizer as module
+from nanochat.core.files import UserError
 from nanochat.rustbpe import GPT2_PATTERN, GPT4_PATTERN, PATTERN, RustBPE
-from nanochat.tokenizer import RANK_FILES, SPECIAL_TOKENS, Tokenizer
-from nanochat.world import World
+from nanochat.core.tokenizer import RANK_FILES, SPECIAL_TOKENS, Tokenizer
+from nanochat.core.world import World
 
 tiktoken = pytest.importorskip("tiktoken")
 
@@ -223,7 +223,7 @@ def test_training_holds_no_text(tmp_path):
     code = """
 import re, sys
 from nanochat.rustbpe import RustBPE
-from nanochat.world import World
+from nanochat.core.world import World
 world = World(seed=1)
 texts = [world.document(i) for i in range(300)]
 def status(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
