@@ -19,7 +19,7 @@ NAMES = [f"shard_{i:05d}.parquet" for i in range(4)]
 
 CLIENT = f"""
 import sys
-from nanochat.core.run import UserError
+from nanochat.core.files import UserError
 from nanochat.core.download import download
 import nanochat.core.download as d
 d.RETRY_SECONDS = 0.01
@@ -90,7 +90,7 @@ SCHEDULES = """
 import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from nanochat.core.run import UserError
+from nanochat.core.files import UserError
 import nanochat.core.download as d
 d.RETRY_SECONDS = 0.01
 names, base = json.loads(sys.argv[1]), Path(sys.argv[2])

@@ -12,7 +12,7 @@ from nanochat.train.plan import LOGITS, model_shape, training_memory
 
 STEP = """
 import json, sys, torch
-from nanochat.core.run import peak_memory
+from nanochat.core.machine import peak_memory
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import make_optimizer
 from nanochat.train.loop import accumulate_gradients

@@ -60,7 +60,7 @@ def measure_shards(
     out: Path, # where the token shards go
 ) -> dict: # seconds, peak in MB
     "Turn text into token shards."
-    code = ("import sys; from pathlib import Path; from nanochat.lab.bench.tokenizer import timed; from nanochat.core.run import peak_memory; from nanochat.core.dataset import tokenize; from nanochat.core.tokenizer import Tokenizer;"
+    code = ("import sys; from pathlib import Path; from nanochat.lab.bench.measure import timed; from nanochat.core.machine import peak_memory; from nanochat.core.dataset import tokenize; from nanochat.core.tokenizer import Tokenizer;"
             "seconds, _ = timed(tokenize, Path(sys.argv[1]), Tokenizer.load(Path(sys.argv[2])), Path(sys.argv[3]), None);"
             "import json; print(json.dumps({'seconds': seconds, 'peak': peak_memory()}), file=sys.stderr)")
     done = subprocess.run([sys.executable, "-c", code, str(folder), str(tokenizer), str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)

@@ -49,7 +49,7 @@ def measure_step(
     "Train on noise for a few steps, in a process of its own."
     code = """
 import json, sys, time, torch
-from nanochat.core.run import peak_memory
+from nanochat.core.machine import peak_memory
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import make_optimizer
 from nanochat.train.loop import accumulate_gradients
@@ -99,7 +99,7 @@ def measure_training(
     "Train on noise as a run would, for a few steps."
     code = """
 import json, sys, time, torch
-from nanochat.core.run import peak_memory
+from nanochat.core.machine import peak_memory
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.precision import quantize_weights
 from nanochat.train.loop import accumulate_gradients, grad_accum_steps, optimizer_for, prepare_model
@@ -333,7 +333,7 @@ def bench_rows(
     code = """
 import json, sys, time
 from pathlib import Path
-from nanochat.core.run import peak_memory
+from nanochat.core.machine import peak_memory
 from nanochat.core.dataset import iter_texts
 from nanochat.post.finetune import fit_conversations, pack_conversations
 from nanochat.post.mixture import open_mixture, take
