@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from nanochat.model.attention import attention as A
+from nanochat.model import attention as A
 
 CPU = torch.device("cpu")
 CASES = [(T, n_kv_head, window) for T in (1, 127, 300) for n_kv_head in (4, 2, 1) for window in (None, 1, 100, 299)]
