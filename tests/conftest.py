@@ -1,6 +1,6 @@
 """What the tests share: nanochat in processes of its own, one finished smoke run, copies of it, and how an error has to look."""
 import hashlib
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -47,16 +47,23 @@ def typed_commands(text):
     return [run_by_uv(words) for words in commands]
 
 
+def entry_point(name):
+    "The click command that `python -m NAME` runs."
+    main = f"{name}.__main__"
+    module = importlib.import_module(main if importlib.util.find_spec(name).submodule_search_locations else name)
+    return module.cli
+
+
 def check_parses(words):
     "That a command is one of ours (`nanochat …`, `python -m nanochat.…`) with options, settings and presets that exist, or somebody else's."
     if words[0] == "nanochat": command, arguments = importlib.import_module("nanochat.lab.speedrun").cli, words[1:]
-    elif words[:2] == ["python", "-m"] and words[2].startswith("nanochat."): command, arguments = importlib.import_module(words[2]).cli, words[3:]
+    elif words[:2] == ["python", "-m"] and words[2].startswith("nanochat"): command, arguments = entry_point(words[2]), words[3:]
     else: return
     name = words[0]
     while isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
-        assert name in command.commands, words
-        command = command.commands[name]
+        command = command.get_command(click.Context(command), name)
+        assert command is not None, words
     try: given = command.make_context(name, list(arguments)).params # an option that is not there is refused
     except click.exceptions.Exit: return # --help
     if preset := given.get("preset"): assert preset in known_presets(), words

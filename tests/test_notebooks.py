@@ -11,7 +11,8 @@ import tempfile
 import pytest
 from conftest import REPO, contents, environment
 
-LIBRARY = sorted((REPO/"nbs").glob("*.ipynb"))
+LIBRARY = sorted(path for path in (REPO/"nbs").glob("*/**/*.ipynb") if re.match(r"\d\d_", path.name))
+WINGS = ("core", "model", "train", "post", "talk", "lab")
 STAGE_NOTEBOOKS = sorted((REPO/"nbs"/"speedrun").glob("*.ipynb"))
 OTHERS = sorted((REPO/"lessons").rglob("*.ipynb"))
 
@@ -44,7 +45,7 @@ def exported(tmp_path_factory):
 
 
 def test_the_package_is_what_the_notebooks_export(exported):
-    theirs, ours = ({path.name: path.read_text() for path in (root/"nanochat").glob("*.py")} for root in (exported, REPO))
+    theirs, ours = ({str(path.relative_to(root)): path.read_text() for path in (root/"nanochat").rglob("*.py")} for root in (exported, REPO))
     assert ours.keys() == theirs.keys() # _modidx.py is one of them
     assert [name for name in theirs if ours[name] != theirs[name]] == [], "run nbdev_export"
 
@@ -80,11 +81,42 @@ def test_stage_notebooks_are_all_there():
     assert [path.stem for path in STAGE_NOTEBOOKS] == ["1_data", "2_tokenizer", "3_pretrain", "4_midtrain", "5_sft", "6_rl", "7_report", "8_chat"]
 
 
+def exports(path):
+    "The module that a notebook exports, as in `core.run`."
+    for cell in json.loads(path.read_text())["cells"]:
+        if found := re.search(r"^#\| default_exp (\S+)", "".join(cell["source"]), re.M): return found[1]
+
+
+def imported(module):
+    "The modules of the package that a module imports, late imports too: `core.run` for `from ..core.run import x`."
+    file = REPO/"nanochat"/f"{module.replace('.', '/')}.py"
+    package = ["nanochat", *module.split(".")[:-1]]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            names = [".".join([*base, node.module or ""])]
+            names += [f"{names[0].rstrip('.')}.{alias.name}" for alias in node.names] # `from nanochat.model import attention`
+        else: continue
+        yield from (name.removeprefix("nanochat.") for name in names if name.startswith("nanochat."))
+
+
+def test_numbers_are_unique_and_belong_to_their_wing():
+    numbers = [int(path.name[:2]) for path in LIBRARY]
+    assert len(numbers) == len(set(numbers)) > 30
+    for path, number in zip(LIBRARY, numbers):
+        wing, *rooms = path.relative_to(REPO/"nbs").parts[:-1]
+        assert number // 10 == WINGS.index(wing) + len(rooms), path # lab/bench has the decade after lab's
+        module = exports(path)
+        assert module == "__main__" or module.startswith(".".join([wing, *rooms])), (path, module)
+
+
 def test_a_notebook_imports_only_from_those_before_it():
-    number = {path.stem[3:]: int(path.stem[:2]) for path in LIBRARY}
-    for name in number:
-        module = REPO/"nanochat"/f"{name}.py"
-        if not module.exists(): continue
-        imports = [name.removeprefix("nanochat.") for node in ast.walk(ast.parse(module.read_text())) # code alone: a string may hold a program that imports this very module
-                   for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else [])]
-        for used in set(imports) & number.keys(): assert number[used] < number[name], f"{name} imports {used}"
+    number = {exports(path): int(path.name[:2]) for path in LIBRARY}
+    del number["__main__"]
+    arrows = 0
+    for module in number:
+        for used in set(imported(module)) & number.keys():
+            arrows += 1
+            assert number[used] < number[module], f"{module} imports {used}"
+    assert arrows > 100

@@ -64,10 +64,14 @@ def home_page(text: str, # of nbs/guide/index.md
     return re.sub(r'(\]\(|\b(?:href|src)=")(?![a-z]+:|[#/])([^)"\s]+)', there, text)
 
 # %% ../../nbs/lab/57_docs.ipynb #1b35da63
-def _modules(root: Path) -> dict[str, str]: # module: its notebook, without suffix, as in {"model": "nbs/model/14_gpt"}
-    "Which notebook a module was exported from, as its first lines say."
-    found = {path.stem: re.search(r"File to edit: \.\./(\S+)\.ipynb", path.read_text()[:500]) for path in sorted((root/"nanochat").glob("[a-z]*.py"))}
-    return {name: m[1] for name, m in found.items() if m}
+def _modules(root: Path) -> dict[str, str]: # module: its notebook, without suffix, as in {"model/gpt": "nbs/model/14_gpt"}
+    "Find the notebook that each module was exported from, which its first lines name."
+    package, found = root/"nanochat", {}
+    for path in sorted(package.rglob("*.py")):
+        exported = re.search(r"File to edit: (?:\.\./)+(\S+)\.ipynb", path.read_text()[:500])
+        if exported and path.name != "_modidx.py":
+            found[path.relative_to(package).with_suffix("").as_posix()] = exported[1]
+    return found
 
 def source_page(name: str, # of the module
                 code: str) -> str: # Markdown
@@ -116,8 +120,10 @@ def prepare_docs(root: Path) -> Path: # the folder to render
     os.utime(stamp, (started, started))
     (proc/"nbs"/"guide"/"index.md").unlink()
     shutil.rmtree(proc/"source", ignore_errors=True)
-    (proc/"source").mkdir()
-    for name in _modules(root): (proc/"source"/f"{name}.md").write_text(source_page(name, (root/"nanochat"/f"{name}.py").read_text()))
+    for name in _modules(root):
+        page = proc/"source"/f"{name}.md"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(source_page(name, (root/"nanochat"/f"{name}.py").read_text()))
     return proc
 
 # %% ../../nbs/lab/57_docs.ipynb #0591c47d
@@ -148,14 +154,21 @@ class Links:
                  ):
         self.ids, self.modules, self.lines, self.docs_url, self.source_url = ids, modules, lines, docs_url, source_url
 
+    def module(self,
+               path: str, # such as nanochat/model/gpt.py, or nbs/model/gpt.html as nbdev names it
+               ) -> str: # such as model/gpt
+        "Name the module that a link of nbdev's means."
+        return path.partition("/")[2].rpartition(".")[0]
+
     def target(self,
                page: str, # on which the link stands
                path: str, # the link, without its anchor
                ) -> str | None: # a page or file of the site; None if the link leads out of it
         "Which page a link means."
-        if path.startswith(self.source_url): return f"source/{Path(path).stem}.html"
+        if path.startswith(self.source_url): return f"source/{self.module(path.removeprefix(self.source_url))}.html"
         if path.startswith(self.docs_url): # nbdev names pages after modules
-            return f"{self.modules.get(Path(path).stem, path.removeprefix(self.docs_url).removesuffix('.html'))}.html"
+            page = path.removeprefix(self.docs_url)
+            return f"{self.modules.get(self.module(page), page.removesuffix('.html'))}.html"
         if re.match(r"[a-z][a-z0-9+.-]*:|//", path, re.I): return None
         there = posixpath.normpath(posixpath.join(posixpath.dirname(page), unquote(path))) if path else page
         if there.endswith((".ipynb", ".md")): there = there.rpartition(".")[0] + ".html"
@@ -172,7 +185,7 @@ class Links:
         if anchor and anchor not in self.ids[there]:
             if heading_id(anchor) in self.ids[there]: anchor = heading_id(anchor)
             elif path.startswith(self.docs_url):     # a name without a signature on the page: a method's class has one, a private function is in the source
-                name = Path(path).stem
+                name = self.module(path.removeprefix(self.docs_url))
                 if (owner := anchor.partition(".")[0]) in self.ids[there]: anchor = owner
                 elif owner in self.lines.get(name, {}): there, anchor = f"source/{name}.html", f"L{self.lines[name][owner]}"
         return ("" if not path else quote(posixpath.relpath(there, posixpath.dirname(page) or "."))) + (f"#{quote(anchor)}" if anchor else "")
