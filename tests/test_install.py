@@ -58,7 +58,7 @@ def nanochat_commands():
 
 
 def test_readme_is_short_and_says_how_to_begin():
-    assert len(README.splitlines()) < 150
+    assert 60 <= len(README.splitlines()) <= 80
     for command in ("uv run nanochat speedrun", "uv run pytest"): assert re.search(rf"^{command}\b", README, re.M), command
 
 
