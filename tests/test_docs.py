@@ -13,7 +13,7 @@ import pytest
 from browser import open_browser
 from conftest import REPO, assert_user_error, nanochat
 
-from nanochat.lab.docs import MARK, SEARCH, build_docs, check_site, docs_server, serve_docs
+from nanochat.lab.docs import MARK, build_docs, check_site, docs_server, search_script, serve_docs
 
 pytest.importorskip("nbdev", reason="the docs are built with the dev group")
 pytest.importorskip("smalldocs", reason="the docs are built with the dev group")
@@ -174,7 +174,7 @@ def test_search_finds(address, visitor, query, wanted):
 def test_search_counts_a_title_more_than_text(visitor):
     page, _ = visitor
     page.goto("about:blank")
-    page.evaluate(SEARCH.replace("window.Fuse = class", "window.Ours = class") + "; null")
+    page.evaluate(search_script().replace("window.Fuse = class", "window.Ours = class") + "; null")
     ask = lambda query, entries: page.evaluate("([query, entries]) => new Ours(entries).search(query).map(hit => hit.item.href)", [query, entries])
     entry = lambda href, title, section, text: {"href": href, "title": title, "section": section, "text": text}
     entries = [entry("text", "A", "", "muon here, and the muon there"), entry("title", "Muon", "", ""), entry("heading", "B", "On Muon", ""), entry("within", "C", "", "commuons")]
@@ -274,7 +274,7 @@ def test_what_is_refused(tmp_path):
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as taken:
         assert_user_error(nanochat(tmp_path, "docs", "--out", tmp_path/"new", "--serve", "--port", taken.server_port), f"port {taken.server_port}")
     assert not (tmp_path/"new").exists()
-    with pytest.raises(Exception, match="which is the home of the docs"):
+    with pytest.raises(Exception, match="which is the home page of the docs"):
         (tmp_path/"empty").mkdir()
         build_docs(tmp_path/"new", tmp_path/"empty")
 
