@@ -897,7 +897,7 @@ def code_size(
 ) -> dict: # what: how many
     "Count the code: all of it in a checkout, otherwise what is installed."
     package = Path(package or Path(nanochat.__file__).parent)
-    root, modules = package.parent, [p for p in sorted(package.glob("*.py")) if not p.name.startswith("_")]
+    root, modules = package.parent, [p for p in sorted(package.rglob("*.py")) if not p.name.startswith("_")]
     size = {"Python modules": len(modules), "lines of Python": sum(code_lines(p.read_text("utf-8")) for p in modules)}
     if not (root/"pyproject.toml").exists():
         try: needed = importlib.metadata.requires("nanochat") or []
