@@ -582,7 +582,7 @@ def test_page_asks_for_the_key_and_tells_errors(visit):
     page = visit(lambda question: "Yes.", key="correct horse")
     say(page, "Hello?")
     page.get_by_label("API key").fill("wrong key")
-    page.keyboard.press("Enter")
+    with page.expect_response(lambda response: response.status == 401): page.keyboard.press("Enter")
     page.locator("#keys").wait_for(state="visible")
     page.get_by_label("API key").fill("correct horse")
     page.keyboard.press("Enter")
