@@ -197,7 +197,7 @@ else: texts = ["".join(random.choices("abcdefghijklmnopqrstuvwxyz  ", k=30_000_0
 phases = []
 def progress(phase, done, total):
     if phase == ("bytes read" if sys.argv[1] == "reading" else "merges") and not phases: phases.append(phase); print("ready", flush=True)
-try: RustBPE.train(texts, 1 << 20, progress=progress)
+try: RustBPE.from_texts(texts, 1 << 20, progress=progress)
 except KeyboardInterrupt: print("stopped", flush=True)
 """
     for phase in ("reading", "merging"):
@@ -214,7 +214,7 @@ def test_an_error_of_the_texts_is_handed_on():
     def texts():
         yield "spam" * 1000
         raise RuntimeError("the disk is gone")
-    with pytest.raises(RuntimeError, match="the disk is gone"): RustBPE.train(texts(), 300)
+    with pytest.raises(RuntimeError, match="the disk is gone"): RustBPE.from_texts(texts(), 300)
     with pytest.raises(RuntimeError, match="the disk is gone"): RustBPE.from_merges([]).encode_batch(texts())
 
 
@@ -228,7 +228,7 @@ world = World(seed=1)
 texts = [world.document(i) for i in range(300)]
 def status(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = status("VmRSS")
-RustBPE.train((text + str(i) for i in range(int(sys.argv[1])) for text in texts), 2000)
+RustBPE.from_texts((text + str(i) for i in range(int(sys.argv[1])) for text in texts), 2000)
 print(status("VmHWM") - before)
 """
     if not os.path.exists("/proc/self/status"): pytest.skip("memory is read from /proc")

@@ -76,7 +76,7 @@ def chat_pieces(
 
 # %% ../../nbs/core/03_tokenizer.ipynb #7bde08f5
 class _Bars:
-    "A progress bar for each phase of a training, as `RustBPE.train` tells them."
+    "A progress bar for each phase of a training, as `RustBPE.from_texts` tells them."
     def __init__(self): self.phase, self.bar = None, None
     def __call__(self, phase: str, done: int, total: int):
         if phase != self.phase:
@@ -138,7 +138,7 @@ class Tokenizer:
         least, bars = 256 + len(SPECIAL_TOKENS), _Bars() if verbose else None
         if not least <= vocab_size <= 1 << 20:
             raise UserError(f"vocab_size {vocab_size} cannot be trained: it must be from {least} (256 bytes and {len(SPECIAL_TOKENS)} special tokens) to about a million.")
-        try: tokenizer = cls(RustBPE.train(texts, vocab_size - len(SPECIAL_TOKENS), pattern, SPECIAL_TOKENS, num_threads, progress=bars))
+        try: tokenizer = cls(RustBPE.from_texts(texts, vocab_size - len(SPECIAL_TOKENS), pattern, SPECIAL_TOKENS, num_threads, progress=bars))
         except UnicodeEncodeError as e: raise _not_unicode(e) from None
         finally:
             if bars: bars.close()

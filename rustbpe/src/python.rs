@@ -27,15 +27,19 @@ impl From<Error> for PyErr {
     }
 }
 
-/// A byte-pair encoder: made by `train`, `from_merges`, `from_ranks` or `from_json`, and never changed.
-#[pyclass(frozen, module = "nanochat.rustbpe")]
+/// A byte-pair encoder. `RustBPE(vocab_size)` knows single bytes until `train` teaches it merges;
+/// `from_texts`, `from_merges`, `from_ranks` and `from_json` make one that is ready.
+#[pyclass(module = "nanochat.rustbpe")]
 struct RustBPE {
     encoder: Encoder,
+    /// The vocabulary size that `train` aims at.
+    wanted: usize,
 }
 
 impl RustBPE {
     fn new(splitter: Splitter, vocab: Vocab) -> Self {
         Self {
+            wanted: vocab.size(),
             encoder: Encoder::new(splitter, vocab),
         }
     }
@@ -45,16 +49,96 @@ impl RustBPE {
     }
 }
 
+/// A vocabulary size that a tokenizer can have.
+fn size(vocab_size: &Bound<'_, PyAny>) -> PyResult<usize> {
+    let vocab_size: usize = in_range(vocab_size, "vocab_size")?;
+    if !(256..=MAX_VOCAB_SIZE).contains(&vocab_size) {
+        return Err(Error::VocabSize(vocab_size).into());
+    }
+    Ok(vocab_size)
+}
+
+/// Learns `vocab_size - 256` merges from texts, or as many as there are.
+fn learn(
+    py: Python<'_>,
+    texts: &Bound<'_, PyAny>,
+    vocab_size: usize,
+    splitter: &Splitter,
+    threads: usize,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Vec<Pair>> {
+    let mut watch = Watch::new(progress);
+    let counts = count(py, texts, splitter, threads, &mut watch)?;
+    let mut raised = None;
+    let learned = py.detach(|| {
+        train(counts, vocab_size, &mut |done| {
+            if !watch.is_due() {
+                return ControlFlow::Continue(());
+            }
+            let look = |py: Python<'_>| watch.look(py, "merges", done, vocab_size - 256);
+            match Python::attach(look) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => {
+                    raised = Some(error);
+                    ControlFlow::Break(())
+                }
+            }
+        })
+    });
+    if let Some(error) = raised {
+        return Err(error);
+    }
+    let merges = learned?;
+    watch.look(py, "merges", merges.len(), merges.len())?;
+    Ok(merges)
+}
+
 #[pymethods]
 impl RustBPE {
+    /// Makes an encoder of single bytes, for `train` to learn `vocab_size - 256` merges.
+    #[new]
+    #[pyo3(signature = (vocab_size, pattern=PATTERN))]
+    fn untrained(py: Python<'_>, vocab_size: &Bound<'_, PyAny>, pattern: &str) -> PyResult<Self> {
+        let wanted = size(vocab_size)?;
+        let vocab = Vocab::from_merges(&[], &[] as &[String])?;
+        let encoder = Encoder::new(splitter(py, pattern)?, vocab);
+        Ok(Self { encoder, wanted })
+    }
+
     /// Learns merges from an iterable of texts, which is read once and never held whole.
+    ///
+    /// The vocabulary may come out smaller than requested where no pair occurs twice any more.
+    /// `verbose` prints its size and the time taken.
+    #[pyo3(signature = (texts, verbose=false))]
+    fn train(slf: &Bound<'_, Self>, texts: &Bound<'_, PyAny>, verbose: bool) -> PyResult<()> {
+        let (py, started) = (slf.py(), Instant::now());
+        let (splitter, wanted) = {
+            let this = slf.borrow();
+            (this.encoder.splitter().clone(), this.wanted)
+        };
+        let merges = learn(py, texts, wanted, &splitter, threads(None)?, None)?;
+        let vocab = py.detach(|| Vocab::from_merges(&merges, &[] as &[String]))?;
+        if verbose {
+            let seconds = started.elapsed().as_secs_f64();
+            let line = format!(
+                "Learned {} merges, vocabulary {}, in {seconds:.1} s.",
+                merges.len(),
+                vocab.size()
+            );
+            py.import("builtins")?.call_method1("print", (line,))?;
+        }
+        slf.borrow_mut().encoder = Encoder::new(splitter, vocab);
+        Ok(())
+    }
+
+    /// The encoder whose merges are learned from an iterable of texts, which is read once and never held whole.
     ///
     /// `vocab_size` counts the 256 bytes and the merges; it may come out smaller where no pair occurs twice
     /// any more. `progress(phase, done, total)` is called about ten times a second: "bytes read", of which
     /// the total is not known (0), then "merges".
     #[staticmethod]
     #[pyo3(signature = (texts, vocab_size, pattern=PATTERN, special_tokens=vec![], num_threads=None, progress=None))]
-    fn train(
+    fn from_texts(
         py: Python<'_>,
         texts: &Bound<'_, PyAny>,
         vocab_size: &Bound<'_, PyAny>,
@@ -63,35 +147,10 @@ impl RustBPE {
         num_threads: Option<&Bound<'_, PyAny>>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
-        let vocab_size: usize = in_range(vocab_size, "vocab_size")?;
-        if !(256..=MAX_VOCAB_SIZE).contains(&vocab_size) {
-            return Err(Error::VocabSize(vocab_size).into());
-        }
+        let wanted = size(vocab_size)?;
         let threads = threads(num_threads)?;
         let splitter = splitter(py, pattern)?;
-        let mut watch = Watch::new(progress);
-        let counts = count(py, texts, &splitter, threads, &mut watch)?;
-        let mut raised = None;
-        let learned = py.detach(|| {
-            train(counts, vocab_size, &mut |done| {
-                if !watch.is_due() {
-                    return ControlFlow::Continue(());
-                }
-                let look = |py: Python<'_>| watch.look(py, "merges", done, vocab_size - 256);
-                match Python::attach(look) {
-                    Ok(()) => ControlFlow::Continue(()),
-                    Err(error) => {
-                        raised = Some(error);
-                        ControlFlow::Break(())
-                    }
-                }
-            })
-        });
-        if let Some(error) = raised {
-            return Err(error);
-        }
-        let merges = learned?;
-        watch.look(py, "merges", merges.len(), merges.len())?;
+        let merges = learn(py, texts, wanted, &splitter, threads, progress)?;
         let vocab = py.detach(|| Vocab::from_merges(&merges, &special_tokens))?;
         Ok(Self::new(splitter, vocab))
     }

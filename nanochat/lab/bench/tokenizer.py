@@ -116,7 +116,7 @@ def load_gigatoken(vocabulary: Path, threads: int) -> Encoder:
 # %% ../../../nbs/lab/bench/61_tokenizer.ipynb #cbad22c6
 def train_nanochat(folder: Path, vocab_size: int, split: str, threads: int) -> Callable[[], list[bytes]]:
     "Ours."
-    return RustBPE.train(read_documents(folder), vocab_size, SPLITS[split], num_threads=threads).tokens
+    return RustBPE.from_texts(read_documents(folder), vocab_size, SPLITS[split], num_threads=threads).tokens
 
 def train_rustbpe(folder: Path, vocab_size: int, split: str, threads: int) -> Callable[[], list[bytes]]:
     "nanochat-2025's."
@@ -421,7 +421,7 @@ def bench_tokenizer(
         tmp, documents = Path(tmp), lambda: given_documents(text) if text else machine_documents()
         wrote = write_documents(documents(), folder := tmp/"text", megabytes)
         say(describe_text(wrote, megabytes))
-        learned = {split: write_vocabulary(RustBPE.train(read_documents(folder), vocab_size, pattern), split, tmp/split) for split, pattern in SPLITS.items()}
+        learned = {split: write_vocabulary(RustBPE.from_texts(read_documents(folder), vocab_size, pattern), split, tmp/split) for split, pattern in SPLITS.items()}
         own, gpt2, gpt4 = ({split: vocabulary} for split, vocabulary in learned.items())
         others = [name for name in peers if "nanochat" not in PEERS[name].splits] # gigatoken, where it is installed
         everyone = pairs(peers, own) | pairs(others, gpt4)
@@ -435,7 +435,7 @@ def bench_tokenizer(
         if memory_megabytes:
             more = write_documents(documents(), tmp/"more", memory_megabytes)
             say(describe_text(more, memory_megabytes))
-            again = {"nanochat": write_vocabulary(RustBPE.train(read_documents(tmp/"more"), vocab_size), "nanochat", tmp/"again")}
+            again = {"nanochat": write_vocabulary(RustBPE.from_texts(read_documents(tmp/"more"), vocab_size), "nanochat", tmp/"again")}
             show(f"Train on {more['megabytes']:,.0f} MB, {several}", "train", pairs(["nanochat"], again, "train"), folder=tmp/"more", vocab_size=vocab_size, threads=threads)
         for title, who in (encoders[name] for name in encoders if name in only):
             for n in sorted({1, threads}): show(f"{title}, {several if n > 1 else '1 thread'}", "encode", who, folder=folder, threads=n, passes=2)
