@@ -14,7 +14,7 @@ from conftest import real_data
 
 from nanochat.post.chat_eval import (
     chat_core, evaluate_chat, evaluate_stage, evaluate_task, greedy_answers, items_to_tell_apart,
-    overlap, task_names, world_score)
+    overlap, read_task_names, world_score)
 from nanochat.core.run import Run
 from nanochat.core.files import UserError
 from nanochat.core.machine import distributed
@@ -95,7 +95,7 @@ def without_times(found):
 
 
 def test_results_do_not_depend_on_the_batch_size(data, sandbox):
-    names = task_names("world," + ",".join(SETS))
+    names = read_task_names("world," + ",".join(SETS))
     found = [without_times(evaluate_chat(engine(), names, 70, batch=batch, max_new_tokens=4)) for batch in (1, 7, 64)]
     assert found[0] == found[1] == found[2]
     assert not found[0]["missing"] and found[0]["chat_core_of"] == 5
