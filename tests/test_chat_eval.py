@@ -14,14 +14,15 @@ from conftest import real_data
 
 from nanochat.post.chat_eval import (
     chat_core, evaluate_chat, evaluate_stage, evaluate_task, greedy_answers, items_to_tell_apart,
-    overlap, task_names, world_score)
+    overlap, read_task_names, world_score)
 from nanochat.core.run import Run
 from nanochat.core.files import UserError
 from nanochat.core.machine import distributed
 from nanochat.model.engine import Engine
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.sandbox import calculator, sandbox_kind
-from nanochat.post.tasks import TASKS, answer_number, code_of, make_task, visible_text
+from nanochat.post.public import TASKS, answer_number, code_of, make_task
+from nanochat.post.tasks import visible_text
 from nanochat.core.tokenizer import Tokenizer
 from nanochat.core.world import World
 
@@ -94,7 +95,7 @@ def without_times(found):
 
 
 def test_results_do_not_depend_on_the_batch_size(data, sandbox):
-    names = task_names("world," + ",".join(SETS))
+    names = read_task_names("world," + ",".join(SETS))
     found = [without_times(evaluate_chat(engine(), names, 70, batch=batch, max_new_tokens=4)) for batch in (1, 7, 64)]
     assert found[0] == found[1] == found[2]
     assert not found[0]["missing"] and found[0]["chat_core_of"] == 5
@@ -236,7 +237,7 @@ def test_a_bad_row_is_named(data, name):
 
 
 def test_looking_at_tasks_reads_and_imports_nothing_heavy():
-    code = ("import sys; from nanochat.post.tasks import REAL_TASKS, make_task; [make_task(n, s) for n, t in REAL_TASKS.items() for s in t.splits]; "
+    code = ("import sys; from nanochat.post.public import REAL_TASKS, make_task; [make_task(n, s) for n, t in REAL_TASKS.items() for s in t.splits]; "
             "assert not {'torch', 'pyarrow', 'huggingface_hub', 'pandas'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -265,7 +266,7 @@ def test_a_set_that_cannot_be_had_is_left_out_aloud(data, tmp_path, capsys):
 
 def test_without_a_sandbox_humaneval_is_left_out_before_anything_is_written(data, monkeypatch):
     def none(): raise UserError("no sandbox can be built here")
-    monkeypatch.setattr("nanochat.post.tasks.sandbox_kind", none)
+    monkeypatch.setattr("nanochat.post.public.sandbox_kind", none)
     found = evaluate_chat(Engine(engine().model, TOKENIZER), ["humaneval"], 2)
     assert found == {"tasks": {}, "world_score": None, "chat_core": None, "chat_core_of": 0, "missing": {"humaneval": "no sandbox can be built here"}}
 
