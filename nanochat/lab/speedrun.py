@@ -569,7 +569,7 @@ def eval_command(name, stage, tasks, max_per_task, split, samples, temperature, 
             say(show_scores(evaluate_core(TransformersReader(folder, device), max_per_task, dtype=dtype), None, None))
             return
         from nanochat.talk.chat import open_engine
-        from nanochat.post.chat_eval import evaluate_chat, save_evaluation, task_names
+        from nanochat.post.chat_eval import evaluate_chat, save_evaluation, read_task_names
         from nanochat.post.mixture import card_of
         from nanochat.model.engine import Engine
         engine, run, stage = open_engine(name or last_run(), stage, device.type)
@@ -583,7 +583,7 @@ def eval_command(name, stage, tasks, max_per_task, split, samples, temperature, 
             from nanochat.train.loop import validation_bits_per_byte
             bpb = validation_bits_per_byte(engine.model, engine.tokenizer, prepare_tokens(run), run.config["base"]["device_batch"], dtype)
         if asked := ",".join(task for task in wanted if task not in ("core", "bpb")):
-            chat = evaluate_chat(Engine(engine.model, engine.tokenizer, dtype), task_names(asked), max_per_task or section["questions"], split=split, seed=run.seed, card=card_of(run.config), max_new_tokens=section["max_new_tokens"],
+            chat = evaluate_chat(Engine(engine.model, engine.tokenizer, dtype), read_task_names(asked), max_per_task or section["questions"], split=split, seed=run.seed, card=card_of(run.config), max_new_tokens=section["max_new_tokens"],
                                  batch=section["batch"], samples=samples, temperature=temperature)
             if split == "test": save_evaluation(run, stage, chat, run.needs(stage)["step"], add=True)
         say(show_scores(core, chat, bpb))

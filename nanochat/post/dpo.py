@@ -33,7 +33,8 @@ from ..core.machine import derive_seed, pick_device, pick_dtype, seed_everything
 from ..model.engine import Engine
 from ..model.gpt import GPT
 from ..train.plan import SCHEMA
-from .tasks import IDENTITY_ANSWERS, IDENTITY_TRAIN, assistant, normal, user
+from .town import IDENTITY_ANSWERS, IDENTITY_TRAIN
+from .tasks import assistant, normal, user
 from ..core.tokenizer import Tokenizer, check_conversation
 from ..train.loop import autocast, optimizer_for, resume
 from ..core.world import ANSWERS, Draw, World, expansions, question_and_answer

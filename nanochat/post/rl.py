@@ -29,7 +29,7 @@ from ..core.machine import (
     on_every_rank, seed_everything)
 from ..model.engine import Completion, Engine
 from ..model.gpt import GPT
-from .tasks import REAL_TASKS, TASKS, make_task
+from .public import REAL_TASKS, TASKS, make_task
 from ..core.tokenizer import StreamDecoder, Tokenizer
 from ..train.loop import agree, all_reduce_sum, autocast, optimizer_for, resume
 

@@ -30,7 +30,8 @@ from ...model.engine import Engine
 from ...model.gpt import GPT, GPTConfig
 from ...train.plan import model_shape
 from ...model.sandbox import judge_many, sandbox_kind
-from ...post.tasks import make_task, visible_text
+from ...post.public import make_task
+from ...post.tasks import visible_text
 from ...core.tokenizer import Tokenizer
 from ...train.loop import autocast
 from ...core.world import World
