@@ -68,7 +68,7 @@ def test_feedback_is_learned_and_more_of_it_begins_anew(here, capsys):
     assert here.latest() == "dpo" and read_run(here).manifests["dpo"]["start"] == "rl"
     thumbs(here, 4, first=12)
     second = train_dpo(here, changed={"lr_scale": 0.2, "epochs": 8, "pairs_per_step": 4, "beta": 0.5})
-    assert "training begins anew" in capsys.readouterr().out
+    assert "training begins again" in capsys.readouterr().out
     assert second["pairs"] + second["heldout_pairs"] == 16 and second["identity"] != first["identity"]
 
 

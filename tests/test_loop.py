@@ -20,7 +20,7 @@ from nanochat.core.machine import distributed
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import make_optimizer
 from nanochat.lab.speedrun import LAUNCHER_ENV
-from nanochat.train.loop import train
+from nanochat.train.loop import LoopSettings, train
 
 STEPS, ROWS = 20, 4 # rows of a step, over all ranks
 
@@ -49,8 +49,8 @@ def loop(run: Path, steps=STEPS, at=lambda step: None, harm=None, checkpoints="c
     def schedule(step):
         at(step + 1)
         return {}
-    return train(model, make_optimizer(model), Rows(), steps=steps, schedule=schedule, metrics=lambda step: Run(run, {}).metrics("base", step),
-                 checkpoints=run/"base"/checkpoints, eval_every=5, keep=9)
+    settings = LoopSettings(steps, eval_every=5, keep=9, checkpoints=run/"base"/checkpoints)
+    return train(model, make_optimizer(model), Rows(), settings, schedule=schedule, metrics=lambda step: Run(run, {}).metrics("base", step))
 
 
 def main(run: Path, what: str):
@@ -99,7 +99,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(whole, tmp_path):
     (leftover/"model.safetensors").write_bytes(b"half")
     done = launch(tmp_path/"run", "rank 1 dies", "--max-restarts=1")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(f"going on from step 10 of {STEPS}") == 1
+    assert done.stdout.count(f"resuming from step 10 of {STEPS}") == 1
     assert same_end(tmp_path/"run", whole) and steps(tmp_path/"run") == list(range(1, STEPS + 1))
     assert not leftover.exists()
 
@@ -127,7 +127,7 @@ def test_rank_0_chooses_the_checkpoint(whole, tmp_path):
         for step in there: shutil.copytree(whole/"base"/"checkpoints"/f"step_{step:06d}", tmp_path/"run"/"base"/name/f"step_{step:06d}")
     done = launch(tmp_path/"run", "another folder")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"going on from step 10 of {STEPS}" in done.stdout and same_end(tmp_path/"run", whole)
+    assert f"resuming from step 10 of {STEPS}" in done.stdout and same_end(tmp_path/"run", whole)
 
 
 def test_a_rank_that_does_not_see_it_says_so(whole, tmp_path):
@@ -153,7 +153,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, ranks):
     process.send_signal(signal.SIGINT)
     code, output = process.wait(60), (tmp_path/"output.txt").read_text()
     last = max(steps(tmp_path/"run"))
-    assert f"nanochat: stopped by Ctrl-C after step {last} of 999, which is saved: the same command or cell goes on from there" in output, output[-3000:]
+    assert f"nanochat: stopped by Ctrl-C after step {last} of 999, which is saved: the same command or cell resumes there" in output, output[-3000:]
     assert saved(tmp_path/"run")[-1] == last and code == (2 if ranks == 1 else code != 0)
 
 
@@ -242,7 +242,7 @@ def test_what_a_gpu_is_asked_for(tmp_path):
     calls = []
     model.register_forward_hook(lambda module, inputs, loss: (calls.append(1), loss * float("inf") if len(calls) == 12 else loss)[1])
     with pytest.raises(UserError, match="the loss became inf at step 12, which read rows 44 to 47"):
-        train(model, make_optimizer(model), OnDevice(), steps=5000, schedule=lambda step: {}, metrics=Run(tmp_path/"run", {}).metrics("base"), peak_flops=1e12)
+        train(model, make_optimizer(model), OnDevice(), LoopSettings(5000), schedule=lambda step: {}, metrics=Run(tmp_path/"run", {}).metrics("base"), peak_flops=1e12)
     row = read_metrics(tmp_path/"run"/"metrics.jsonl")[-1]
     assert row["step"] == 10 and row["mfu"] > 0 and 0 < row["memory_mb"] <= torch.cuda.max_memory_allocated() / 1e6
 

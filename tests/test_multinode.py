@@ -72,7 +72,7 @@ def test_a_rank_that_dies(two, undisturbed):
     news = "a rank died: restarted from the last checkpoint, 1 of 3."
     assert f"base: {news}" in (mine.base/"output.txt").read_text()
     log = (mine.run/"base"/"ranks.log").read_text()
-    assert log.count(news) == 1 and int(re.search(r"going on from step (\d+) of 40", log)[1]) >= saved > 0
+    assert log.count(news) == 1 and int(re.search(r"resuming from step (\d+) of 40", log)[1]) >= saved > 0
     assert same(weights(mine.run), undisturbed)
 
 
@@ -106,5 +106,5 @@ def test_two_machines(two, undisturbed, monkeypatch):
     finally:
         for launcher in launchers:
             if launcher.poll() is None: kill_tree(launcher)
-    assert "going on from step" in said()
+    assert "resuming from step" in said()
     assert same(weights(mine.run), undisturbed)

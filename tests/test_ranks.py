@@ -85,7 +85,7 @@ def test_interrupting_the_cell_stops_every_rank_and_saves(copy):
     # the same cell goes on from there, on one process instead of two
     edit_config(mine.run, hardware={"nproc": 1}, base={"steps": saved + 3, "tokens": (saved + 3) * 2048, "eval_tokens": 2048})
     done = nanochat(mine.base, "stage", "base", "--run", "smoke")
-    assert done.returncode == 0 and f"going on from step {saved} of {saved + 3}" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0 and f"resuming from step {saved} of {saved + 3}" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("who", ["kernel", "launcher"])

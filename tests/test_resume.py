@@ -78,7 +78,7 @@ def test_killed_stage(smoke, copy, stage):
 
     done = nanochat(mine.base, "stage", stage, "--run", "smoke")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"going on from step {saved} of" in done.stdout
+    assert f"resuming from step {saved} of" in done.stdout
     assert differing(weights(mine.run, stage), weights(theirs.run, stage)) == []
     assert same_history(history(mine.run, stage), history(theirs.run, stage))
 
@@ -112,7 +112,7 @@ class Attempt:
     def left(self, ending): return any((self.mine.run/"base"/"checkpoints").glob(f".step_*.{ending}"))
 
     def went_on_from(self): # None: from nowhere, or it did not come so far
-        said = re.search(r"going on from step (\d+) of 60", self.output.read_bytes()[self.offset:].decode())
+        said = re.search(r"resuming from step (\d+) of 60", self.output.read_bytes()[self.offset:].decode())
         return said and int(said[1])
 
     def kill(self):
@@ -168,7 +168,7 @@ def test_killed_speedrun(smoke, copy):
     done = nanochat(mine.base, *command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "5_sft: done" in done.stdout and "6_rl: finished" in done.stdout
-    assert "going on from step" in (mine.run/"notebooks"/"6_rl.ipynb").read_text()
+    assert "resuming from step" in (mine.run/"notebooks"/"6_rl.ipynb").read_text()
     assert differing(weights(mine.run, "rl"), weights(smoke.run, "rl")) == []
     assert (mine.run/"report"/"manifest.json").exists()
 

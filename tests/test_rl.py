@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,15 @@ from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import make_optimizer
 from nanochat.train.plan import make_plan
 from nanochat.post.rl import (
-    Rollouts, lay_out, note_distance, policy_gradient, reinforce, rl_tasks, rollout,
-    show_rollouts)
+    HeldOutTasks, PolicySettings, RolloutSettings, Rollouts, lay_out, note_distance,
+    policy_gradient, reinforce, rl_tasks, rollout, show_rollouts)
 from nanochat.post.tasks import visible_text
 from nanochat.core.tokenizer import Tokenizer
+from nanochat.train.loop import LoopSettings
 
 EVERYTHING = {"sigma_norm": True, "clip": 0.1, "kl": 0.2, "updates": 3}
-SETTINGS = dict(seed=3, prompts_per_step=4, samples_per_prompt=4, max_new_tokens=3, temperature=0.7, top_k=40, eval_every=3, eval_problems=4, eval_batch=4, micro_tokens=64)
+SAMPLING = RolloutSettings(prompts_per_step=4, samples_per_prompt=4, max_new_tokens=3, temperature=0.7, top_k=40, seed=3)
+MICRO_TOKENS = 64
 TOKENIZER = Tokenizer.train([], 265)
 
 
@@ -62,7 +65,8 @@ def train(folder, tasks=None, model=None, steps=6, checkpoints=None, lr=0.01, **
     "A few steps; the model, what was returned, and the log without what depends on the clock."
     engine = Engine(model or random_model(), TOKENIZER)
     tasks = tasks or [Vowels()]
-    result = reinforce(engine, optimizer_of(engine.model, lr), tasks, tasks, steps=steps, checkpoints=checkpoints, metrics=lambda step: Metrics(Path(folder)/"metrics.jsonl", "rl", step), **SETTINGS | changes)
+    result = reinforce(engine, optimizer_of(engine.model, lr), tasks, HeldOutTasks(tasks, problems=4, batch=4), LoopSettings(steps, eval_every=3, checkpoints=checkpoints, desc="RL"),
+                       SAMPLING, PolicySettings(**changes), micro_tokens=MICRO_TOKENS, metrics=lambda step: Metrics(Path(folder)/"metrics.jsonl", "rl", step))
     rows = [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in read_metrics(Path(folder)/"metrics.jsonl")]
     return engine.model, {k: v for k, v in result.items() if k != "seconds"}, rows
 
@@ -77,12 +81,11 @@ def test_switched_off_it_is_plain_reinforce_bit_for_bit(tmp_path):
     model, _, rows = train(tmp_path)
     plain = random_model()
     engine, optimizer = Engine(plain, TOKENIZER), optimizer_of(plain)
-    sampling = {k: SETTINGS[k] for k in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "temperature", "top_k")}
     for step in range(6):
-        answers = rollout(engine, [Vowels()], step, SETTINGS["seed"], **sampling)
+        answers = rollout(engine, [Vowels()], step, SAMPLING)
         n = sum(sum(a.completion.mask) for a in answers)
         plain.zero_grad()
-        for b in lay_out(answers, SETTINGS["micro_tokens"])[0]:
+        for b in lay_out(answers, MICRO_TOKENS)[0]:
             nll = plain(b.x, b.y, loss_reduction="none")
             ((b.advantage[:, None] * nll).sum() / n).backward()
         optimizer.step(lr_mult=1 - step / 6, wd_mult=0.0)
@@ -114,8 +117,7 @@ def test_second_gradient_against_autograd(clip, kl):
     for seed, moved in ((1, model), (2, reference)):
         with torch.no_grad():
             for p in moved.parameters(): p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)), alpha=0.02)
-    sampling = {k: SETTINGS[k] for k in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "top_k")}
-    answers = rollout(Engine(old, TOKENIZER), [Vowels()], 0, 1, temperature=0.3, **sampling)
+    answers = rollout(Engine(old, TOKENIZER), [Vowels()], 0, replace(SAMPLING, temperature=0.3, seed=1))
     n = sum(sum(a.completion.mask) for a in answers)
     batches, others = lay_out(answers, 64, all_train=kl > 0)
     note_distance(old, reference, batches, others)
@@ -131,8 +133,7 @@ def test_second_gradient_against_autograd(clip, kl):
 
 
 def test_sigma_gives_every_prompt_the_same_weight(tmp_path):
-    sampling = {k: SETTINGS[k] for k in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "temperature", "top_k")}
-    plain, normed = (rollout(Engine(random_model(), TOKENIZER), [Vowels()], 0, 1, sigma_norm=s, **sampling) for s in (False, True))
+    plain, normed = (rollout(Engine(random_model(), TOKENIZER), [Vowels()], 0, replace(SAMPLING, seed=1), sigma_norm=s) for s in (False, True))
     assert [a.completion.tokens for a in plain] == [a.completion.tokens for a in normed]
     for i in range(0, 16, 4):
         a, b = ([x.advantage for x in answers[i:i + 4]] for answers in (plain, normed))
@@ -157,8 +158,8 @@ def test_killed_and_resumed(tmp_path, switches):
     assert all("clipped" in row for row in resumed[2] if "reward" in row) == bool(switches)
 
 
-@pytest.mark.parametrize("reward, said", [(lambda conversation, text: 1 / 0, "failed (ZeroDivisionError"), (lambda conversation, text: math.nan, "is nan, which is no finite number"),
-                                          (lambda conversation, text: "good", "is 'good', which is no finite number")])
+@pytest.mark.parametrize("reward, said", [(lambda conversation, text: 1 / 0, "failed (ZeroDivisionError"), (lambda conversation, text: math.nan, "is nan, which is not a finite number"),
+                                          (lambda conversation, text: "good", "is 'good', which is not a finite number")])
 def test_a_broken_reward_is_one_sentence(tmp_path, reward, said):
     with pytest.raises(UserError) as error: train(tmp_path, [Vowels("my own task", reward)])
     assert "the reward of task 'my own task'" in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
@@ -253,8 +254,9 @@ def test_twenty_steps_on_gsm8k(tmp_path, monkeypatch):
             return reward(conversation, text)
         tasks[0].reward = counted
         try:
-            return reinforce(engine, optimizer_of(engine.model), tasks, heldout, steps=steps, checkpoints=folder/"checkpoints", metrics=lambda step: Metrics(folder/"metrics.jsonl", "rl", step),
-                             **SETTINGS | dict(max_new_tokens=24, eval_every=8, eval_problems=4, micro_tokens=1024)), engine.model
+            loop = LoopSettings(steps, eval_every=8, checkpoints=folder/"checkpoints", desc="RL")
+            return reinforce(engine, optimizer_of(engine.model), tasks, HeldOutTasks(heldout, problems=4, batch=4), loop, replace(SAMPLING, max_new_tokens=24),
+                             micro_tokens=1024, metrics=lambda step: Metrics(folder/"metrics.jsonl", "rl", step)), engine.model
         finally: tasks[0].reward = reward
 
     with pytest.raises(KeyboardInterrupt): run(tmp_path/"killed", stop_at=12)
