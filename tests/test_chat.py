@@ -28,7 +28,7 @@ NASTY = ('<script>window.ran = 1; alert(1)</script><img src="/ran.png" onerror="
 SETUP = '''
 import json, time
 from pathlib import Path
-from nanochat.talk.chat import Chat, open_chat
+from nanochat.talk.widget import Chat, open_chat
 from nanochat.core.run import Run
 from nanochat.model.engine import TokenEvent
 from nanochat.core.tokenizer import StreamDecoder

@@ -26,7 +26,9 @@ from nanochat.train.checkpoint import save_checkpoint
 from nanochat.core.run import Run
 from nanochat.model.engine import Engine, Scheduler, TokenEvent
 from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.talk.serve import Limits, Service, in_thread
+from nanochat.talk.api import ServerLimits
+from nanochat.talk.stream import Service
+from nanochat.talk.serve import in_thread
 from nanochat.core.tokenizer import StreamDecoder, Tokenizer
 
 EGGS = [{"type": "text", "text": "Three boxes of twelve are "}, {"type": "python", "text": "3*12"}, {"type": "python_output", "text": "36"}, {"type": "text", "text": "36 eggs."}]
@@ -97,14 +99,14 @@ class Scripted:
 
 def scripted(tokenizer, script=lambda question: question, limits=None, **kw):
     "A service whose model follows a script."
-    limits = limits or Limits(rows=64, queue=256)
+    limits = limits or ServerLimits(rows=64, queue=256)
     return Service(limits).open(Scripted(tokenizer, script, limits.rows, **kw), tokenizer, 100_000, "script", "sft")
 
 
 @pytest.fixture(scope="module")
 def real(engine, tokenizer):
     "A server with a tiny real model."
-    service = Service(Limits(rows=16, queue=256, grace=1)).open(Scheduler(engine, 16), tokenizer, engine.context, "tiny", "sft")
+    service = Service(ServerLimits(rows=16, queue=256, grace=1)).open(Scheduler(engine, 16), tokenizer, engine.context, "tiny", "sft")
     with in_thread(service, key="correct horse", hosts={"127.0.0.1"}) as address:
         yield SimpleNamespace(service=service, address=address, client=openai.OpenAI(base_url=f"{address}/v1", api_key="correct horse", max_retries=0, timeout=60),
                               http=httpx.Client(base_url=address, headers={"Authorization": "Bearer correct horse"}, timeout=60))
@@ -225,7 +227,7 @@ def refused(response, status, *words):
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, ["text only"]), ({"messages": [{"role": "user", "content": [{"type": "python", "text": "1"}]}]}, ["not text"]),
     ({"temperature": -1}, ["temperature", "-1"]), ({"temperature": "1"}, ["temperature", "'1'"]), ({"top_p": 0}, ["top_p"]), ({"n": 9}, ["n is 9"]), ({"seed": 1 << 64}, ["seed"]), ({"max_tokens": 0}, ["max_tokens"]),
     ({"max_tokens": 5000}, ["4096 are the most"]), ({"stop": ["a"] * 5}, ["stop"]), ({"stop": ""}, ["stop"]), ({"top_logprobs": 2}, ["logprobs"]), ({"logprobs": True, "top_logprobs": 21}, ["top_logprobs"]),
-    ({"tools": [{"type": "function"}]}, ["tools cannot be honoured"]), ({"response_format": {"type": "json_object"}}, ["response_format cannot"]), ({"logit_bias": {"5": 1}}, ["logit_bias"]), ({"presence_penalty": 1}, ["presence_penalty"]),
+    ({"tools": [{"type": "function"}]}, ["tools is not supported"]), ({"response_format": {"type": "json_object"}}, ["response_format is not supported"]), ({"logit_bias": {"5": 1}}, ["logit_bias"]), ({"presence_penalty": 1}, ["presence_penalty"]),
     ({"temprature": 1}, ["no parameter 'temprature'"]), ({"stream_options": {"x": 1}}, ["stream_options.x"]),
 ])
 def test_bad_requests(real, changes, words): refused(real.http.post("/v1/chat/completions", json=ask("Hi") | changes), 400, *words)
@@ -268,7 +270,7 @@ def test_too_large(real):
 
 
 def test_full_loading_and_closing(tokenizer):
-    service = Service(Limits(rows=2, queue=1, grace=0.2))
+    service = Service(ServerLimits(rows=2, queue=1, grace=0.2))
     with in_thread(service) as address:
         loading = httpx.post(f"{address}/v1/completions", json={"prompt": "x"})
         assert refused(loading, 503, "being loaded")["code"] == "loading" and "retry-after" in loading.headers
@@ -361,7 +363,7 @@ def test_many_callers_of_a_real_model(real, engine, tokenizer):
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
 def test_whoever_vanishes_leaves_no_row(tokenizer, stream):
-    service = scripted(tokenizer, lambda question: "word " * 20_000, Limits(rows=16, queue=256))
+    service = scripted(tokenizer, lambda question: "word " * 20_000, ServerLimits(rows=16, queue=256))
     with in_thread(service) as address:
         host, port = address.removeprefix("http://").split(":")
         body = json.dumps(ask("x", stream=stream, max_tokens=4096)).encode()
@@ -380,7 +382,7 @@ def test_whoever_vanishes_leaves_no_row(tokenizer, stream):
 
 def test_whoever_reads_slowly_is_ended(tokenizer):
     "A reader that takes nothing costs a bounded number of tokens, and its row is freed."
-    service = scripted(tokenizer, lambda question: "word " * 100_000, Limits(rows=4, tokens=10**6, backlog=200), pause=0)
+    service = scripted(tokenizer, lambda question: "word " * 100_000, ServerLimits(rows=4, tokens=10**6, backlog=200), pause=0)
     with in_thread(service) as address:
         host, port = address.removeprefix("http://").split(":")
         body = json.dumps(ask("x", stream=True, max_tokens=10**5, logprobs=True, top_logprobs=2)).encode()
