@@ -476,8 +476,9 @@ def chat_command(name, stage, prompt, temperature, top_k, top_p, seed, keep_feed
 @click.option("--allow-origin", "origins", multiple=True, help="A site whose pages may ask, such as https://example.org; may be repeated.")
 def serve_command(name, stage, host, port, api_key, devices, max_rows, max_queue, max_tokens, max_body, origins):
     """Serve a trained model: a page to chat in, and the API of OpenAI's clients."""
-    from nanochat.talk.serve import Limits, serve
-    serve(name or last_run(), stage, host, port, api_key or None, devices, origins, Limits(rows=max_rows, queue=max_queue, tokens=max_tokens, body=max_body))
+    from nanochat.talk.api import ServerLimits
+    from nanochat.talk.serve import serve
+    serve(name or last_run(), stage, host, port, api_key or None, devices, origins, ServerLimits(rows=max_rows, queue=max_queue, tokens=max_tokens, body=max_body))
 
 @cli.command("docs")
 @click.option("--serve", "serving", is_flag=True, help="Serve the site on this machine afterwards.")

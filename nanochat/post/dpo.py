@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEEDBACK', 'MIN_PAIRS', 'NOT_LEARNED', 'implicit_rewards', 'preference_loss', 'save_feedback', 'read_feedback',
-           'Preference', 'preferences_from', 'Row', 'answer_row', 'pair_rows', 'preference_batches', 'answer_logprobs',
-           'score_pairs', 'preference_gradient', 'accuracy_of', 'reward_figures', 'hold_out', 'prefer', 'longer',
-           'simulate_preferences', 'dpo_settings', 'train_dpo', 'task_changes', 'show_dpo']
+           'Preference', 'preferences_from', 'AnswerRow', 'answer_row', 'pair_rows', 'preference_batches',
+           'score_pairs', 'preference_gradient', 'hold_out_pairs', 'PreferenceSettings', 'prefer', 'longer',
+           'simulate_preferences', 'dpo_settings', 'train_dpo', 'show_dpo']
 
 # %% ../../nbs/post/38_dpo.ipynb #957baa1f
 import json
@@ -14,7 +14,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,9 +25,8 @@ import torch.nn.functional as F
 
 # %% ../../nbs/post/38_dpo.ipynb #76cb548f
 from .chat_eval import evaluate_stage, length_groups
-from ..train.checkpoint import load_model, rng_state, save_checkpoint
-from ..core.run import (
-    STOPPED, Metrics, Run, StopSignal, fingerprint, progress_bar, read_metrics)
+from ..train.checkpoint import load_model
+from ..core.run import Metrics, Run, fingerprint, progress_bar
 from ..core.files import UserError, atomic_write, rank_and_world, read_json, say, sha256_json
 from ..core.machine import derive_seed, pick_device, pick_dtype, seed_everything
 from ..model.engine import Engine
@@ -36,54 +35,61 @@ from ..train.plan import SCHEMA
 from .town import IDENTITY_ANSWERS, IDENTITY_TRAIN
 from .tasks import assistant, normal, user
 from ..core.tokenizer import Tokenizer, check_conversation
-from ..train.loop import autocast, optimizer_for, resume
+from ..train.loop import Loop, LoopSettings, autocast, loop_settings, optimizer_for
 from ..core.world import ANSWERS, Draw, World, expansions, question_and_answer
 
 # %% ../../nbs/post/38_dpo.ipynb #f9bb466b
-def implicit_rewards(logprobs: torch.Tensor,  # log π of each answer, summed over its tokens
-                     reference: torch.Tensor,  # the same of the reference model
-                     lengths: torch.Tensor,  # tokens of each answer
-                     beta: float,
-                     length_normalised: bool = False,  # divide by the lengths
-                     ) -> torch.Tensor:  # the same shape
-    "β·Δ, or β·Δ/|y|: what the model would give for each answer if it were its own judge."
+def implicit_rewards(
+    logprobs: torch.Tensor,  # log π of each answer, summed over its tokens
+    reference: torch.Tensor,  # the same of the reference model
+    lengths: torch.Tensor,  # tokens of each answer
+    beta: float,
+    length_normalised: bool = False,  # divide by the lengths
+) -> torch.Tensor:  # the same shape
+    "Implicit reward of each answer: β·Δ, or β·Δ/|y|."
     change = logprobs - reference
     return beta * (change / lengths if length_normalised else change)
 
-def preference_loss(chosen: torch.Tensor,  # implicit rewards of the answers that were liked better
-                    rejected: torch.Tensor,  # and of the others
-                    ) -> torch.Tensor:  # the same shape
-    "−log σ of the margin: how surprising the judge's word is to the model."
+def preference_loss(
+    chosen: torch.Tensor,  # implicit rewards of the preferred answers
+    rejected: torch.Tensor,  # and of the others
+) -> torch.Tensor:  # the same shape
+    "−log σ of the margin: the model's surprise at the judge's choice."
     return -F.logsigmoid(chosen - rejected)
 
 # %% ../../nbs/post/38_dpo.ipynb #0e6ca88c
 FEEDBACK = "feedback.jsonl" # in a run's folder
 
-def save_feedback(path: Path,  # feedback.jsonl of a run
-                  messages: list,  # of the conversation, the answer last
-                  rating: int,  # 1, -1, or 0: it was made, and nothing was said about it
-                  *,
-                  ended: bool = True,  # the model ended the answer, not a limit or a person
-                  instead_of: list | tuple = (),  # the answers that it replaces: dictionaries with "content" and "ended"
-                  **circumstances,  # stage, step, temperature, …
-                  ):
-    "Append an answer and what somebody thought of it to a file of JSON lines. Raises `UserError` if there is no answer."
-    if not messages or messages[-1]["role"] != "assistant": raise UserError("there is no answer to rate yet: ask something first.")
-    line = {"time": round(time.time(), 3), "rating": rating, "ended": ended, **circumstances, "instead_of": list(instead_of), "conversation": {"messages": messages}}
-    with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(line, ensure_ascii=False) + "\n")
+def save_feedback(
+    path: Path,  # feedback.jsonl of a run
+    messages: list,  # of the conversation, the answer last
+    rating: int,  # 1, -1, or 0: made, but not rated
+    *,
+    ended: bool = True,  # the model ended the answer, not a limit or a person
+    instead_of: list | tuple = (),  # answers that it replaces: dictionaries with "content" and "ended"
+    **circumstances,  # stage, step, temperature, …
+):
+    "Append an answer and its rating to a file of JSON lines. Raises `UserError` if there is no answer."
+    if not messages or messages[-1]["role"] != "assistant":
+        raise UserError("there is no answer to rate yet: ask something first.")
+    line = {"time": round(time.time(), 3), "rating": rating, "ended": ended, **circumstances,
+            "instead_of": list(instead_of), "conversation": {"messages": messages}}
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 def _sound(record) -> bool:
-    "Whether a line of feedback can be used."
+    "Can a line of feedback be used?"
     try:
         *prompt, answer = record["conversation"]["messages"]
-        for content in (answer["content"], *(other["content"] for other in record.get("instead_of", ()))):
-            check_conversation({"messages": [*prompt, assistant(content)]})
+        contents = [answer["content"], *(other["content"] for other in record.get("instead_of", ()))]
+        for content in contents: check_conversation({"messages": [*prompt, assistant(content)]})
         return answer["role"] == "assistant" and record["rating"] in (1, 0, -1)
     except (KeyError, TypeError, ValueError, AttributeError, UserError): return False
 
-def read_feedback(path: Path,  # feedback.jsonl of a run; need not exist
-                  ) -> tuple[list[dict], int]:  # the lines that can be used, in order, and how many cannot
-    "Read what `save_feedback` wrote. Lines that are damaged, or whose roles are out of order, are left out and counted."
+def read_feedback(
+    path: Path,  # feedback.jsonl of a run; need not exist
+) -> tuple[list[dict], int]:  # the valid lines, in order, and the number of the others
+    "Read what `save_feedback` wrote. Lines that are damaged, or whose roles are out of order, are counted only."
     if not Path(path).exists(): return [], 0
     records, damaged = [], 0
     for line in Path(path).read_text("utf-8", errors="replace").splitlines():
@@ -96,290 +102,381 @@ def read_feedback(path: Path,  # feedback.jsonl of a run; need not exist
 # %% ../../nbs/post/38_dpo.ipynb #8a020fe3
 @dataclass
 class Preference:
-    "Two answers to one conversation, and which of them somebody liked better."
+    "Two answers to one conversation, one of them preferred."
     prompt: list[dict]  # messages, the last one the user's
     chosen: str | list  # an assistant's content
     rejected: str | list
     chosen_ended: bool = True  # the model ended the answer itself
     rejected_ended: bool = True
-    group: str = ""  # pairs of one group are all trained on or all held out; empty: those of one prompt
+    group: str = ""  # pairs of a group are all trained on or all held out; empty: those of one prompt
 
-def preferences_from(records: list[dict],  # lines of feedback, in order
-                     ) -> list[Preference]:
+def _note(answers: dict, content, ended: bool) -> list:
+    "The entry of an answer: [rating, content, ended]."
+    return answers.setdefault(json.dumps(content, sort_keys=True), [None, content, ended])
+
+def preferences_from(
+    records: list[dict],  # lines of feedback, in order
+) -> list[Preference]:
     "All pairs that thumbs and regenerated answers make."
     prompts = {}  # prompt as text → answer as text → [rating, -0.5 if it was only discarded; content; ended]
     for record in records:
         *prompt, answer = record["conversation"]["messages"]
         prompt = [{"role": m["role"], "content": m["content"]} for m in prompt]
         answers = prompts.setdefault(json.dumps(prompt, sort_keys=True), {})
-        def note(content, ended): return answers.setdefault(json.dumps(content, sort_keys=True), [None, content, ended])
         for other in record.get("instead_of", ()):
-            entry = note(other["content"], bool(other.get("ended", True)))
+            entry = _note(answers, other["content"], bool(other.get("ended", True)))
             entry[0] = entry[0] or -0.5 # discarded, unless a thumb says more
-        entry = note(answer["content"], bool(record.get("ended", True)))
+        entry = _note(answers, answer["content"], bool(record.get("ended", True)))
         if record["rating"]: entry[0] = record["rating"]
-    return [Preference(json.loads(prompt), up[1], down[1], up[2], down[2])
-            for prompt, answers in prompts.items() for up in answers.values() if up[0] == 1 for down in answers.values() if (down[0] or 0) < 0]
+    pairs = []
+    for prompt, answers in prompts.items():
+        liked = [entry for entry in answers.values() if entry[0] == 1]
+        others = [entry for entry in answers.values() if (entry[0] or 0) < 0]
+        for up in liked:
+            pairs += [Preference(json.loads(prompt), up[1], down[1], up[2], down[2]) for down in others]
+    return pairs
 
 # %% ../../nbs/post/38_dpo.ipynb #6f3965de
 @dataclass
-class Row:
+class AnswerRow:
     "A prompt with one answer as tokens."
     ids: list[int]
     mask: list[int]  # 1 where a token is the model's choice in this answer
 
-def answer_row(tokenizer: Tokenizer,
-               prompt: list[dict],  # messages, the last one the user's
-               answer: str | list,  # an assistant's content
-               ended: bool = True,  # whether the token that ends it is the model's too
-               max_tokens: int | None = None,  # that a row may have
-               ) -> Row:
+def answer_row(
+    tokenizer: Tokenizer,
+    prompt: list[dict],  # messages, the last one the user's
+    answer: str | list,  # an assistant's content
+    ended: bool = True,  # the model ended the answer itself
+    max_tokens: int | None = None,  # that a row may have
+) -> AnswerRow:
     "Tokens of a prompt with its answer. Raises `UserError` if roles are out of order or the row is too long."
     conversation = {"messages": [*prompt, assistant(answer)]}
     start = len(tokenizer.render_for_completion(conversation))
     ids, mask = tokenizer.render_conversation(conversation)
     if not ended: ids, mask = ids[:-1], mask[:-1]
-    if max_tokens and len(ids) > max_tokens: raise UserError(f"a prompt with its answer has {len(ids)} tokens, and the model reads {max_tokens}: shorten the conversation, or leave this pair out.")
-    return Row(ids, [0] * start + mask[start:])
+    if max_tokens and len(ids) > max_tokens:
+        raise UserError(f"a prompt with its answer has {len(ids)} tokens, and the model reads "
+                        f"{max_tokens}: shorten the conversation, or leave this pair out.")
+    return AnswerRow(ids, [0] * start + mask[start:])
 
-def pair_rows(preferences: list[Preference],
-              tokenizer: Tokenizer,
-              max_tokens: int | None = None,  # that a row may have
-              ) -> list[tuple[Row, Row]]:  # of the chosen and of the rejected answer
+def pair_rows(
+    preferences: list[Preference],
+    tokenizer: Tokenizer,
+    max_tokens: int | None = None,  # that a row may have
+) -> list[tuple[AnswerRow, AnswerRow]]:  # of the chosen and of the rejected answer
     "Both rows of each pair. Raises `UserError` as `answer_row` does, or if an answer has no token to count."
-    rows = [(answer_row(tokenizer, p.prompt, p.chosen, p.chosen_ended, max_tokens), answer_row(tokenizer, p.prompt, p.rejected, p.rejected_ended, max_tokens)) for p in preferences]
-    if not all(any(row.mask) for pair in rows for row in pair): raise UserError("an answer has no tokens: leave this pair out.")
+    rows = []
+    for p in preferences:
+        rows.append((answer_row(tokenizer, p.prompt, p.chosen, p.chosen_ended, max_tokens),
+                     answer_row(tokenizer, p.prompt, p.rejected, p.rejected_ended, max_tokens)))
+    if not all(any(row.mask) for pair in rows for row in pair):
+        raise UserError("an answer has no tokens: leave this pair out.")
     return rows
 
 # %% ../../nbs/post/38_dpo.ipynb #3dea93be
-def preference_batches(rows: list[tuple[Row, Row]],
-                       micro_tokens: int,  # at most so many tokens, padding included, in a micro-batch
-                       device: torch.device = "cpu",
-                       ) -> list[tuple[torch.Tensor, torch.Tensor, list[int]]]:  # x and y (2 × pairs, T), which pairs they are; y is -1 where nothing counts
-    "Lay pairs out for the model."
+def _pair_batch(
+    pairs: list[tuple[AnswerRow, AnswerRow]],
+    width: int, # T
+) -> tuple[torch.Tensor, torch.Tensor]: # x, y
+    "Lay pairs out as one micro-batch: the chosen rows above the rejected ones."
+    x = torch.zeros(2 * len(pairs), width, dtype=torch.long)
+    y = torch.full_like(x, -1)
+    for k, row in enumerate([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]):
+        ids, mask = torch.tensor(row.ids), torch.tensor(row.mask)
+        x[k, :len(ids) - 1] = ids[:-1]
+        y[k, :len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], -1)
+    return x, y
+
+def preference_batches(
+    rows: list[tuple[AnswerRow, AnswerRow]],
+    micro_tokens: int,  # limit of the tokens in a micro-batch, padding included
+    device: torch.device = "cpu",
+) -> list[tuple[torch.Tensor, torch.Tensor, list[int]]]:  # x and y (2 × pairs, T), which pairs they are
+    "Lay pairs out for the model, the longest first; `y` is -1 where nothing counts."
     def length(i): return max(len(row.ids) for row in rows[i]) - 1
     groups = []
     for i in sorted(range(len(rows)), key=length, reverse=True):
-        if groups and (len(groups[-1]) + 1) * 2 * length(groups[-1][0]) <= micro_tokens: groups[-1].append(i)
+        fits = groups and (len(groups[-1]) + 1) * 2 * length(groups[-1][0]) <= micro_tokens
+        if fits: groups[-1].append(i)
         else: groups.append([i])
     batches = []
     for group in groups:
-        x = torch.zeros(2 * len(group), length(group[0]), dtype=torch.long)
-        y = torch.full_like(x, -1)
-        for k, row in enumerate([rows[i][0] for i in group] + [rows[i][1] for i in group]):
-            ids, mask = torch.tensor(row.ids), torch.tensor(row.mask)
-            x[k, :len(ids) - 1] = ids[:-1]
-            y[k, :len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], -1)
+        x, y = _pair_batch([rows[i] for i in group], length(group[0]))
         batches.append((x.to(device), y.to(device), group))
     return batches
 
-def answer_logprobs(model: GPT,
-                    x: torch.Tensor,  # (B, T)
-                    y: torch.Tensor,  # (B, T), -1 where nothing counts
-                    dtype: torch.dtype = torch.float32,  # of the matrix products
-                    ) -> tuple[torch.Tensor, torch.Tensor]:  # log π of each answer (B,), its tokens (B,)
-    "How likely the model finds each answer."
-    with autocast(x.device, dtype): nll = model(x, y, loss_reduction="none")  # (B, T), 0 where y is -1
+# %% ../../nbs/post/38_dpo.ipynb #5784cffc
+def _answer_logprobs(
+    model: GPT,
+    x: torch.Tensor,  # (B, T)
+    y: torch.Tensor,  # (B, T), -1 where nothing counts
+    dtype: torch.dtype = torch.float32,  # of the matrix products
+) -> tuple[torch.Tensor, torch.Tensor]:  # log π of each answer (B,), its tokens (B,)
+    "Log-probability of each answer."
+    with autocast(x.device, dtype):
+        nll = model(x, y, loss_reduction="none")  # (B, T), 0 where y is -1
     return -nll.float().sum(1), (y >= 0).sum(1)
 
 @torch.no_grad()
-def score_pairs(model: GPT,
-                rows: list[tuple[Row, Row]],
-                micro_tokens: int,
-                dtype: torch.dtype = torch.float32,
-                ) -> tuple[torch.Tensor, torch.Tensor]:  # log π and tokens, each (2, pairs): of the chosen answers, of the rejected ones
-    "How likely the model finds the answers of all pairs: of the model that training starts from, this is the reference."
+def score_pairs(
+    model: GPT,
+    rows: list[tuple[AnswerRow, AnswerRow]],
+    micro_tokens: int,  # in a micro-batch
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:  # log π and tokens, each (2, pairs): chosen, rejected
+    "Log-probabilities of the answers of all pairs; of the model that training starts from, the reference."
     device = next(model.parameters()).device
-    logprobs, lengths = torch.zeros(2, len(rows), device=device), torch.ones(2, len(rows), dtype=torch.long, device=device)
+    logprobs = torch.zeros(2, len(rows), device=device)
+    lengths = torch.ones(2, len(rows), dtype=torch.long, device=device)
     for x, y, which in preference_batches(rows, micro_tokens, device):
-        found = answer_logprobs(model, x, y, dtype)
+        found = _answer_logprobs(model, x, y, dtype)
         for table, values in zip((logprobs, lengths), found): table[:, which] = values.view(2, -1)
     return logprobs, lengths
 
 # %% ../../nbs/post/38_dpo.ipynb #60ca8883
-def preference_gradient(model: GPT,
-                        rows: list[tuple[Row, Row]],  # a step's pairs
-                        reference: torch.Tensor,  # (2, pairs), from `score_pairs` of the reference
-                        *,
-                        beta: float, length_normalised: bool = False,
-                        micro_tokens: int,  # in a micro-batch
-                        dtype: torch.dtype = torch.float32,  # of the matrix products
-                        ) -> tuple[float, torch.Tensor]:  # mean loss, implicit rewards (2, pairs)
+def preference_gradient(
+    model: GPT,
+    rows: list[tuple[AnswerRow, AnswerRow]],  # a step's pairs
+    reference: torch.Tensor,  # (2, pairs), from `score_pairs` of the reference
+    *,
+    beta: float,
+    length_normalised: bool = False,
+    micro_tokens: int,  # in a micro-batch
+    dtype: torch.dtype = torch.float32,  # of the matrix products
+) -> tuple[float, torch.Tensor]:  # mean loss, implicit rewards (2, pairs)
     "Add the gradient of the mean preference loss to `.grad`."
-    device, total, rewards = reference.device, torch.zeros((), device=reference.device), torch.zeros_like(reference)
+    device = reference.device
+    total, rewards = torch.zeros((), device=device), torch.zeros_like(reference)
     for x, y, which in preference_batches(rows, micro_tokens, device):
-        logprobs, lengths = answer_logprobs(model, x, y, dtype)
-        found = implicit_rewards(logprobs.view(2, -1), reference[:, which], lengths.view(2, -1), beta, length_normalised)
+        logprobs, lengths = (t.view(2, -1) for t in _answer_logprobs(model, x, y, dtype))
+        found = implicit_rewards(logprobs, reference[:, which], lengths, beta, length_normalised)
         loss = preference_loss(*found).sum() / len(rows)
         loss.backward()
         total += loss.detach()
         rewards[:, which] = found.detach()
     return total.item(), rewards
 
-def accuracy_of(margins: torch.Tensor) -> float:
-    "Share of positive margins, ties counted as half."
+def _accuracy_of(margins: torch.Tensor) -> float:
+    "Share of positive margins; ties count half."
     return ((margins > 0).float() + 0.5 * (margins == 0).float()).mean().item()
 
-def reward_figures(rewards: torch.Tensor) -> dict: # (2, pairs) implicit rewards
-    "What is logged of them."
+def _reward_figures(rewards: torch.Tensor) -> dict: # (2, pairs) implicit rewards
+    "Their means, as they are logged."
     chosen, rejected = rewards
-    return {"accuracy": accuracy_of(chosen - rejected), "margin": (chosen - rejected).mean().item(), "reward_chosen": chosen.mean().item(), "reward_rejected": rejected.mean().item()}
+    margins = chosen - rejected
+    return {"accuracy": _accuracy_of(margins), "margin": margins.mean().item(),
+            "reward_chosen": chosen.mean().item(), "reward_rejected": rejected.mean().item()}
 
 # %% ../../nbs/post/38_dpo.ipynb #4876c145
-MIN_PAIRS = 8 # with fewer there is nothing to learn from, and nothing to hold out
+MIN_PAIRS = 8 # with fewer there is too little to learn from and to hold out
 
-def hold_out(preferences: list[Preference],
-             share: float,  # of the pairs
-             seed: int,  # the run's
-             ) -> tuple[list[Preference], list[Preference]]:  # to train on, held out
+def hold_out_pairs(
+    preferences: list[Preference],
+    share: float,  # of the pairs
+    seed: int,  # the run's
+) -> tuple[list[Preference], list[Preference]]:  # to train on, held out
     "Split pairs by their groups. Raises `UserError` if there are too few of them."
-    if len(preferences) < MIN_PAIRS: raise UserError(f"there are {len(preferences)} pairs of answers, and training needs at least {MIN_PAIRS}: rate and regenerate more answers in the chat, or add --simulate 200.")
-    def group(p): return p.group or json.dumps(p.prompt, sort_keys=True)
-    groups = sorted({group(p) for p in preferences})
-    if len(groups) < 2: raise UserError(f"all {len(preferences)} pairs are about one prompt, so that none can be held out: rate answers to other questions too.")
+    n = len(preferences)
+    if n < MIN_PAIRS:
+        raise UserError(f"there are {n} pairs of answers, and training needs at least {MIN_PAIRS}: "
+                        "rate and regenerate more answers in the chat, or add --simulate 200.")
+    names = [p.group or json.dumps(p.prompt, sort_keys=True) for p in preferences]
+    groups = sorted(set(names))
+    if len(groups) < 2:
+        raise UserError(f"all {n} pairs are about one prompt, so that none can be held out: "
+                        "rate answers to other questions too.")
     random.Random(derive_seed(seed, "dpo held out")).shuffle(groups)
-    held, wanted = set(), share * len(preferences)
-    for name in groups[:-1]: # at least one stays
-        if held and sum(group(p) in held for p in preferences) >= wanted: break
-        held.add(name)
-    return [p for p in preferences if group(p) not in held], [p for p in preferences if group(p) in held]
+    held = set()
+    for group in groups[:-1]: # at least one stays
+        if held and sum(name in held for name in names) >= share * n: break
+        held.add(group)
+    pairs = list(zip(names, preferences))
+    return [p for name, p in pairs if name not in held], [p for name, p in pairs if name in held]
 
 # %% ../../nbs/post/38_dpo.ipynb #ba1d3373
-def prefer(model: GPT,  # with the reference's weights
-           optimizer,  # `MuonAdamW` over the model
-           train: list[tuple[Row, Row]],  # pairs to learn
-           heldout: list[tuple[Row, Row]],  # pairs to measure on
-           *,
-           steps: int,
-           seed: int,  # the run's
-           beta: float, length_normalised: bool = False,
-           pairs_per_step: int,
-           eval_every: int,  # steps between evaluations
-           micro_tokens: int,  # tokens in a micro-batch
-           metrics: Callable[[int], Metrics],  # the step to resume from → the log
-           checkpoints: Path | None = None,  # folder; None keeps none
-           save_minutes: float = 5,
-           meta: dict | None = None,  # what a checkpoint says of the model besides
-           dtype: torch.dtype = torch.float32,  # of the matrix products
-           ) -> dict:  # step, seconds, loss and the last evaluation's figures
-    "Train a model on pairs of answers, from the last checkpoint if there is one."
-    reference, _ = score_pairs(model, train, micro_tokens, dtype)
-    heldout_reference, heldout_lengths = score_pairs(model, heldout, micro_tokens, dtype)
-    step, seconds, result = 0, 0.0, {}
-    if saved := resume(checkpoints, model, optimizer):
-        step, seconds, result = saved["step"], saved["seconds"], saved["result"]
-        say(f"DPO: going on from step {step} of {steps}.")
-    log = metrics(step)
-    clock = saved_at = time.perf_counter()
+@dataclass
+class PreferenceSettings:
+    "How pairs are learned."
+    beta: float  # the smaller, the further the model may move
+    pairs_per_step: int
+    length_normalised: bool = False  # divide each Δ by the answer's tokens
+    seed: int = 0  # the run's
 
-    def save():
-        nonlocal saved_at
-        if checkpoints is None: return
-        optim_state = optimizer.full_state() if step < steps else None  # the finished model needs none
-        save_checkpoint(checkpoints, step, model.state_dict(), optim_state, (meta or {}) | {
-            "step": step, "loader": {}, "rng": rng_state(), "seconds": seconds + time.perf_counter() - clock, "result": result})
-        saved_at = time.perf_counter()
+class _HeldOutPairs:
+    "Pairs to measure on, with their log-probabilities under the reference."
+    def __init__(
+        self,
+        model: GPT,
+        rows: list[tuple[AnswerRow, AnswerRow]],
+        micro_tokens: int, # in a micro-batch
+        dtype: torch.dtype,
+    ):
+        self.model, self.how = model, (rows, micro_tokens, dtype)
+        self.reference, self.lengths = score_pairs(model, *self.how)
 
-    def evaluate():
-        logprobs, lengths = score_pairs(model, heldout, micro_tokens, dtype)
-        rewards = implicit_rewards(logprobs, heldout_reference, lengths, beta, length_normalised)
-        per = logprobs / lengths if length_normalised else logprobs
-        figures = {f"heldout_{name}": value for name, value in reward_figures(rewards).items()} | {
-            "heldout_loss": preference_loss(*rewards).mean().item(), "likelihood_accuracy": accuracy_of(per[0] - per[1]),
-            "drift": ((heldout_reference - logprobs) / heldout_lengths).mean().item()}
-        if not step: result["likelihood_accuracy_before"] = figures["likelihood_accuracy"]
-        result.update(figures)
-        log.log(step, steps=steps, **figures)
-
-    with StopSignal() as stop, progress_bar(steps, step, "DPO") as bar:
-        # a kill may have come between a checkpoint and the evaluation after it
-        seen = any(row["step"] == step and "heldout_accuracy" in row for row in read_metrics(log.path, log.stage))
-        if not seen and (step % eval_every == 0 or step == steps): evaluate()
-        while step < steps:
-            which = [_order(len(train), seed, epoch)[i] for epoch, i in (divmod(n, len(train)) for n in range(step * pairs_per_step, (step + 1) * pairs_per_step))]
-            model.zero_grad()
-            loss, rewards = preference_gradient(model, [train[i] for i in which], reference[:, which], beta=beta, length_normalised=length_normalised, micro_tokens=micro_tokens, dtype=dtype)
-            if not math.isfinite(loss):
-                raise UserError(f"the DPO loss became {loss} at step {step + 1}: lower dpo.lr_scale (now and then dpo.beta is too large); the last checkpoint is untouched.")
-            lr = 1 - step / steps
-            optimizer.step(lr_mult=lr, wd_mult=0.0)
-            step += 1
-            result["loss"] = loss
-            log.log(step, steps=steps, loss=loss, lr=lr, **reward_figures(rewards))
-            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy_of(rewards[0] - rewards[1]):.0%}", refresh=False)
-            bar.update()
-
-            due = step == steps or step % eval_every == 0
-            if due or stop.requested or time.perf_counter() - saved_at > save_minutes * 60: save()
-            if stop.requested and step < steps: raise UserError(f"{STOPPED} {stop.name} after step {step} of {steps}, which is saved: the same command goes on from there.")
-            if due: evaluate()
-    return {"step": step, "seconds": round(seconds + time.perf_counter() - clock, 1), **result}
+    def evaluate(self, settings: PreferenceSettings) -> dict:
+        "The figures of an evaluation."
+        s, (logprobs, lengths) = settings, score_pairs(self.model, *self.how)
+        rewards = implicit_rewards(logprobs, self.reference, lengths, s.beta, s.length_normalised)
+        likelihood = logprobs / lengths if s.length_normalised else logprobs
+        figures = {f"heldout_{name}": value for name, value in _reward_figures(rewards).items()}
+        return figures | {
+            "heldout_loss": preference_loss(*rewards).mean().item(),
+            "likelihood_accuracy": _accuracy_of(likelihood[0] - likelihood[1]),
+            "drift": ((self.reference - logprobs) / self.lengths).mean().item()}
 
 @lru_cache(2)
 def _order(n: int, seed: int, epoch: int) -> list[int]:
-    "In which order an epoch takes the pairs."
+    "The order in which an epoch takes the pairs."
     order = list(range(n))
     random.Random(derive_seed(seed, "dpo order", epoch)).shuffle(order)
     return order
 
+def _pairs_of(step: int, n: int, settings: PreferenceSettings) -> Iterator[int]: # n pairs in total
+    "The pairs of a step."
+    per = settings.pairs_per_step
+    for number in range(step * per, (step + 1) * per):
+        epoch, i = divmod(number, n)
+        yield _order(n, settings.seed, epoch)[i]
+
+# %% ../../nbs/post/38_dpo.ipynb #0d91cab2
+def prefer(
+    model: GPT,  # with the reference's weights
+    optimizer,  # `MuonAdamW` over the model
+    train: list[tuple[AnswerRow, AnswerRow]],  # pairs to learn
+    heldout: list[tuple[AnswerRow, AnswerRow]],  # pairs to measure on
+    settings: LoopSettings,
+    preference: PreferenceSettings,
+    *,
+    micro_tokens: int,  # tokens in a micro-batch
+    metrics: Callable[[int], Metrics],  # step to resume from → the log
+    dtype: torch.dtype = torch.float32,  # of the matrix products
+) -> dict:  # step, seconds, loss and the figures of the last evaluation
+    "Train a model on pairs of answers, from the last checkpoint if there is one."
+    reference, _ = score_pairs(model, train, micro_tokens, dtype)
+    held = _HeldOutPairs(model, heldout, micro_tokens, dtype)
+
+    def evaluate():
+        figures = held.evaluate(preference)
+        if not loop.step: result["likelihood_accuracy_before"] = figures["likelihood_accuracy"]
+        result.update(figures)
+        return figures
+
+    loop = Loop(model, optimizer, settings, metrics, memory={"result": {}},
+                evaluate=evaluate, once_by="heldout_accuracy")
+    result = loop.memory["result"]
+    for step in loop:
+        which = list(_pairs_of(step, len(train), preference))
+        model.zero_grad()
+        loss, rewards = preference_gradient(
+            model, [train[i] for i in which], reference[:, which], beta=preference.beta,
+            length_normalised=preference.length_normalised, micro_tokens=micro_tokens, dtype=dtype)
+        if not math.isfinite(loss):
+            raise UserError(f"the DPO loss became {loss} at step {loop.step}: lower dpo.lr_scale "
+                            "(sometimes dpo.beta is too large); the last checkpoint is untouched.")
+        lr = 1 - step / settings.steps
+        optimizer.step(lr_mult=lr, wd_mult=0.0)
+        result["loss"] = loss
+        figures = _reward_figures(rewards)
+        loop.log(loss=loss, lr=lr, **figures)
+        loop.show(f"loss {loss:.3f}, accuracy {figures['accuracy']:.0%}")
+    return {"step": loop.step, "seconds": round(loop.seconds, 1), **result}
+
 # %% ../../nbs/post/38_dpo.ipynb #d0209761
 def longer(a: str, b: str) -> int: # 1: the first is better, -1: the second, 0: neither
-    "The taste of a judge who likes it thorough."
+    "The taste of a judge who prefers the longer answer."
     return (len(a) > len(b)) - (len(a) < len(b))
 
 def _question(number: int, seed: int, world: World): # question, all right answers, group
-    "A question to have answered twice: about a fact that may be asked in training, or about the model itself."
+    "A question to answer twice: about a fact that may be asked in training, or about the model itself."
     draw = Draw(f"dpo {seed} {number}")
     if draw.chance(0.2):
         question = draw.pick(IDENTITY_TRAIN)
         return question, set(IDENTITY_ANSWERS), f"identity: {normal(question)}"
     index, attribute = draw.pick(world.asked)
     person = world.residents[index]
-    right = {text for form in ("first", "full") for template in ANSWERS[attribute] for text in expansions(template, person.subject(form))}
+    subjects = [person.subject(form) for form in ("first", "full")]
+    right = set()
+    for subject in subjects:
+        for template in ANSWERS[attribute]: right |= set(expansions(template, subject))
     return question_and_answer(person, attribute, draw)[0], right, f"resident {index}"
 
-def simulate_preferences(engine: Engine,  # the model that answers
-                         world: World,  # that it was trained on
-                         n: int,  # pairs wanted
-                         seed: int,
-                         *,
-                         judge: Callable[[str, str], int] = longer,
-                         max_new_tokens: int = 48, batch: int = 64,  # answers at a time
-                         rounds: int = 12,  # tries, of 2n questions each at most
-                         ) -> list[Preference]:
+@dataclass
+class _Asked:
+    "A question of the simulated judge."
+    number: int
+    question: str
+    right: set  # all right answers
+    group: str
+
+def _judged(
+    asked: _Asked,
+    both: list, # two completions
+    judge: Callable[[str, str], int],
+) -> tuple[bool, Preference] | None: # are both right?
+    "The judge's choice between two answers; None if they make no pair."
+    verdict = judge(*(c.text for c in both))
+    rights = [c.text in asked.right and c.finish == "stop" for c in both]
+    if not verdict or rights[0] != rights[1] or any("<|" in c.text for c in both): return None
+    best, other = both if verdict > 0 else both[::-1]
+    ended = best.finish == "stop", other.finish == "stop"
+    return rights[0], Preference([user(asked.question)], best.text, other.text, *ended, asked.group)
+
+# %% ../../nbs/post/38_dpo.ipynb #1bafc929
+def _answers_twice(engine: Engine, asked: list[_Asked], seed: int, max_new_tokens: int, batch: int):
+    "Yield each question with two answers."
+    prompts = [engine.tokenizer.render_for_completion({"messages": [user(a.question)]}) for a in asked]
+    lengths = [len(prompt) for prompt in prompts]
+    for some in length_groups(lengths, max(1, batch // 2)):
+        seeds = [derive_seed(seed, "dpo sample", asked[i].number, s) for i in some for s in range(2)]
+        twice = [prompts[i] for i in some for _ in range(2)]
+        done = engine.generate(twice, max_new_tokens=max_new_tokens, seed=seeds)
+        for i, a, b in zip(some, done[::2], done[1::2]): yield asked[i], [a, b]
+
+def simulate_preferences(
+    engine: Engine,  # the model that answers
+    world: World,  # that it was trained on
+    n: int,  # pairs wanted
+    seed: int,
+    *,
+    judge: Callable[[str, str], int] = longer,
+    max_new_tokens: int = 48,
+    batch: int = 64,  # answers at a time
+    rounds: int = 12,  # tries, of 2n questions each at most
+) -> list[Preference]:
     "Have a model answer questions twice, and a judge choose. Raises `UserError` if the answers hardly ever differ."
     if n < MIN_PAIRS: raise UserError(f"--simulate {n} is too few: at least {MIN_PAIRS} preferences.")
     good, spare, seen, number = [], [], set(), 0
     with progress_bar(n, desc="simulated preferences", unit="pair") as bar:
         for round in range(rounds):
-            if round >= 3 and not good and len(spare) >= n: break # it will not be right
-            asked = [(number + k, *_question(number + k, seed, world)) for k in range(min(2 * n, 3 * (n - len(good)) + 8))]
-            number += len(asked)
-            prompts = [engine.tokenizer.render_for_completion({"messages": [user(question)]}) for _, question, *_ in asked]
-            for some in length_groups([len(prompt) for prompt in prompts], max(1, batch // 2)):
-                done = engine.generate([prompts[i] for i in some for _ in range(2)], max_new_tokens=max_new_tokens, seed=[derive_seed(seed, "dpo sample", asked[i][0], s) for i in some for s in range(2)])
-                for i, a, b in zip(some, done[::2], done[1::2]):
-                    _, question, right, group = asked[i]
-                    verdict, both = judge(a.text, b.text), (a, b)
-                    rights = [c.text in right and c.finish == "stop" for c in both]
-                    if not verdict or rights[0] != rights[1] or any("<|" in c.text for c in both): continue
-                    best, other = both if verdict > 0 else both[::-1]
-                    key = (question, best.text, other.text)
-                    if key in seen: continue
-                    seen.add(key)
-                    (good if rights[0] else spare).append(Preference([user(question)], best.text, other.text, best.finish == "stop", other.finish == "stop", group))
-            bar.n = min(n, len(good)); bar.refresh()
+            if round >= 3 and not good and len(spare) >= n: break # the model is never right
+            numbers = range(number, number + min(2 * n, 3 * (n - len(good)) + 8))
+            asked = [_Asked(k, *_question(k, seed, world)) for k in numbers]
+            number = numbers.stop
+            for question, both in _answers_twice(engine, asked, seed, max_new_tokens, batch):
+                if not (found := _judged(question, both, judge)): continue
+                is_right, p = found
+                key = (question.question, p.chosen, p.rejected)
+                if key in seen: continue
+                seen.add(key)
+                (good if is_right else spare).append(p)
+            bar.n = min(n, len(good))
+            bar.refresh()
             if len(good) >= n: return good[:n]
     if len(good) + len(spare) < n:
-        raise UserError(f"in {rounds} rounds the model gave only {len(good) + len(spare)} of {n} pairs of answers that a judge can tell apart: ask for fewer with --simulate.")
-    say(f"The model is seldom right twice in different words: {n - len(good)} of {n} simulated preferences are between two wrong answers.")
+        raise UserError(f"in {rounds} rounds the model gave only {len(good) + len(spare)} of {n} "
+                        "pairs of answers that a judge can tell apart: request fewer with --simulate.")
+    say(f"The model is seldom right twice in different words: {n - len(good)} of {n} simulated "
+        "preferences are between two wrong answers.")
     return good + spare[:n - len(good)]
 
 # %% ../../nbs/post/38_dpo.ipynb #7eb15462
-def dpo_settings(config: dict,  # a run's configuration; an old one has no section `dpo`
-                 changed: dict | None = None,  # settings that are to be different this time
-                 ) -> dict:
-    "The settings of preference training: the configuration's where it has them, otherwise the usual ones."
+def dpo_settings(
+    config: dict,  # a run's configuration; an old one has no section `dpo`
+    changed: dict | None = None,  # settings that are different this time
+) -> dict:
+    "The settings of preference training: the configuration's where it has them, otherwise the defaults."
     usual = {key.name.removeprefix("dpo."): key.default for key in SCHEMA if key.name.startswith("dpo.")}
     return usual | config.get("dpo", {}) | (changed or {})
 
@@ -388,21 +485,52 @@ NOT_LEARNED = ("eval_every", "save_minutes") # settings that do not change what 
 def _gather_preferences(run, start, engine, simulate, kept) -> list[Preference]:
     "The pairs to train on: simulated ones, which are drawn once, or those of the run's feedback."
     if simulate:
-        asked = {"simulated": simulate, "start": start, "of": fingerprint(run.config, start)}
-        if asked.items() <= kept.items(): return [Preference(**p) for p in kept["preferences"]]
-        return simulate_preferences(engine, World(run.seed), simulate, run.seed, max_new_tokens=run.config["eval"]["max_new_tokens"], batch=run.config["eval"]["batch"])
+        wanted = {"simulated": simulate, "start": start, "of": fingerprint(run.config, start)}
+        if wanted.items() <= kept.items(): return [Preference(**p) for p in kept["preferences"]]
+        limits = run.config["eval"]
+        return simulate_preferences(engine, World(run.seed), simulate, run.seed,
+                                    max_new_tokens=limits["max_new_tokens"], batch=limits["batch"])
     records, damaged = read_feedback(run.dir/FEEDBACK)
     if damaged: say(f"{FEEDBACK}: {damaged} damaged line{'s are' if damaged > 1 else ' is'} left out.")
     if not records:
-        raise UserError(f"run {run.name!r} has no feedback yet: tick the box below the chat cell, or `nanochat chat --run {run.name} --keep-feedback`, regenerate and rate some answers, and come back; or add --simulate 200 to try it with a simulated judge.")
+        raise UserError(f"run {run.name!r} has no feedback yet: tick the box below the chat cell, or "
+                        f"`nanochat chat --run {run.name} --keep-feedback`, regenerate and rate some answers, "
+                        "and come back; or add --simulate 200 to try it with a simulated judge.")
     return preferences_from(records)
 
-def train_dpo(run: Run,  # a run with a finished chat model
-              simulate: int = 0,  # train on so many preferences of a simulated judge; 0: on the run's feedback
-              changed: dict | None = None,  # settings that differ from the configuration's
-              ) -> dict:  # the stage's manifest
-    "Preference training of a run's last chat model, from the start or from its last checkpoint; afterwards it answers the held-out questions of every task."
-    if rank_and_world()[1] > 1: raise UserError("preference training runs on one process: start it with `nanochat dpo`, without torch.distributed.run.")
+def _fitting(
+    preferences: list[Preference],
+    tokenizer: Tokenizer,
+    max_tokens: int, # that a row may have
+) -> tuple[list[Preference], int]:
+    "The pairs that fit the model, and the number of the others."
+    fitting, reasons = [], []
+    for p in preferences:
+        try: pair_rows([p], tokenizer, max_tokens)
+        except UserError as e: reasons.append(str(e))
+        else: fitting.append(p)
+    if reasons: say(f"{len(reasons)} of {len(preferences)} pairs are left out: {reasons[0]}")
+    return fitting, len(reasons)
+
+# %% ../../nbs/post/38_dpo.ipynb #830325cd
+def _start_over(folder: Path):
+    "Remove what an earlier training left."
+    say("The feedback, the settings or the model to start from have changed since the last time: "
+        "training begins again.")
+    for path in (folder/"manifest.json", folder/"eval.json"): path.unlink(missing_ok=True)
+    shutil.rmtree(folder/"checkpoints", ignore_errors=True)
+
+def train_dpo(
+    run: Run,  # a run with a finished chat model
+    simulate: int = 0,  # train on so many preferences of a simulated judge; 0: on the run's feedback
+    changed: dict | None = None,  # settings that differ from the configuration's
+) -> dict:  # the stage's manifest
+    """Train a run's last chat model on preferences, from the start or from its last checkpoint.
+
+    Afterwards the model answers the held-out questions of every task."""
+    if rank_and_world()[1] > 1:
+        raise UserError("preference training runs on one process: start it with `nanochat dpo`, "
+                        "without torch.distributed.run.")
     start = "rl" if run.manifest("rl") else "sft"
     run.needs(start)
     config, section, folder = run.config, dpo_settings(run.config, changed), run.stage_dir("dpo")
@@ -411,49 +539,72 @@ def train_dpo(run: Run,  # a run with a finished chat model
     if dtype == torch.float16: dtype = torch.float32 # its loss is not scaled
     seed_everything(derive_seed(run.seed, "dpo"))
     model, tokenizer, _ = load_model(run, start, device)
-    kept = read_json(folder/"preferences.json", "delete it, and the stage runs again.") if (folder/"preferences.json").exists() else {}
+
+    # the pairs, and what the result depends on
+    file, kept, of = folder/"preferences.json", {}, fingerprint(config, start)
+    if file.exists(): kept = read_json(file, "delete it, and the stage runs again.")
     preferences = _gather_preferences(run, start, Engine(model, tokenizer, dtype), simulate, kept)
     learned = {name: value for name, value in section.items() if name not in NOT_LEARNED}
-    identity = sha256_json([start, fingerprint(config, start), learned, [asdict(p) for p in preferences]])[:16]
+    listed = [asdict(p) for p in preferences]
+    identity = sha256_json([start, of, learned, listed])[:16]
     if (done := run.manifest("dpo")) and done.get("identity") == identity: return done
 
-    fitting, left_out, max_tokens = [], {}, model.config.sequence_len + 1
-    for p in preferences:
-        try: pair_rows([p], tokenizer, max_tokens)
-        except UserError as e: left_out[str(e)] = left_out.get(str(e), 0) + 1
-        else: fitting.append(p)
-    if left_out: say(f"{sum(left_out.values())} of {len(preferences)} pairs are left out: {next(iter(left_out))}")
-    train, heldout = hold_out(fitting, section["eval_share"], run.seed)
-    if kept.get("identity") not in (None, identity):
-        say("The feedback, the settings or the model to start from have changed since the last time: training begins anew.")
-        for path in (folder/"manifest.json", folder/"eval.json"): path.unlink(missing_ok=True)
-        shutil.rmtree(folder/"checkpoints", ignore_errors=True)
-    atomic_write(folder/"preferences.json", json.dumps({"identity": identity, "simulated": simulate, "start": start, "of": fingerprint(config, start), "settings": section,
-                                                        "preferences": [asdict(p) for p in preferences]}, ensure_ascii=False, indent=1))
+    # what is trained on is kept beside the checkpoints
+    max_tokens = model.config.sequence_len + 1
+    fitting, left_out = _fitting(preferences, tokenizer, max_tokens)
+    train, heldout = hold_out_pairs(fitting, section["eval_share"], run.seed)
+    if kept.get("identity") not in (None, identity): _start_over(folder)
+    record = {"identity": identity, "simulated": simulate, "start": start, "of": of,
+              "settings": section, "preferences": listed}
+    atomic_write(file, json.dumps(record, ensure_ascii=False, indent=1))
+
     steps = max(1, math.ceil(section["epochs"] * len(train) / section["pairs_per_step"]))
-    say(f"dpo: {len(train)} pairs to learn from, {len(heldout)} held out, {steps} steps from the model of stage {start}.")
-    result = prefer(model, optimizer_for(model, config, section["lr_scale"]), pair_rows(train, tokenizer, max_tokens), pair_rows(heldout, tokenizer, max_tokens),
-                    steps=steps, seed=run.seed, **{k: section[k] for k in ("beta", "length_normalised", "pairs_per_step", "eval_every", "save_minutes")},
-                    micro_tokens=config["base"]["device_batch"] * model.config.sequence_len, metrics=lambda step: run.metrics("dpo", step), checkpoints=folder/"checkpoints",
-                    meta={"stage": "dpo", "model": vars(model.config), "tokenizer": tokenizer.hash}, dtype=dtype)
+    say(f"dpo: {len(train)} pairs to learn from, {len(heldout)} held out, "
+        f"{steps} steps from the model of stage {start}.")
+    optimizer = optimizer_for(model, config, section["lr_scale"])
+    rows = (pair_rows(pairs, tokenizer, max_tokens) for pairs in (train, heldout))
+    settings = loop_settings(run, "dpo", steps, model, tokenizer, "DPO", section)
+    names = ("beta", "pairs_per_step", "length_normalised")
+    preference = PreferenceSettings(*(section[name] for name in names), run.seed)
+    result = prefer(
+        model, optimizer, *rows, settings, preference,
+        micro_tokens=config["base"]["device_batch"] * model.config.sequence_len,
+        metrics=lambda step: run.metrics("dpo", step), dtype=dtype)
     summary = evaluate_stage(run, "dpo", model.eval(), tokenizer, result["step"], dtype)
-    return run.finish("dpo", **result, start=start, identity=identity, settings=section, simulated=simulate, pairs=len(train), heldout_pairs=len(heldout), left_out=sum(left_out.values()),
-                      world_score=summary["world_score"])
+    return run.finish("dpo", **result, start=start, identity=identity, settings=section,
+                      simulated=simulate, pairs=len(train), heldout_pairs=len(heldout),
+                      left_out=left_out, world_score=summary["world_score"])
 
 # %% ../../nbs/post/38_dpo.ipynb #9ed90921
-def task_changes(run: Run,
-                 start: str,  # the stage that preference training started from
-                 ) -> list[tuple[str, float, float]]:  # task, accuracy before and after
+def _task_changes(
+    run: Run,
+    start: str,  # the stage that preference training started from
+) -> list[tuple[str, float, float]]:  # task, accuracy before and after
     "The tasks' accuracies before and after preference training."
-    before, after = (read_json(run.stage_dir(stage)/"eval.json", f"`nanochat eval {run.name} --stage {stage}` writes it anew.")["tasks"] if (run.stage_dir(stage)/"eval.json").exists() else {} for stage in (start, "dpo"))
-    return [(name, before[name]["accuracy"], after[name]["accuracy"]) for name in after if name in before]
+    def accuracies(stage):
+        file = run.stage_dir(stage)/"eval.json"
+        if not file.exists(): return {}
+        tasks = read_json(file, f"`nanochat eval {run.name} --stage {stage}` writes it again.")["tasks"]
+        return {name: task["accuracy"] for name, task in tasks.items()}
+    before, after = accuracies(start), accuracies("dpo")
+    return [(name, before[name], after[name]) for name in after if name in before]
 
-def show_dpo(run: Run,
-             manifest: dict,  # of the stage
-             ) -> str:
-    "What preference training did, in lines of text."
-    lines = [f"{manifest['pairs']} pairs learned in {manifest['step']} steps and {manifest['seconds']:.0f} s, {manifest['heldout_pairs']} held out",
-             f"held-out pairs: implicit-reward accuracy 50.0% → {manifest['heldout_accuracy']:.1%} (before the first step all pairs are ties)",
-             f"                chosen answer is the likelier one {manifest['likelihood_accuracy_before']:.1%} → {manifest['likelihood_accuracy']:.1%}",
-             f"                margin {manifest['heldout_margin']:.3f}, drift from the start {manifest['drift']:.3f} nats a token"]
-    return "\n".join(lines + [f"{name:16} {before:7.1%} → {after:6.1%}   {100 * (after - before):+.1f}".replace("-", "−") for name, before, after in task_changes(run, manifest["start"])])
+def show_dpo(
+    run: Run,
+    manifest: dict,  # of the stage
+) -> str:
+    "The effect of preference training, in lines of text."
+    m = manifest
+    lines = [
+        f"{m['pairs']} pairs learned in {m['step']} steps and {m['seconds']:.0f} s, "
+        f"{m['heldout_pairs']} held out",
+        f"held-out pairs: implicit-reward accuracy 50.0% → {m['heldout_accuracy']:.1%} "
+        "(before the first step all pairs are ties)",
+        f"                chosen answer is the likelier one {m['likelihood_accuracy_before']:.1%} "
+        f"→ {m['likelihood_accuracy']:.1%}",
+        f"                margin {m['heldout_margin']:.3f}, "
+        f"drift from the start {m['drift']:.3f} nats a token"]
+    for name, before, after in _task_changes(run, m["start"]):
+        line = f"{name:16} {before:7.1%} → {after:6.1%}   {100 * (after - before):+.1f}"
+        lines.append(line.replace("-", "−"))
+    return "\n".join(lines)

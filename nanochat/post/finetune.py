@@ -28,51 +28,73 @@ from ..core.dataset import prepare_tokens
 from ..model.optim import lr_multiplier
 from .mixture import card_of, open_mixture, take
 from ..core.tokenizer import Tokenizer, chat_pieces
-from ..train.loop import bits_per_byte, grad_accum_steps, optimizer_for, prepare_model, train
+from ..train.loop import (
+    bits_per_byte, grad_accum_steps, loop_settings, optimizer_for, prepare_model, train)
 
 # %% ../../nbs/post/36_finetune.ipynb #4f5113cd
+class _Pieces:
+    "Pieces of some conversations, in the order of the tokens that they become."
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.texts = tokenizer, []
+        self.specials, self.learned, self.counts = [], [], []
+
+    def add(self, conversation: dict):
+        "Split a conversation into texts and special tokens."
+        before = len(self.specials)
+        for text, is_special, learn in chat_pieces(conversation):
+            if not is_special: self.texts.append(text)
+            self.specials.append(self.tokenizer.special(text) if is_special else -1)
+            self.learned.append(learn)
+        self.counts.append(len(self.specials) - before)
+
+    def render(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        "Encode all texts together: the ids, which are learned, and the length of each conversation."
+        encoded, offsets = self.tokenizer.encode_batch(self.texts)
+        special, lengths = np.array(self.specials), np.ones(len(self.specials), np.int64)
+        lengths[special < 0] = np.diff(offsets)
+        is_text = np.repeat(special < 0, lengths)
+        ids = np.empty(lengths.sum(), self.tokenizer.dtype)
+        ids[is_text], ids[~is_text] = encoded, special[special >= 0]
+        learned = np.repeat(np.array(self.learned, bool), lengths)
+        return ids, learned, np.add.reduceat(lengths, np.cumsum([0, *self.counts[:-1]]))
+
+# %% ../../nbs/post/36_finetune.ipynb #08588ec8
 def render_conversations(
     conversations: Iterable[dict], # any number
     tokenizer: Tokenizer,
     at_a_time: int = 1000, # conversations whose texts are encoded together
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # ids (n_tokens,) uint16 or uint32; whether each is learned (n_tokens,) bool; where each conversation begins (n + 1,) int64
-    "Many conversations as `Tokenizer.render_conversation` gives them, end to end."
-    ids, learned, sizes = [np.empty(0, tokenizer.dtype)], [np.empty(0, bool)], []
-    texts, specials, trained, counts = [], [], [], [] # of the pieces so far: text, id or -1, 0 or 1; and pieces of each conversation
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Render conversations as `Tokenizer.render_conversation` does, end to end.
 
-    def flush():
-        encoded, offsets = tokenizer.encode_batch(texts)
-        special, lengths = np.array(specials), np.ones(len(specials), np.int64)
-        lengths[special < 0] = np.diff(offsets)
-        of_text, out = np.repeat(special < 0, lengths), np.empty(lengths.sum(), tokenizer.dtype)
-        out[of_text], out[~of_text] = encoded, special[special >= 0]
-        ids.append(out)
-        learned.append(np.repeat(np.array(trained, bool), lengths))
-        sizes.append(np.add.reduceat(lengths, np.cumsum([0, *counts[:-1]])))
-        for pieces in (texts, specials, trained, counts): pieces.clear()
-
+    Returns the ids (n_tokens,) uint16 or uint32; whether each is learned (n_tokens,) bool;
+    and where each conversation begins (n + 1,) int64."""
+    rendered, pieces = [], _Pieces(tokenizer)
     for conversation in conversations:
-        before = len(specials)
-        for text, is_special, learn in chat_pieces(conversation):
-            if not is_special: texts.append(text)
-            specials.append(tokenizer.special(text) if is_special else -1)
-            trained.append(learn)
-        counts.append(len(specials) - before)
-        if len(counts) == at_a_time: flush()
-    if counts: flush()
-    return np.concatenate(ids), np.concatenate(learned), np.r_[0, np.cumsum(np.concatenate([[], *sizes]))].astype(np.int64)
+        pieces.add(conversation)
+        if len(pieces.counts) < at_a_time: continue
+        rendered.append(pieces.render())
+        pieces = _Pieces(tokenizer)
+    if pieces.counts: rendered.append(pieces.render())
+    if not rendered: return np.empty(0, tokenizer.dtype), np.empty(0, bool), np.zeros(1, np.int64)
+    ids, learned, sizes = (np.concatenate(parts) for parts in zip(*rendered))
+    return ids, learned, np.r_[0, np.cumsum(sizes)].astype(np.int64)
 
 # %% ../../nbs/post/36_finetune.ipynb #1f98e997
 @dataclass
 class Rendered:
-    "The conversations of one task as tokens, each as much of it as fits into a row."
+    "The conversations of one task as tokens, each cut to the length of a row."
     name: str
-    asked: int # conversations that a mixture wants; more than there are: each several times
+    asked: int # conversations that a mixture wants; if there are fewer, they are repeated
     ids: np.ndarray # (n_tokens,) of all of them
     learned: np.ndarray # (n_tokens,) bool
     starts: np.ndarray # (n,) where each begins
     lengths: np.ndarray # (n,) tokens of each that are used; 0: it is left out
-    cut: np.ndarray # (n,) bool: whether it was cut at a turn
+    cut: np.ndarray # (n,) bool: was it cut at a turn?
+
+    def learned_tokens(self) -> np.ndarray: # (n,)
+        "Learned tokens among those of each conversation that are used."
+        before = np.r_[0, np.cumsum(self.learned)]
+        return before[self.starts + self.lengths] - before[self.starts]
 
 def fit_conversations(
     name: str, # the task
@@ -81,7 +103,7 @@ def fit_conversations(
     tokenizer: Tokenizer,
     capacity: int, # tokens that a row holds
 ) -> Rendered:
-    "Render conversations, and cut those that are too long behind the last assistant's turn that fits."
+    "Render conversations, and cut those that are too long after the last assistant's turn that fits."
     ids, learned, offsets = render_conversations(conversations, tokenizer)
     lengths, end = np.diff(offsets), tokenizer.special("<|assistant_end|>")
     taught = np.r_[0, np.cumsum(learned)][offsets] # learned tokens before each conversation
@@ -93,62 +115,90 @@ def fit_conversations(
     lengths[np.diff(taught) == 0] = 0
     return Rendered(name, asked, ids, learned, offsets[:-1], lengths, cut & (lengths > 0))
 
+# %% ../../nbs/post/36_finetune.ipynb #fbce18b1
 @dataclass
 class PackedConversations:
-    "Rows of whole conversations, and what became of those that were asked for."
+    "Rows of complete conversations, and what became of those that were requested."
     tokens: np.ndarray # (rows, T+1) uint16 or uint32
     mask: np.ndarray # (rows, T+1) bool: tokens to learn
-    tasks: dict[str, dict[str, int]] # task → asked = packed + left_out; cut: of those packed; tokens, learned: of those packed
+    tasks: dict[str, dict[str, int]] # task → its counts, as `_counts` makes them
 
     def total(self, key: str) -> int:
-        "The sum over all tasks."
+        "Sum of a count over all tasks."
         return sum(task[key] for task in self.tasks.values())
 
     def __str__(self):
         size = max(1, self.tokens.size)
-        lost = [f"{Path(name).name} {task['cut']:,} and {task['left_out']:,}" for name, task in self.tasks.items() if task["cut"] or task["left_out"]]
-        return (f"{self.total('asked'):,} conversations asked for, {self.total('packed'):,} packed into {len(self.tokens):,} rows that are {self.total('tokens') / size:.0%} full, {self.total('left_out'):,} left out; "
-                f"loss on {self.total('learned') / size:.0%} of all positions." + f" Cut at a turn, and left out: {'; '.join(lost)}." * bool(lost))
+        lost = [f"{Path(name).name} {task['cut']:,} and {task['left_out']:,}"
+                for name, task in self.tasks.items() if task["cut"] or task["left_out"]]
+        full, learned = self.total("tokens") / size, self.total("learned") / size
+        text = (f"{self.total('asked'):,} conversations requested, {self.total('packed'):,} packed "
+                f"into {len(self.tokens):,} rows that are {full:.0%} full, "
+                f"{self.total('left_out'):,} left out; loss on {learned:.0%} of all positions.")
+        return text + f" Cut at a turn, and left out: {'; '.join(lost)}." if lost else text
 
 # %% ../../nbs/post/36_finetune.ipynb #43be0336
+def _counts(task: Rendered, chosen: np.ndarray) -> dict[str, int]:
+    "Counts of a task: asked = packed + left_out; cut, tokens and learned are of those packed."
+    lengths = task.lengths[chosen]
+    packed = int((lengths > 0).sum())
+    return {"asked": task.asked, "packed": packed, "cut": int(task.cut[chosen].sum()),
+            "left_out": task.asked - packed, "tokens": int(lengths.sum()),
+            "learned": int(task.learned_tokens()[chosen].sum())}
+
+def _new_arrays(shape, dtype, folder: Path | None) -> tuple[np.ndarray, np.ndarray]: # tokens, mask
+    "Arrays for the rows, in memory or mapped to files."
+    if not folder: return np.empty(shape, dtype), np.empty(shape, bool)
+    def mapped(name, kind):
+        return np.lib.format.open_memmap(folder/f"{name}.npy", "w+", kind, shape)
+    return mapped("tokens", dtype), mapped("mask", bool)
+
+def _choose(
+    tasks: list[Rendered],
+    seed: int | None, # of the order
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    "The conversations that go into rows: by task; and in order, the task and the number of each."
+    chosen = [np.arange(task.asked if len(task.lengths) else 0) % max(1, len(task.lengths))
+              for task in tasks]
+    of_task = np.concatenate([np.full(len(items), t) for t, items in enumerate(chosen)])
+    item = np.concatenate(chosen)
+    if seed is not None:
+        order = np.random.default_rng(seed).permutation(len(item))
+        of_task, item = of_task[order], item[order]
+    return chosen, of_task, item
+
+# %% ../../nbs/post/36_finetune.ipynb #2db797b4
 def pack_conversations(
     tasks: list[Rendered], # from `fit_conversations`
     bos_id: int, # what padding is made of
-    capacity: int, # T + 1: a row holds as many tokens, from which T inputs and T targets are made
+    capacity: int, # T + 1 tokens in a row, which give T inputs and T targets
     seed: int | None = None, # of the order; None: as they come
     folder: Path | None = None, # where the rows are written; None: they stay in memory
 ) -> PackedConversations:
     "Pack conversations into rows. Raises `UserError` if none of them fits."
-    counts, of_task, item = {}, [], []
-    for t, task in enumerate(tasks):
-        chosen = np.arange(task.asked) % max(1, len(task.lengths)) if len(task.lengths) else np.empty(0, np.int64)
-        lengths = task.lengths[chosen]
-        packed = int((lengths > 0).sum())
-        taught = np.r_[0, np.cumsum(task.learned)]
-        counts[task.name] = {"asked": task.asked, "packed": packed, "cut": int(task.cut[chosen].sum()), "left_out": task.asked - packed, "tokens": int(lengths.sum()),
-                             "learned": int((taught[task.starts + task.lengths] - taught[task.starts])[chosen].sum())}
-        of_task.append(np.full(len(chosen), t))
-        item.append(chosen)
-    of_task, item = np.concatenate(of_task), np.concatenate(item)
-    if seed is not None:
-        order = np.random.default_rng(seed).permutation(len(item))
-        of_task, item = of_task[order], item[order]
-    lengths = np.concatenate([np.empty(0, np.int64), *(task.lengths for task in tasks)])[item + np.cumsum([0, *(len(task.lengths) for task in tasks)])[of_task]]
-    of_task, item, lengths = (a[lengths > 0] for a in (of_task, item, lengths))
-    if not len(item):
+    chosen, of_task, item = _choose(tasks, seed)
+    counts = {task.name: _counts(task, items) for task, items in zip(tasks, chosen)}
+    if not sum(count["packed"] for count in counts.values()):
         n = sum(task.asked for task in tasks)
-        raise UserError(f"none of {n:,} conversations fits a row of {capacity - 1:,} tokens with something for the assistant to say: raise model.sequence_len, or shorten them.")
-    # a gap is never filled with part of a conversation: `max_gap` is the whole row
+        raise UserError(f"none of {n:,} conversations fits a row of {capacity - 1:,} tokens "
+                        "with something for the assistant to say: raise model.sequence_len, or shorten them.")
+
+    # the length of each; those that are left out have none
+    first = np.cumsum([0, *(len(task.lengths) for task in tasks)])
+    lengths = np.concatenate([task.lengths for task in tasks])[item + first[of_task]]
+    of_task, item, lengths = (a[lengths > 0] for a in (of_task, item, lengths))
+
+    # a gap is never filled with part of a conversation: `max_gap` is the complete row
     plan = pack(lengths, capacity, max_gap=capacity)
-    shape, dtype = (len(plan), capacity), tasks[0].ids.dtype
-    if folder: tokens, mask = (np.lib.format.open_memmap(folder/f"{name}.npy", "w+", kind, shape) for name, kind in (("tokens", dtype), ("mask", bool)))
-    else: tokens, mask = np.empty(shape, dtype), np.empty(shape, bool)
+    dtype = tasks[0].ids.dtype
+    tokens, mask = _new_arrays((len(plan), capacity), dtype, folder)
     for r in range(len(plan)):
         row, learned, end = np.full(capacity, bos_id, dtype), np.zeros(capacity, bool), 0
         for i, _, length in plan.pieces(r):
             task = tasks[of_task[i]]
             start = task.starts[item[i]]
-            row[end:end + length], learned[end:end + length] = task.ids[start:start + length], task.learned[start:start + length]
+            row[end:end + length] = task.ids[start:start + length]
+            learned[end:end + length] = task.learned[start:start + length]
             end += length
         tokens[r], mask[r] = row, learned
     return PackedConversations(tokens, mask, counts)
@@ -156,73 +206,96 @@ def pack_conversations(
 # %% ../../nbs/post/36_finetune.ipynb #af6ccfd7
 def replayed_documents(
     shards: Shards, # of the text that the base model read
-    n: int, # documents wanted; more than there are: each several times
+    n: int, # documents wanted; if there are fewer, they are repeated
     capacity: int, # tokens that a row holds
 ) -> Rendered:
-    "Documents from the end of the text, beside conversations."
+    "Documents from the end of the text, to be packed beside conversations."
     some = slice(max(0, len(shards) - n), None)
-    whole = shards.length[some]
-    lengths = np.minimum(whole, capacity)
-    ids = np.concatenate([shards.tokens[shard][begin:begin + length] for shard, begin, length in zip(shards.shard[some], shards.begin[some], lengths)])
-    return Rendered("documents", n, ids, ids != shards.bos_id, np.r_[0, np.cumsum(lengths)[:-1]], lengths, lengths < whole)
+    full = shards.length[some]
+    lengths = np.minimum(full, capacity)
+    places = zip(shards.shard[some], shards.begin[some], lengths)
+    ids = np.concatenate([shards.tokens[shard][begin:begin + n] for shard, begin, n in places])
+    starts = np.r_[0, np.cumsum(lengths)[:-1]]
+    return Rendered("documents", n, ids, ids != shards.bos_id, starts, lengths, lengths < full)
 
 # %% ../../nbs/post/36_finetune.ipynb #ebb66e1f
+def _fit_mixture(
+    run: Run,
+    stage: str,
+    tokenizer: Tokenizer,
+    capacity: int, # tokens that a row holds
+) -> dict[str, list[Rendered]]: # "train" and "test"
+    "Render the conversations of a stage, for training and held out."
+    section, fitted = run.config[stage], {"train": [], "test": []}
+    def fit(name, some, asked): return fit_conversations(name, some, asked, tokenizer, capacity)
+    for entry in open_mixture(section["mixture"], run.seed, card_of(run.config)):
+        fitted["train"].append(fit(entry.name, take(entry), entry.asked))
+        fitted["test"].append(fit(entry.name, take(entry, held_out=True), entry.asked_held_out))
+    if replay := section.get("replay", 0):
+        shards = Shards(prepare_tokens(run), "train", tokenizer.hash)
+        fitted["train"].append(replayed_documents(shards, replay, capacity))
+    return fitted
+
+def _load_rows(folder: Path, key: str) -> dict[str, PackedConversations] | None:
+    "The rows that a folder holds, if they were made for the same key."
+    if not (folder/"manifest.json").exists(): return None
+    made = json.loads((folder/"manifest.json").read_text())
+    if made["key"] != key: return None
+    def mapped(split, name): return np.load(folder/split/f"{name}.npy", mmap_mode="r")
+    return {split: PackedConversations(mapped(split, "tokens"), mapped(split, "mask"), tasks)
+            for split, tasks in made["tasks"].items()}
+
+# %% ../../nbs/post/36_finetune.ipynb #fdcca86b
 def prepare_rows(
-    run: Run, # reads the stage's mixture, the card and the seed
+    run: Run, # gives the stage's mixture, the card and the seed
     stage: str, # "mid" or "sft"
     tokenizer: Tokenizer,
     seq_len: int, # T
 ) -> dict[str, PackedConversations]: # "train" and "test", which training never shows
-    "The packed conversations of a stage, from the run's folder or made anew. Raises `UserError` for a mixture that cannot be used."
-    mixture, card, folder = run.config[stage]["mixture"], card_of(run.config), run.stage_dir(stage)/"rows"
-    replay = run.config[stage].get("replay", 0)
-    key = sha256_json([mixture, replay, card, run.seed, tokenizer.hash, seq_len])
-    manifest = folder/"manifest.json"
-
-    def load():
-        if not manifest.exists() or (said := json.loads(manifest.read_text()))["key"] != key: return None
-        return {split: PackedConversations(*(np.load(folder/split/f"{name}.npy", mmap_mode="r") for name in ("tokens", "mask")), tasks) for split, tasks in said["tasks"].items()}
-
+    "Load the packed conversations of a stage, or make them. Raises `UserError` for an invalid mixture."
+    section, folder, capacity = run.config[stage], run.stage_dir(stage)/"rows", seq_len + 1
+    key = sha256_json([section["mixture"], section.get("replay", 0), card_of(run.config),
+                       run.seed, tokenizer.hash, seq_len])
     with file_lock(folder/".lock", f"packing the conversations of {stage}"):
-        if found := load(): return found
-        manifest.unlink(missing_ok=True)
-        fitted = {"train": [], "test": []}
-        for entry in open_mixture(mixture, run.seed, card):
-            fitted["train"].append(fit_conversations(entry.name, take(entry), entry.asked, tokenizer, seq_len + 1))
-            fitted["test"].append(fit_conversations(entry.name, take(entry, held_out=True), entry.asked_held_out, tokenizer, seq_len + 1))
-        if replay: fitted["train"].append(replayed_documents(Shards(prepare_tokens(run), "train", tokenizer.hash), replay, seq_len + 1))
+        if found := _load_rows(folder, key): return found
+        (folder/"manifest.json").unlink(missing_ok=True)
         tasks = {}
-        for split, rendered in fitted.items():
-            shutil.rmtree(folder/split, ignore_errors=True) # not written over: a process may still read the old files
+        for split, fitted in _fit_mixture(run, stage, tokenizer, capacity).items():
+            shutil.rmtree(folder/split, ignore_errors=True) # a process may still read the old files
             (folder/split).mkdir()
-            tasks[split] = pack_conversations(rendered, tokenizer.bos_id, seq_len + 1, derive_seed(run.seed, "mix", split), folder/split).tasks
-        atomic_write(manifest, json.dumps({"key": key, "tasks": tasks}, indent=1))
-        return load()
+            seed = derive_seed(run.seed, "mix", split)
+            packed = pack_conversations(fitted, tokenizer.bos_id, capacity, seed, folder/split)
+            tasks[split] = packed.tasks
+        atomic_write(folder/"manifest.json", json.dumps({"key": key, "tasks": tasks}, indent=1))
+        return _load_rows(folder, key)
 
 # %% ../../nbs/post/36_finetune.ipynb #8d85bae3
 class ConversationLoader:
     "Batches of packed conversations, reshuffled each epoch; targets are -1 where nothing is learned."
-    def __init__(self,
-                 packed: PackedConversations,
-                 batch_size: int, # B: rows per batch on one rank
-                 rank: int = 0,
-                 world_size: int = 1,
-                 seed: int | None = None, # of the shuffles; None: the rows as they are
-                 device="cpu", # where the tensors go
-                 ):
-        self.packed, self.batch_size, self.rank, self.world_size, self.seed, self.device = packed, batch_size, rank, world_size, seed, device
+    def __init__(
+        self,
+        packed: PackedConversations,
+        batch_size: int, # B: rows per batch on one rank
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int | None = None, # of the shuffles; None: the rows as they are
+        device="cpu", # where the tensors go
+    ):
+        self.packed, self.batch_size, self.seed, self.device = packed, batch_size, seed, device
+        self.rank, self.world_size = rank, world_size
         self.row, self._epoch, self._order = 0, -1, None
 
     def _at(self, n: int) -> int:
-        "Which row is the n-th of the endless stream."
+        "The n-th row of the endless stream."
         epoch, i = divmod(n, len(self.packed.tokens))
         if epoch != self._epoch:
-            order = np.arange(len(self.packed.tokens))
-            if self.seed is not None: np.random.default_rng(derive_seed(self.seed, "rows", epoch)).shuffle(order)
-            self._epoch, self._order = epoch, order
+            self._epoch, self._order = epoch, np.arange(len(self.packed.tokens))
+            if self.seed is not None:
+                np.random.default_rng(derive_seed(self.seed, "rows", epoch)).shuffle(self._order)
         return self._order[i]
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]: # x, y: (B, T) int64
+        "Read this rank's next rows."
         first = self.row + self.rank * self.batch_size
         rows = [self._at(n) for n in range(first, first + self.batch_size)]
         self.row += self.batch_size * self.world_size
@@ -241,7 +314,9 @@ def finetune(
     stage: str, # "mid" or "sft"
     start: str | None = None, # the stage whose model it starts from; None: the one before
 ) -> dict: # the stage's manifest
-    "Mid-training or SFT of a run, from the start or from its last checkpoint. Under `torch.distributed.run`, on all its ranks."
+    """Run mid-training or SFT, from the start or from its last checkpoint.
+
+    Under `torch.distributed.run`, on all its ranks."""
     start = start or BEFORE[stage]
     run.needs(start)
     if done := run.manifest(stage): return done
@@ -253,27 +328,36 @@ def finetune(
         seed_everything(derive_seed(run.seed, stage))
         model, tokenizer, _ = load_model(run, start, device)
         model = prepare_model(model, config, device)
+
+        # the data, and how many steps it makes
         T, B = model.config.sequence_len, section["device_batch"]
         packed = prepare_rows(run, stage, tokenizer, T)
         train_rows, val_rows = (len(packed[split].tokens) for split in ("train", "test"))
         say(f"{stage}: {packed['train']}")
         steps = max(1, round(train_rows * section["epochs"] * T / section["batch_tokens"]))
-        token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=device)
+        seed = derive_seed(run.seed, stage)
+        loader = ConversationLoader(packed["train"], B, rank, world_size, seed, device)
 
+        token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=device)
+        eval_batches = max(1, val_rows // (B * world_size))
         def evaluate():
             val = ConversationLoader(packed["test"], B, rank, world_size, device=device)
-            return {"bits_per_byte": round(bits_per_byte(model, val, token_bytes, max(1, val_rows // (B * world_size)), dtype), 5)}
+            bpb = bits_per_byte(model, val, token_bytes, eval_batches, dtype)
+            return {"bits_per_byte": round(bpb, 5)}
 
-        result = train(model, optimizer_for(model, config, section["lr_scale"]),
-                       ConversationLoader(packed["train"], B, rank, world_size, derive_seed(run.seed, stage), device),
-                       steps=steps, grad_accum=grad_accum_steps(section["batch_tokens"], B, T, world_size),
-                       schedule=lambda step: {"lr_mult": lr_multiplier(step, steps, 0, 1.0, 0.0), "wd_mult": 0.0},
-                       metrics=lambda step: run.metrics(stage, step), checkpoints=run.stage_dir(stage)/"checkpoints",
-                       meta={"stage": stage, "model": vars(model.config), "tokenizer": tokenizer.hash}, evaluate=evaluate,
-                       eval_every=section["eval_every"], save_minutes=section["save_minutes"], dtype=dtype,
-                       peak_flops=config["hardware"].get("peak_flops") or 0.0,
-                       desc={"mid": "mid-training", "sft": "fine-tuning"}[stage])
+        desc = {"mid": "mid-training", "sft": "fine-tuning"}[stage]
+        optimizer = optimizer_for(model, config, section["lr_scale"])
+        settings = loop_settings(run, stage, steps, model, tokenizer, desc)
+        grad_accum = grad_accum_steps(section["batch_tokens"], B, T, world_size)
+        peak_flops = config["hardware"].get("peak_flops") or 0.0
+        def metrics(step): return run.metrics(stage, step)
+        def schedule(step):
+            return {"lr_mult": lr_multiplier(step, steps, 0, 1.0, 0.0), "wd_mult": 0.0}
+        result = train(model, optimizer, loader, settings, schedule=schedule, metrics=metrics,
+                       evaluate=evaluate, grad_accum=grad_accum, dtype=dtype, peak_flops=peak_flops)
         scores = evaluate_stage(run, stage, model, tokenizer, result["step"], dtype)
         counts = packed["train"]
-        return run.finish(stage, **result, asked=counts.total("asked"), conversations=counts.total("packed"), rows=train_rows, cut=counts.total("cut"),
-                          left_out=counts.total("left_out"), tasks=counts.tasks, world_score=scores["world_score"])
+        return run.finish(
+            stage, **result, asked=counts.total("asked"), conversations=counts.total("packed"),
+            rows=train_rows, cut=counts.total("cut"), left_out=counts.total("left_out"),
+            tasks=counts.tasks, world_score=scores["world_score"])

@@ -20,101 +20,194 @@ from ..model.gpt import GPT, GPTConfig
 from ..core.tokenizer import Tokenizer
 
 # %% ../../nbs/talk/48_export.ipynb #85e13cd5
-_BLOCK = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
-          "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"} # ours → theirs, inside a block
+_BLOCK = { # ours → theirs, inside a block
+    "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
 def transformers_names(
     n_layer: int, # blocks
 ) -> dict[str, str]: # ours → theirs
-    "What transformers calls each weight of the architecture of 2025."
-    names = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
-    return names | {f"transformer.h.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight" for i in range(n_layer) for ours, theirs in _BLOCK.items()}
+    "Return the names in transformers of all weights of the architecture of 2025."
+    names = {"transformer.wte.weight": "model.embed_tokens.weight",
+             "lm_head.weight": "lm_head.weight"}
+    for i in range(n_layer):
+        for ours, theirs in _BLOCK.items():
+            names[f"transformer.h.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
+    return names
 
 # %% ../../nbs/talk/48_export.ipynb #8e72da3b
+def _additions(config: GPTConfig) -> list[str]:
+    "List the additions of 2026 that a model has."
+    plain = GPTConfig.plain2025(n_head=config.n_head)
+    switches = ("value_embeds", "resid_lambdas", "smear", "backout")
+    extra = [name for name in switches if getattr(config, name)]
+    if config.qk_scale != plain.qk_scale: extra.append(f"qk_scale={config.qk_scale:g}")
+    if any(window < config.sequence_len for window in config.windows):
+        extra.append(f"window_pattern={config.window_pattern}")
+    return extra
+
+def _transformers_config(c: GPTConfig, tokenizer: Tokenizer) -> dict:
+    "Describe a model as transformers' config.json does."
+    return {
+        "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat",
+        "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "intermediate_size": 4 * c.n_embd,
+        "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head, "max_position_embeddings": c.sequence_len,
+        "hidden_act": "relu2", "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
+        "final_logit_softcapping": c.softcap, "attention_bias": False,
+        "tie_word_embeddings": False, "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.special("<|assistant_end|>"), "pad_token_id": None,
+        "dtype": "float32"}
+
+# %% ../../nbs/talk/48_export.ipynb #94d1f7bb
 def to_transformers(
     model: GPT, # of the architecture of 2025
     tokenizer: Tokenizer,
     folder: Path, # is made
 ) -> Path: # the folder
-    "Write a model so that `transformers` can load it. Raises `UserError` if it has an addition of 2026."
+    "Write a model so that `transformers` can load it. Raises `UserError` for additions of 2026."
     c, folder = model.config, Path(folder)
-    plain = GPTConfig.plain2025(n_head=c.n_head)
-    extra = [name for name in ("value_embeds", "resid_lambdas", "smear", "backout") if getattr(c, name)]
-    if c.qk_scale != plain.qk_scale: extra.append(f"qk_scale={c.qk_scale:g}")
-    if any(window < c.sequence_len for window in c.windows): extra.append(f"window_pattern={c.window_pattern}")
-    if extra: raise UserError(f"transformers knows only the architecture of 2025, and this model has {', '.join(extra)}: train one with these settings off to write it.")
-    if tokenizer.vocab_size != c.vocab_size: raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {c.vocab_size}: give the tokenizer that the model was trained with.")
+    if extra := _additions(c):
+        raise UserError("transformers knows only the architecture of 2025, and this model has "
+                        f"{', '.join(extra)}: train one with these settings off to write it.")
+    if tokenizer.vocab_size != c.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+                        f"{c.vocab_size}: give the tokenizer that the model was trained with.")
     folder.mkdir(parents=True, exist_ok=True)
+    # the weights, without the padding of the tables
     state, tensors = model.state_dict(), {}
     for ours, theirs in transformers_names(c.n_layer).items():
-        table = ours in ("transformer.wte.weight", "lm_head.weight")
-        tensors[theirs] = (state[ours][:c.vocab_size] if table else state[ours]).detach().cpu().contiguous().clone()
+        tensor = state[ours]
+        if ours in ("transformer.wte.weight", "lm_head.weight"): tensor = tensor[:c.vocab_size]
+        tensors[theirs] = tensor.detach().cpu().contiguous().clone()
     save_file(tensors, folder/"model.safetensors", metadata={"format": "pt"})
-    end = tokenizer.special("<|assistant_end|>")
-    config = {"architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "intermediate_size": 4 * c.n_embd,
-              "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "max_position_embeddings": c.sequence_len,
-              "hidden_act": "relu2", "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base}, "final_logit_softcapping": c.softcap,
-              "attention_bias": False, "tie_word_embeddings": False, "bos_token_id": tokenizer.bos_id, "eos_token_id": end, "pad_token_id": None, "dtype": "float32"}
+    # what describes them
+    config = _transformers_config(c, tokenizer)
     atomic_write(folder/"config.json", json.dumps(config, indent=1))
     tokenizer.save(folder)
     return folder
 
 # %% ../../nbs/talk/48_export.ipynb #88a369e3
-def _load_tables(model: GPT, state: dict[str, torch.Tensor], where: Path) -> GPT:
-    "Put weights into a model, padding or cutting the tables' rows. Raises `UserError` if they do not fit."
-    for name, want in model.state_dict().items():
-        if name not in state: raise UserError(f"{where} has no {name}: it is not a whole checkpoint of this architecture.")
-        if ("wte" in name or name.startswith(("lm_head", "value_embeds"))) and state[name].shape[1:] == want.shape[1:]:
-            state[name] = torch.cat([state[name], state[name].new_zeros(max(0, len(want) - len(state[name])), *want.shape[1:])])[:len(want)]
-        if state[name].shape != want.shape: raise UserError(f"{where}: {name} is {tuple(state[name].shape)}, and {tuple(want.shape)} is wanted: its configuration is of another model.")
-    if extra := sorted(set(state) - set(model.state_dict())): raise UserError(f"{where} has {extra[0]}, which this architecture has not: it is of another version.")
+def _is_table(name: str) -> bool:
+    return "wte" in name or name.startswith(("lm_head", "value_embeds"))
+
+def _fit_rows(table: torch.Tensor, n: int) -> torch.Tensor:
+    "Pad or cut a table to n rows."
+    padding = table.new_zeros(max(0, n - len(table)), *table.shape[1:])
+    return torch.cat([table, padding])[:n]
+
+def _load_tables(model: GPT, state: dict[str, torch.Tensor], source: Path) -> GPT:
+    "Put weights into a model, whose tables may be padded. Raises `UserError` if they do not fit."
+    wanted = model.state_dict()
+    for name, want in wanted.items():
+        if name not in state:
+            raise UserError(f"{source} has no {name}: "
+                            "it is not a complete checkpoint of this architecture.")
+        if _is_table(name) and state[name].shape[1:] == want.shape[1:]:
+            state[name] = _fit_rows(state[name], len(want))
+        if state[name].shape != want.shape:
+            raise UserError(f"{source}: {name} is {tuple(state[name].shape)} and should be "
+                            f"{tuple(want.shape)}: its configuration is of another model.")
+    if extra := sorted(set(state) - set(wanted)):
+        raise UserError(f"{source} has {extra[0]}, which is not part of this architecture: "
+                        "it is of another version.")
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return model.eval()
 
+# %% ../../nbs/talk/48_export.ipynb #b549ac9a
+def _from_transformers_config(folder: Path) -> GPTConfig:
+    "Read config.json. Raises `UserError` if the architecture is not ours."
+    if not (folder/"config.json").exists():
+        raise UserError(f"{folder} has no config.json: "
+                        "name a folder that transformers' save_pretrained wrote.")
+    config = read_json(folder/"config.json", "write the model again.")
+    if (kind := config.get("model_type")) != "nanochat":
+        raise UserError(f"{folder} holds a model of type {kind!r}, not 'nanochat': "
+                        "only that architecture is ours.")
+    n_head, rope = config["num_attention_heads"], config.get("rope_parameters") or {}
+    c = GPTConfig.plain2025(
+        sequence_len=config["max_position_embeddings"], vocab_size=config["vocab_size"],
+        n_layer=config["num_hidden_layers"], n_head=n_head,
+        n_kv_head=config.get("num_key_value_heads") or n_head, n_embd=config["hidden_size"],
+        softcap=float(config["final_logit_softcapping"]),
+        rope_base=float(rope.get("rope_theta", 10000.0)))
+    if (inner := config["intermediate_size"]) != 4 * c.n_embd:
+        raise UserError(f"{folder} has MLPs of {inner} channels, not 4 × {c.n_embd}: "
+                        "that model cannot be ours.")
+    return c
+
 def from_transformers(
     folder: Path, # with config.json, model.safetensors and perhaps tokenizer.json
-) -> tuple[GPT, Tokenizer | None]: # the model, ready for inference; its tokenizer if there is one of ours
+) -> tuple[GPT, Tokenizer | None]: # the model, ready for inference; its tokenizer if there is one
     "Read a `NanoChatForCausalLM`. Raises `UserError` for anything else."
     folder = Path(folder)
-    if not (folder/"config.json").exists(): raise UserError(f"{folder} has no config.json: name a folder that transformers' save_pretrained wrote.")
-    config = read_json(folder/"config.json", "write the model again.")
-    if config.get("model_type") != "nanochat": raise UserError(f"{folder} holds a model of type {config.get('model_type')!r}, not 'nanochat': only that architecture is ours.")
-    rope = config.get("rope_parameters") or {}
-    c = GPTConfig.plain2025(sequence_len=config["max_position_embeddings"], vocab_size=config["vocab_size"], n_layer=config["num_hidden_layers"], n_head=config["num_attention_heads"],
-                            n_kv_head=config.get("num_key_value_heads") or config["num_attention_heads"],
-                            n_embd=config["hidden_size"], softcap=float(config["final_logit_softcapping"]), rope_base=float(rope.get("rope_theta", 10000.0)))
-    if (inner := config["intermediate_size"]) != 4 * c.n_embd: raise UserError(f"{folder} has MLPs of {inner} channels, not 4 × {c.n_embd}: that model cannot be ours.")
-    try: theirs = {name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()}
-    except SafetensorError as e: raise UserError(f"the weights in {folder} are damaged ({e}): fetch them again.") from None
-    ours = {name: theirs[other] for name, other in transformers_names(c.n_layer).items() if other in theirs}
-    return _load_tables(GPT(c), ours, folder), Tokenizer.load(folder) if (folder/"tokenizer.json").exists() else None
+    c, theirs = _from_transformers_config(folder), {}
+    try:
+        for file in sorted(folder.glob("model*.safetensors")): theirs |= load_file(file)
+    except SafetensorError as e:
+        raise UserError(f"the weights in {folder} are damaged ({e}): fetch them again.") from None
+    names = transformers_names(c.n_layer)
+    ours = {name: theirs[other] for name, other in names.items() if other in theirs}
+    model = _load_tables(GPT(c), ours, folder)
+    has_tokenizer = (folder/"tokenizer.json").exists()
+    return model, Tokenizer.load(folder) if has_tokenizer else None
 
 # %% ../../nbs/talk/48_export.ipynb #f7d0c597
+_SHAPE = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+
+def _nanochat_config(shape: dict, state: dict[str, torch.Tensor]) -> GPTConfig:
+    "Return the architecture of a checkpoint, from its metadata and its tensors."
+    # the base of the rotations and the scale of queries and keys leave no tensor
+    of_2026 = "resid_lambdas" in state or "window_pattern" in shape
+    return GPTConfig(
+        **{name: shape[name] for name in _SHAPE if name in shape},
+        window_pattern=shape.get("window_pattern", "L"),
+        rope_base=100_000.0 if of_2026 else 10_000.0, qk_scale=1.2 if of_2026 else 1.0,
+        value_embeds=any(name.startswith("value_embeds.") for name in state),
+        resid_lambdas="resid_lambdas" in state,
+        smear="smear_lambda" in state, backout="backout_lambda" in state)
+
+def _checkpoint_file(folder: Path, step: int | None) -> Path:
+    "Find the weights of a step, or of the last one. Raises `UserError` if they are missing."
+    steps = {}
+    for file in folder.glob("model_*.pt"):
+        if match := re.fullmatch(r"model_(\d+)\.pt", file.name): steps[int(match[1])] = file
+    if not steps:
+        raise UserError(f"{folder} has no model_*.pt: name a checkpoint folder of nanochat.")
+    if step is None: step = max(steps)
+    if step not in steps:
+        raise UserError(f"{folder} has no step {step} (it has "
+                        f"{', '.join(map(str, sorted(steps)))}): name one of those.")
+    return steps[step]
+
+# %% ../../nbs/talk/48_export.ipynb #69c15651
 def from_nanochat(
     folder: Path, # with model_*.pt and meta_*.json
-    step: int | None = None, # which; None: the last
+    step: int | None = None, # None: the last
     ranks: Path | None = None, # a tiktoken rank file with its vocabulary
-) -> tuple[GPT, Tokenizer | None]: # the model, ready for inference; the tokenizer if there are ranks
-    "Read a checkpoint of nanochat of 2025 or 2026. Raises `UserError` if that cannot be done."
-    folder = Path(folder)
-    steps = {int(m[1]): file for file in folder.glob("model_*.pt") if (m := re.fullmatch(r"model_(\d+)\.pt", file.name))}
-    if not steps: raise UserError(f"{folder} has no model_*.pt: name a checkpoint folder of nanochat.")
-    step = max(steps) if step is None else step
-    if step not in steps: raise UserError(f"{folder} has no step {step} (it has {', '.join(map(str, sorted(steps)))}): name one of those.")
-    file = steps[step]
+) -> tuple[GPT, Tokenizer | None]: # the model, ready for inference; the tokenizer of the ranks
+    "Read a checkpoint of nanochat of 2025 or 2026. Raises `UserError` if that is not possible."
+    file = _checkpoint_file(Path(folder), step)
+    # its metadata and its weights
     meta_file = file.with_name(file.name.replace("model_", "meta_").replace(".pt", ".json"))
-    if not meta_file.exists(): raise UserError(f"{meta_file} is absent, and it says the shape of the model: put it beside the weights.")
+    if not meta_file.exists():
+        raise UserError(f"{meta_file} is missing, and it has the shape of the model: "
+                        "put it beside the weights.")
     shape = read_json(meta_file, "copy it again.").get("model_config", {})
     try: state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e: raise UserError(f"{file} cannot be read as weights only ({str(e).splitlines()[0][:100]}): it is damaged, or holds more than weights.") from None
+    except Exception as e:
+        reason = str(e).splitlines()[0][:100]
+        raise UserError(f"{file} cannot be read as weights only ({reason}): "
+                        "it is damaged, or holds more than weights.") from None
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
-    new = "resid_lambdas" in state or "window_pattern" in shape # the base of the rotations and the scale of queries and keys leave no tensor behind
-    known = {name: shape[name] for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd") if name in shape}
-    config = GPTConfig(**known, window_pattern=shape.get("window_pattern", "L"), rope_base=100_000.0 if new else 10_000.0, qk_scale=1.2 if new else 1.0,
-                       value_embeds=any(name.startswith("value_embeds.") for name in state), resid_lambdas="resid_lambdas" in state,
-                       smear="smear_lambda" in state, backout="backout_lambda" in state)
+    config = _nanochat_config(shape, state)
     model = _load_tables(GPT(config), state, file)
+    # its tokenizer
     if ranks is None: return model, None
     tokenizer = Tokenizer.load_ranks(ranks)
-    if tokenizer.vocab_size != config.vocab_size: raise UserError(f"{ranks} makes a tokenizer of {tokenizer.vocab_size} tokens, and the model has {config.vocab_size}: give the ranks of its own tokenizer.")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(f"{ranks} makes a tokenizer of {tokenizer.vocab_size} tokens, and the "
+                        f"model has {config.vocab_size}: give the ranks of its own tokenizer.")
     return model, tokenizer

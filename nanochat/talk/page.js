@@ -89,14 +89,14 @@ function request() {
 async function answer() {
   for (const old of log.querySelectorAll(".error, .note")) old.remove();
   const mine = running = new AbortController(), parts = [], element = make("turn assistant waiting", "");
-  let length = false, failed = "";
+  let length = false, failed = "", refused = false;
   following = true;
   follow(() => log.append(element));
   update();
   try {
     const [path, body] = request();
     const response = await fetch(path, { method: "POST", headers: headers(), body: JSON.stringify(body), signal: mine.signal });
-    if (response.status === 401) askForKey();
+    refused = response.status === 401;
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
@@ -124,6 +124,7 @@ async function answer() {
   else if (length) tell("note", "The answer ends here because it reached its greatest length.");
   running = null;
   update();
+  if (refused) askForKey(); // only now: a key that is entered sends the question again at once
 }
 
 function fit() {

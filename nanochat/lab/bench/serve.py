@@ -30,7 +30,7 @@ from ...core.run import Run
 from ...core.files import UserError
 from ...model.engine import Engine
 from ...model.gpt import GPT, GPTConfig
-from ...talk.serve import AnswerText
+from ...talk.stream import AnswerText
 from ...core.tokenizer import Tokenizer
 
 # %% ../../../nbs/lab/bench/66_serve.ipynb #ccedc75c
