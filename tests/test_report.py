@@ -13,7 +13,7 @@ from nanochat.core.run import STAGES, Run
 from nanochat.core.files import UserError, atomic_write
 from nanochat.post.core_eval import CORE, mean_interval, wilson_interval
 from nanochat.lab.report import (
-    PUBLISHED, Comparison, Picture, Report, code_size, correlation, difference_interval,
+    PUBLISHED, Comparison, Picture, Report, correlation, difference_interval,
     figure_svg, read_run, write_comparison, write_report)
 from nanochat.lab.speedrun import last_run
 
@@ -62,7 +62,7 @@ def assert_alone(page):
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    for slow, quick in (("code_size", dict), ("code_commit", str)): monkeypatch.setattr(f"nanochat.lab.report.{slow}", quick) # a third of a second each time
+    monkeypatch.setattr("nanochat.lab.report.code_commit", str) # a third of a second each time
     return tmp_path
 
 
@@ -113,7 +113,7 @@ def written(run):
 def test_whole_run(base):
     page, text = written(make())
     for stage in ("data", "tokenizer", "base", "mid", "sft", "rl"): assert f"| {stage} | done |" in text
-    for heading in ("What happened", "Plan and measurement", "Scores", "Beside nanochat-2025", "CORE", "Samples", "Reinforcement learning", "Configuration", "Environment", "Size of the code"):
+    for heading in ("What happened", "Plan and measurement", "Scores", "Beside nanochat-2025", "CORE", "Samples", "Reinforcement learning", "Configuration", "Environment"):
         assert f"\n## {heading}\n" in text, heading
     for title in ("loss", "bits per byte", "reward", "learning rate, of its peak"): assert title in page.text # text of the pictures
     assert "| data and tokenizer | 10 s | 24 s | 2.40 |" in text and "| memory of a process | 1.0 GB | 500 MB | 0.50 |" in text
@@ -291,17 +291,6 @@ def test_why_there_is_no_core(base):
     assert "CORE could not be measured: no network." in written(make(core_missing="no network."))[1]
 
 
-def test_size_of_this_code():
-    size = code_size()
-    assert size["Python modules"] > 20 and 5_000 < size["lines of Python"] < 20_000 and size["notebooks"] > 20 and size["lines of Rust"] > 1_000 and size["direct dependencies"] > 9
-
-
-def test_size_of_an_installed_package(tmp_path):
-    atomic_write(tmp_path/"nanochat"/"a.py", "x = 1\n")
-    size = code_size(tmp_path/"nanochat")
-    assert size["Python modules"] == 1 and "notebooks" not in size and "lines of Rust" not in size and size["direct dependencies"] > 9
-
-
 def share(right): return right.count("1") / len(right), wilson_interval(right.count("1"), len(right))
 
 
@@ -366,7 +355,7 @@ def test_comparison_refuses(base):
 def test_smoke_run(smoke, copy):
     page = assert_alone((smoke.run/"report.html").read_text())
     assert "Not finished" not in page.text and "is damaged" not in page.text
-    for words in ("Plan and measurement", "together", "bits per byte on held-out text in rows as pretraining packs it", "Peak learning rates", "Size of the code"): assert words in page.text, words
+    for words in ("Plan and measurement", "together", "bits per byte on held-out text in rows as pretraining packs it", "Peak learning rates"): assert words in page.text, words
     half = copy("base")
     (half.run/"mid").mkdir()
     (half.run/"mid"/"error.txt").write_text("the disk is full.")

@@ -4,28 +4,19 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'COLOURS', 'INK', 'KINDS', 'REPORT_CSS', 'PUBLISHED', 'TRAINING_NOISE', 'FINAL', 'cut', 'number', 'interval',
-           'sound_tasks', 'sound_rows', 'with_extras', 'Record', 'read_run', 'show_time', 'show_number', 'show_bytes',
-           'last_figures', 'stage_tasks', 'stage_status', 'stage_seconds', 'evaluation_seconds', 'clean', 'smooth',
-           'curves', 'show_curves', 'show_score', 'task_names', 'label', 'score_picture', 'core_lines', 'core_picture',
-           'Heading', 'Prose', 'Table', 'Picture', 'Sample', 'markdown_text', 'to_markdown', 'figure_svg', 'figure_png',
-           'to_html', 'machine', 'devices', 'hourly_price', 'stage_cost', 'outcome', 'show_money', 'total', 'happened',
-           'unfinished', 'run_seconds', 'run_cost', 'measured_seconds', 'planned', 'scores', 'show_range', 'own_figure',
-           'beside_published', 'core_scores', 'core_table', 'readable_answer', 'samples', 'show_rates',
-           'two_bits_per_byte', 'training', 'code_commit', 'code_lines', 'code_size', 'size_of_code', 'settings',
-           'origin', 'Page', 'Report', 'write_report', 'difference_interval', 'correlation', 'same_questions',
-           'difference', 'verdict', 'settings_that_differ', 'side_by_side', 'curves_of_runs', 'compare_tasks',
-           'compared_scores', 'show_difference', 'compared_cores', 'Comparison', 'write_comparison']
+           'Record', 'read_run', 'show_number', 'clean', 'smooth', 'curves', 'show_curves', 'task_names', 'label',
+           'Heading', 'Prose', 'Table', 'Picture', 'Sample', 'to_markdown', 'figure_svg', 'to_html', 'machine',
+           'devices', 'outcome', 'total', 'happened', 'unfinished', 'planned', 'scores', 'core_table', 'samples',
+           'training', 'code_commit', 'settings', 'origin', 'Page', 'Report', 'write_report', 'difference_interval',
+           'correlation', 'difference', 'verdict', 'Comparison', 'write_comparison']
 
 # %% ../../nbs/lab/52_report.ipynb #1832dbb5
 import html
-import importlib.metadata
 import io
 import json
 import math
 import re
 import subprocess
-import tokenize
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -69,7 +60,7 @@ def interval(
     return (x[0], x[1]) if x[0] <= x[1] else None
 
 # %% ../../nbs/lab/52_report.ipynb #2e20afb4
-def sound_tasks(
+def _sound_tasks(
     tasks, # what a file has under "tasks"
     numbers: tuple = ("n", "accuracy"), # figures that a task must have
     intervals: tuple = ("ci95",), # intervals that it must have
@@ -86,7 +77,7 @@ def sound_tasks(
     return sound, [name for name in tasks if name not in sound]
 
 # %% ../../nbs/lab/52_report.ipynb #5f2bb887
-def sound_rows(
+def _sound_rows(
     text: str, # of metrics.jsonl
 ) -> tuple[dict, int]: # stage: its lines, how many others could not be used
     "The lines of metrics by stage, their figures only."
@@ -100,7 +91,7 @@ def sound_rows(
     return rows, lost
 
 # %% ../../nbs/lab/52_report.ipynb #b3d4e3a6
-def with_extras(
+def _with_extras(
     stages, # names of stages
     found: dict, # stage: what it left behind
 ) -> list:
@@ -129,7 +120,7 @@ def read_run(
     if dropped := [str(k) for k in run.config if k not in record.config]:
         record.problems.append(f"config.yaml holds what no run writes, and is left out here: {cut(', '.join(dropped), 200)}.")
     if (run.dir/"metrics.jsonl").exists():
-        try: record.rows, lost = sound_rows((run.dir/"metrics.jsonl").read_text("utf-8", errors="replace"))
+        try: record.rows, lost = _sound_rows((run.dir/"metrics.jsonl").read_text("utf-8", errors="replace"))
         except OSError as e: record.problems.append(f"metrics.jsonl cannot be read ({e.strerror}).")
         else:
             if lost: record.problems.append(f"metrics.jsonl is damaged: {lost} of its lines hold no figures of a stage and are left out.")
@@ -181,7 +172,7 @@ def _read_stage(record: Record, folder: Path, stage: str):
 
 def _tasks(record: Record, found: dict, name: str, *needed) -> dict:
     "The tasks of an evaluation that can be shown; the others become a problem."
-    tasks, others = sound_tasks(found.get("tasks"), *needed)
+    tasks, others = _sound_tasks(found.get("tasks"), *needed)
     if others: record.problems.append(f"{name}: no figures that can be shown of {cut(', '.join(others), 200)}.")
     elif found and not tasks: record.problems.append(f"{name} holds no tasks.")
     return tasks
@@ -192,7 +183,7 @@ def _read_plan(found: dict) -> dict:
     return {k: x for k in ("minutes", "dollars", "memory_bytes") if (x := number(found.get(k))) is not None} | {"seconds": {k: s for k, s in seconds.items() if number(s) is not None}}
 
 # %% ../../nbs/lab/52_report.ipynb #5e148938
-def show_time(
+def _show_time(
     seconds: float | None,
 ) -> str:
     "A duration as a person would say it: 41 s, 3 min 20 s, 2 h 5 min."
@@ -210,7 +201,7 @@ def show_number(
     if isinstance(x, float) and not math.isfinite(x): return str(x)
     return f"{x:,.0f}" if isinstance(x, int) or abs(x) >= 1000 else f"{x:.{digits}g}"
 
-def show_bytes(
+def _show_bytes(
     n: float | None, # bytes
 ) -> str:
     "Bytes in the unit that suits them."
@@ -218,7 +209,7 @@ def show_bytes(
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
 
 # %% ../../nbs/lab/52_report.ipynb #1f7069d9
-def last_figures(
+def _last_figures(
     rows: list, # lines of metrics, in order
 ) -> dict:
     "The last value of everything that was logged."
@@ -227,7 +218,7 @@ def last_figures(
     return last
 
 # %% ../../nbs/lab/52_report.ipynb #9d334a81
-def stage_tasks(
+def _stage_tasks(
     evals: dict, # stage: its eval.json
     stage: str,
 ) -> dict: # task: its figures
@@ -235,20 +226,20 @@ def stage_tasks(
     return evals[stage]["tasks"] if stage in evals else {}
 
 # %% ../../nbs/lab/52_report.ipynb #38d5ddbd
-def stage_status(
+def _stage_status(
     record: Record,
     stage: str, # one of `STAGES`
 ) -> str:
     "`done`, `failed`, `not run`, `not asked for`, or how far an unfinished stage came."
     if stage in record.manifests: return "done"
-    last, order, until = last_figures(record.rows[stage]), list(STAGES), record.config.get("dial", {}).get("until")
+    last, order, until = _last_figures(record.rows[stage]), list(STAGES), record.config.get("dial", {}).get("until")
     came = f": step {show_number(last['step'])} of {show_number(last.get('steps'))}" if last else ""
     if stage in record.errors: return f"failed{came}"
     if last: return f"unfinished{came}"
     return "not asked for" if until in order and order.index(stage) > order.index(until) else "not run"
 
 # %% ../../nbs/lab/52_report.ipynb #88f1c078
-def stage_seconds(
+def _stage_seconds(
     record: Record,
     stage: str, # one of `STAGES`
 ) -> float | None: # None if nothing is known
@@ -257,13 +248,13 @@ def stage_seconds(
     times = [row["time"] for row in record.rows[stage] if number(row.get("time"))]
     return times[-1] - times[0] if len(times) > 1 else None
 
-def evaluation_seconds(
+def _evaluation_seconds(
     record: Record,
     stage: str, # one of `STAGES`
 ) -> float | None: # None if nothing is known
     "How long a stage's model was asked questions, which its own time leaves out."
     core = record.cores.get(stage, {})
-    seconds = [s for t in stage_tasks(record.evals, stage).values() if (s := number(t.get("seconds"))) is not None]
+    seconds = [s for t in _stage_tasks(record.evals, stage).values() if (s := number(t.get("seconds"))) is not None]
     return sum(seconds) + (number(core.get("seconds")) or 0) if seconds or core else None
 
 # %% ../../nbs/lab/52_report.ipynb #8050df1b
@@ -362,7 +353,7 @@ def _floor(record: Record) -> float | None:
     return number(record.manifests.get("base", {}).get("entropy_bits_per_byte"))
 
 # %% ../../nbs/lab/52_report.ipynb #792073ab
-def show_score(
+def _show_score(
     task: dict, # "accuracy" and "ci95", both from 0 to 1
 ) -> str:
     "A share and its interval in per cent."
@@ -382,7 +373,7 @@ def label(
     "A name as a picture's label: short, and not hidden from the legend by its first letter."
     return (" " if name.startswith("_") else "") + clean(cut(name, 40))
 
-def score_picture(
+def _score_picture(
     evals: dict, # stage: its eval.json
 ): # -> matplotlib.figure.Figure, or None without evaluations
     "One line a task, one dot a stage, the whisker its 95 % interval."
@@ -391,8 +382,8 @@ def score_picture(
     with matplotlib.rc_context(_STYLE):
         figure, ax = plt.subplots(figsize=(6, 0.9 + 0.42 * len(names)), layout="constrained")
         plt.close(figure)
-        for k, (stage, colour) in enumerate(zip(with_extras(TRAINED, evals), COLOURS)):
-            found = [(i, evals[stage]["tasks"][n]) for i, n in enumerate(names) if n in stage_tasks(evals, stage)]
+        for k, (stage, colour) in enumerate(zip(_with_extras(TRAINED, evals), COLOURS)):
+            found = [(i, evals[stage]["tasks"][n]) for i, n in enumerate(names) if n in _stage_tasks(evals, stage)]
             if not found: continue
             x = [t["accuracy"] for _, t in found]
             whiskers = [[max(0, sign * (t["accuracy"] - t["ci95"][end])) for _, t in found] for end, sign in ((0, 1), (1, -1))]
@@ -409,7 +400,7 @@ KINDS = {"multiple_choice": "multiple choice", "schema": "schema", "language_mod
 
 def _kind(task: dict) -> str: return KINDS.get(task.get("type"), "other") if isinstance(task.get("type"), str) else "other"
 
-def core_lines(
+def _core_lines(
     cores: dict, # name: its core.json
 ) -> list: # of (text, task or None): None is the heading of a group
     "The lines of a picture of CORE: tasks by type, the best ones of the first evaluation first."
@@ -421,12 +412,12 @@ def core_lines(
         if group: lines += [(kind, None), *((label(name), name) for name in group)]
     return lines
 
-def core_picture(
+def _core_picture(
     cores: dict, # name: its core.json
 ): # -> matplotlib.figure.Figure, or None without any
     "One line a task, one dot an evaluation, the whisker its 95 % interval; below them the mean."
     if not cores: return None
-    lines = core_lines(cores)
+    lines = _core_lines(cores)
     with matplotlib.rc_context(_STYLE):
         figure, ax = plt.subplots(figsize=(6.6, 1.0 + (0.17 + 0.04 * len(cores)) * (len(lines) + 2)), layout="constrained")
         plt.close(figure)
@@ -476,7 +467,7 @@ class Sample:
     answers: list = field(default_factory=list) # of (stage, answer, right or not)
 
 # %% ../../nbs/lab/52_report.ipynb #37cf5ef6
-def markdown_text(
+def _markdown_text(
     text: str, # anything, also from a model
 ) -> str:
     "Text that Markdown shows as it is, on one line."
@@ -494,15 +485,15 @@ def to_markdown(
     out = []
     for block in blocks:
         match block:
-            case Heading(text): out.append(f"## {markdown_text(text)}")
-            case Prose(text): out.append(markdown_text(text))
+            case Heading(text): out.append(f"## {_markdown_text(text)}")
+            case Prose(text): out.append(_markdown_text(text))
             case Table(header, rows):
-                line = lambda cells: "| " + " | ".join(markdown_text(c) for c in cells) + " |"
+                line = lambda cells: "| " + " | ".join(_markdown_text(c) for c in cells) + " |"
                 out.append("\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)]))
-            case Picture(name, _, caption): out.append(f"![{markdown_text(caption)}]({figures}/{name}.png)")
+            case Picture(name, _, caption): out.append(f"![{_markdown_text(caption)}]({figures}/{name}.png)")
             case Sample(task, question, answers):
-                out.append("\n".join([f"**{markdown_text(task)}**: {markdown_text(question)}", "",
-                                      *(f"- {stage.upper()} {mark[right]} {markdown_text(answer)}" for stage, answer, right in answers)]))
+                out.append("\n".join([f"**{_markdown_text(task)}**: {_markdown_text(question)}", "",
+                                      *(f"- {stage.upper()} {mark[right]} {_markdown_text(answer)}" for stage, answer, right in answers)]))
     return "\n\n".join(out) + "\n"
 
 # %% ../../nbs/lab/52_report.ipynb #adca70a6
@@ -521,7 +512,7 @@ def figure_svg(
     svg = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", svg) # names that nothing refers to would be the same in every picture
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(clean(label))}"', 1)
 
-def figure_png(
+def _figure_png(
     figure, # matplotlib.figure.Figure
 ) -> bytes:
     "A figure as a PNG on white."
@@ -580,7 +571,7 @@ def devices(
     nproc = number(record.config.get("hardware", {}).get("nproc"))
     return sizes.get(stage) or max(sizes.values(), default=0) or max(1, int(nproc or 1))
 
-def hourly_price(
+def _hourly_price(
     record: Record,
     stage: str, # one of `STAGES`
 ) -> float: # dollars an hour; 0 if unknown
@@ -589,13 +580,13 @@ def hourly_price(
     try: return named_hardware(gpu).dollars_per_hour * devices(record, stage) if isinstance(gpu, str) else 0.0
     except UserError: return 0.0
 
-def stage_cost(
+def _stage_cost(
     record: Record,
     stage: str, # one of `STAGES`
     seconds: float | None, # of it, or of its evaluation
 ) -> float | None: # dollars; None if the price or the time is unknown
     "What some of a stage's time cost."
-    price = hourly_price(record, stage)
+    price = _hourly_price(record, stage)
     return price * seconds / 3600 if price and seconds is not None else None
 
 # %% ../../nbs/lab/52_report.ipynb #2aae6ca9
@@ -604,13 +595,13 @@ def outcome(
     stage: str, # one of `STAGES`
 ) -> str:
     "The last figures that a stage logged, in words."
-    last = last_figures(record.rows[stage])
+    last = _last_figures(record.rows[stage])
     said = [f"{words} {show_number(last[name])}" for name, words in
             (("loss", "loss"), ("bits_per_byte", "bits per byte"), ("reward", "reward"), ("heldout_accuracy", "held-out accuracy"))
             if name in last and not (name == "loss" and "reward" in last)]
     return ", ".join(said) or "–"
 
-def show_money(
+def _show_money(
     dollars: float | None, # None: unknown
 ) -> str:
     "Dollars and cents."
@@ -627,17 +618,17 @@ def happened(
     record: Record,
 ) -> list: # of blocks
     "Which stages ran, for how long, and where they ended."
-    rows, stages = [], with_extras([s for s in STAGES if s != "report"], record.rows)
+    rows, stages = [], _with_extras([s for s in STAGES if s != "report"], record.rows)
     for stage in stages:
-        last, seconds = last_figures(record.rows[stage]), stage_seconds(record, stage)
+        last, seconds = _last_figures(record.rows[stage]), _stage_seconds(record, stage)
         speeds = sorted(row["tokens_per_second"] for row in record.rows[stage] if number(row.get("tokens_per_second")) is not None)
-        rows.append([stage, stage_status(record, stage).split(":")[0], show_time(seconds), show_money(stage_cost(record, stage, seconds)),
+        rows.append([stage, _stage_status(record, stage).split(":")[0], _show_time(seconds), _show_money(_stage_cost(record, stage, seconds)),
                      f"{show_number(last['step'])} of {show_number(last.get('steps'))}" if last else "–",
                      show_number(speeds[len(speeds) // 2]) if speeds else "–", outcome(record, stage)])
-    asked = {s: evaluation_seconds(record, s) for s in stages}
-    if total(asked.values()) is not None: rows.append(["evaluation", f"of {', '.join(s for s in asked if asked[s] is not None)}", show_time(total(asked.values())), show_money(total(stage_cost(record, s, t) for s, t in asked.items())), "–", "–", "–"])
-    rows.append(["together", "", show_time(run_seconds(record)), show_money(run_cost(record)), "", "", ""])
-    prices = sorted({hourly_price(record, s) for s in stages if stage_seconds(record, s)} - {0.0})
+    asked = {s: _evaluation_seconds(record, s) for s in stages}
+    if total(asked.values()) is not None: rows.append(["evaluation", f"of {', '.join(s for s in asked if asked[s] is not None)}", _show_time(total(asked.values())), _show_money(total(_stage_cost(record, s, t) for s, t in asked.items())), "–", "–", "–"])
+    rows.append(["together", "", _show_time(_run_seconds(record)), _show_money(_run_cost(record)), "", "", ""])
+    prices = sorted({_hourly_price(record, s) for s in stages if _stage_seconds(record, s)} - {0.0})
     blocks = [Heading("What happened"), Table(["stage", "status", "time", "cost", "steps", "tokens/s", "ended at"], rows),
               Prose(f"The cost is the time at {' to '.join(f'${p:.2f}' for p in prices[::max(1, len(prices) - 1)])} an hour, a typical price for renting this hardware." if prices else "No price is known for an hour of this machine, so no cost is given.")]
     return blocks + [Prose(f"{stage} failed: {why}") for stage, why in record.errors.items()] + unfinished(record) + [Prose(problem) for problem in record.problems]
@@ -646,32 +637,32 @@ def unfinished(
     record: Record,
 ) -> list: # of blocks, none if everything that was asked for is done
     "What is still to be run, and how."
-    status = {s: stage_status(record, s) for s in STAGES if s != "report"}
+    status = {s: _stage_status(record, s) for s in STAGES if s != "report"}
     blocks, command = [], f"nanochat speedrun --run {record.name}" + (f" --preset {record.config['preset']}" if isinstance(record.config.get("preset"), str) else "")
     if undone := [s for s in status if status[s] not in ("done", "not asked for")]:
         blocks.append(Prose(f"This report is of an unfinished run. Not finished: {', '.join(undone)}. The command goes on from here: {command}"))
     if "not asked for" in status.values(): blocks.append(Prose(f"The run was to end after {record.config['dial']['until']}; what follows is run by: {command} --until report"))
     return blocks
 
-def run_seconds(
+def _run_seconds(
     record: Record,
 ) -> float | None: # None if nothing is known
     "What all stages and evaluations took, as far as it is known."
-    return total(f(record, s) for s in with_extras(STAGES, record.rows) for f in (stage_seconds, evaluation_seconds))
+    return total(f(record, s) for s in _with_extras(STAGES, record.rows) for f in (_stage_seconds, _evaluation_seconds))
 
-def run_cost(
+def _run_cost(
     record: Record,
 ) -> float | None: # dollars; None if no price is known
     "What all stages and evaluations cost, as far as it is known."
-    return total(stage_cost(record, s, f(record, s)) for s in with_extras(STAGES, record.rows) for f in (stage_seconds, evaluation_seconds))
+    return total(_stage_cost(record, s, f(record, s)) for s in _with_extras(STAGES, record.rows) for f in (_stage_seconds, _evaluation_seconds))
 
 # %% ../../nbs/lab/52_report.ipynb #549dfa91
-def measured_seconds(
+def _measured_seconds(
     record: Record,
     name: str, # of a plan's time: "base", "data and tokenizer", "evaluation"
 ) -> float | None: # None if some of it is not known
     "What a planned time came to."
-    parts = [evaluation_seconds(record, s) for s in STAGES] if name == "evaluation" else [stage_seconds(record, s) if s in record.manifests else None for s in name.split(" and ")]
+    parts = [_evaluation_seconds(record, s) for s in STAGES] if name == "evaluation" else [_stage_seconds(record, s) if s in record.manifests else None for s in name.split(" and ")]
     return total(parts) if name == "evaluation" or None not in parts else None
 
 def planned(
@@ -679,12 +670,12 @@ def planned(
 ) -> list: # of blocks
     "Planned time, memory and cost beside the measured ones."
     plan, heading = record.plan, Heading("Plan and measurement")
-    times = [(name, s, measured_seconds(record, name)) for name, s in plan.get("seconds", {}).items()]
+    times = [(name, s, _measured_seconds(record, name)) for name, s in plan.get("seconds", {}).items()]
     peaks = [x * 1e6 for s in STAGES for x in (*(row.get("memory_mb") for row in record.rows[s]), record.manifests.get(s, {}).get("memory_mb")) if number(x) is not None]
-    figures = [(name, show_time, a, b) for name, a, b in times]
-    if None not in (both := [b for _, _, b in times]) and both: figures.append(("together", show_time, sum(a for _, a, _ in times), sum(both)))
-    figures.append(("memory of a process", show_bytes, plan.get("memory_bytes"), max(peaks, default=None)))
-    figures.append(("cost", show_money, plan.get("dollars") or None, run_cost(record))) # a plan writes 0 where it knows no price
+    figures = [(name, _show_time, a, b) for name, a, b in times]
+    if None not in (both := [b for _, _, b in times]) and both: figures.append(("together", _show_time, sum(a for _, a, _ in times), sum(both)))
+    figures.append(("memory of a process", _show_bytes, plan.get("memory_bytes"), max(peaks, default=None)))
+    figures.append(("cost", _show_money, plan.get("dollars") or None, _run_cost(record))) # a plan writes 0 where it knows no price
     figures = [f for f in figures if f[2] is not None or f[3] is not None]
     if not figures: return []
     rows = [[name, show(a), show(b), f"{b / a:.2f}" if a and b is not None else "–"] for name, show, a, b in figures]
@@ -704,18 +695,18 @@ def scores(
     rows = []
     for name in task_names(evals):
         if name in CHAT_CORE: continue # they stand in the table of published figures
-        found = [stage_tasks(evals, stage).get(name) for stage in with_extras(TRAINED, evals)]
+        found = [_stage_tasks(evals, stage).get(name) for stage in _with_extras(TRAINED, evals)]
         some = next(t for t in found if t)
-        rows.append([cut(name, 60), show_number(some["n"]), f"{100 * some.get('chance', 0):.0f} %", *(show_score(t) if t else "–" for t in found)])
-    worlds = [evals.get(stage, {}).get("world_score") for stage in with_extras(TRAINED, evals)]
+        rows.append([cut(name, 60), show_number(some["n"]), f"{100 * some.get('chance', 0):.0f} %", *(_show_score(t) if t else "–" for t in found)])
+    worlds = [evals.get(stage, {}).get("world_score") for stage in _with_extras(TRAINED, evals)]
     if any(w is not None for w in worlds): rows.append(["world score", "", "", *(show_number(w) for w in worlds)])
-    if rows: blocks.append(Table(["task", "questions", "chance", *(s.upper() for s in with_extras(TRAINED, evals))], rows))
+    if rows: blocks.append(Table(["task", "questions", "chance", *(s.upper() for s in _with_extras(TRAINED, evals))], rows))
     blocks.append(Prose("Share of right answers to held-out questions; in brackets the 95 % interval. Stages whose intervals overlap by much have not been told apart. "
                         "The world score is the mean over the world's tasks of what is above chance, (share − chance) / (1 − chance)."))
     for stage in evals:
         if missing := evals[stage].get("missing"):
             blocks.append(Prose(f"{stage.upper()} was not asked: " + "; ".join(f"{cut(str(task), 60)} ({cut(str(why), 200)})" for task, why in missing.items()) + "."))
-    return blocks + [Picture("scores", score_picture(evals), "Scores by task and stage, with 95 % intervals")]
+    return blocks + [Picture("scores", _score_picture(evals), "Scores by task and stage, with 95 % intervals")]
 
 # %% ../../nbs/lab/52_report.ipynb #ef8d59ec
 PUBLISHED = { # measure: (its name in eval.json, what nanochat-2025's d20 reached after BASE, MID, SFT, RL)
@@ -728,35 +719,35 @@ PUBLISHED = { # measure: (its name in eval.json, what nanochat-2025's d20 reache
     "ChatCORE":      ("chat_core",     (None, 0.0730, 0.0884, None)),
 }
 
-def show_range(
+def _show_range(
     ends, # low, high
     digits: int = 2, # after the point
 ) -> str:
     "An interval whose ends may be negative."
     return " to ".join(f"{x:.{digits}f}".replace("-", "−") for x in ends)
 
-def own_figure(
+def _own_figure(
     record: Record,
     stage: str, # one of `TRAINED`
     name: str, # of a measure, as in `PUBLISHED`
 ) -> str: # empty if it was not measured
     "A figure of this run as the table shows it."
     core, found = record.cores.get(stage), record.evals.get(stage, {"tasks": {}})
-    if name == "core" and core: return f"{core['score']:.4f}\n({show_range(core['ci95'])})" + (f"\n{len(core['tasks'])} tasks" if len(core["tasks"]) < (number(core.get("of")) or 0) else "")
+    if name == "core" and core: return f"{core['score']:.4f}\n({_show_range(core['ci95'])})" + (f"\n{len(core['tasks'])} tasks" if len(core["tasks"]) < (number(core.get("of")) or 0) else "")
     if name == "chat_core" and found.get("chat_core") is not None:
         return f"{found['chat_core']:.4f}" + (f"\n{of} task{'s' if of != 1 else ''}" if (of := int(found.get("chat_core_of") or len(CHAT_CORE))) < len(CHAT_CORE) else "")
-    return f"{t['accuracy']:.4f}\n({show_range(t['ci95'])})" if (t := found["tasks"].get(name)) else ""
+    return f"{t['accuracy']:.4f}\n({_show_range(t['ci95'])})" if (t := found["tasks"].get(name)) else ""
 
-def beside_published(
+def _beside_published(
     record: Record,
 ) -> list: # of blocks
     "The run's public figures beside those of nanochat-2025."
     heading, rows, notes = Heading("Beside nanochat-2025"), [], []
     for measure, (name, published) in PUBLISHED.items():
-        found = {s: t for s in TRAINED if (t := stage_tasks(record.evals, s).get(name))}
+        found = {s: t for s in TRAINED if (t := _stage_tasks(record.evals, s).get(name))}
         some = next(iter(found.values()), None)
         rows.append([measure, show_number(some["n"]) if some else "", show_number(float(some["chance"])) if some else "",
-                     *(own_figure(record, s, name) or "–" for s in TRAINED), *(f"{p:.4f}" if p is not None else "–" for p in published)])
+                     *(_own_figure(record, s, name) or "–" for s in TRAINED), *(f"{p:.4f}" if p is not None else "–" for p in published)])
         for stage, t in found.items():
             if number(t.get("too_long")): notes.append(f"{measure}, {stage.upper()}: {show_number(t['too_long'])} questions did not fit the context.")
             tries = [f"pass@{k} {p:.4f}" for k, p in t.get("pass_at", {}).items() if number(p) is not None] if isinstance(t.get("pass_at"), dict) else []
@@ -770,7 +761,7 @@ def beside_published(
 # %% ../../nbs/lab/52_report.ipynb #4e6068d6
 TRAINING_NOISE = 0.0165 # spread of CORE over seven identical trainings of nanochat-2026's d24
 
-def core_scores(
+def _core_scores(
     record: Record,
 ) -> list: # of blocks
     "CORE of every stage that has one, task by task."
@@ -781,11 +772,11 @@ def core_scores(
                                + f"To have it: nanochat eval {record.name} --stage base --tasks core")]
     for stage, core in cores.items():
         n, of, most, cropped = len(core["tasks"]), number(core.get("of")) or len(core["tasks"]), number(core.get("max_per_task")), total(number(t.get("cropped")) for t in core["tasks"].values())
-        blocks.append(Prose(f"{stage.upper()} has a CORE of {core['score']:.4f}, 95 % interval {show_range(core['ci95'], 4)}. " +
+        blocks.append(Prose(f"{stage.upper()} has a CORE of {core['score']:.4f}, 95 % interval {_show_range(core['ci95'], 4)}. " +
             (f"It is the mean over all {n} tasks." if n == of else f"It is the mean over only {n} of the {of} tasks, so it is not comparable with a CORE of all. Missing: {cut(', '.join(core['missing']), 400) or 'names that were not written down'}.") +
             (f" At most {most:,} questions of each were asked." if most else " All questions of each were asked.") + (f" {cropped:,.0f} of them were too long for the context, and were cropped in front." if cropped else "")))
     blocks += [Prose(f"The interval is about the sampling of questions alone. Training has luck of its own: seven identical trainings of nanochat-2026's d24 spread CORE by {TRAINING_NOISE}."),
-               Picture("core", core_picture({s.upper(): c for s, c in cores.items()}), "CORE by task: accuracy above chance, with 95 % intervals")]
+               Picture("core", _core_picture({s.upper(): c for s, c in cores.items()}), "CORE by task: accuracy above chance, with 95 % intervals")]
     return blocks + [core_table({s.upper(): c for s, c in cores.items()})]
 
 def core_table(
@@ -793,15 +784,15 @@ def core_table(
 ) -> Table:
     "Accuracy, chance and accuracy above chance of every task."
     rows = []
-    for text, name in core_lines(cores):
+    for text, name in _core_lines(cores):
         found = [core["tasks"].get(name) for core in cores.values()]
         if some := next((t for t in found if t), None):
             rows.append([text, _kind(some), show_number(number(some.get("shots"))), show_number(some["n"]), f"{100 * some['baseline']:.0f} %",
-                         *(c for t in found for c in ((show_score(t), show_range([t["centred"]], 3)) if t else ("–", "–")))])
+                         *(c for t in found for c in ((_show_score(t), _show_range([t["centred"]], 3)) if t else ("–", "–")))])
     return Table(["task", "type", "shots", "questions", "chance", *(c if len(cores) == 1 else f"{name}\n{c}" for name in cores for c in ("accuracy", "above chance"))], rows)
 
 # %% ../../nbs/lab/52_report.ipynb #20db3c78
-def readable_answer(
+def _readable_answer(
     text: str, # as decoded, special tokens by name
 ) -> str:
     "An answer with calculator calls as `[expression = result]`."
@@ -817,15 +808,15 @@ def samples(
     blocks = []
     for name in task_names(record.evals):
         asked = {}
-        for stage in with_extras(TRAINED, record.evals):
-            for item in stage_tasks(record.evals, stage).get(name, {"items": []})["items"]:
+        for stage in _with_extras(TRAINED, record.evals):
+            for item in _stage_tasks(record.evals, stage).get(name, {"items": []})["items"]:
                 # conversations may end in the same question: the first one stands for all
-                asked.setdefault(cut(item["prompt"], 600), {}).setdefault(stage, (stage, readable_answer(item["answer"]), item["right"]))
+                asked.setdefault(cut(item["prompt"], 600), {}).setdefault(stage, (stage, _readable_answer(item["answer"]), item["right"]))
         for prompt, answers in list(asked.items())[:per_task]: blocks.append(Sample(cut(name, 60), prompt, list(answers.values())))
     return [Heading("Samples"), *blocks] if blocks else []
 
 # %% ../../nbs/lab/52_report.ipynb #2ad950d7
-def show_rates(
+def _show_rates(
     config: dict, # a run's configuration
     stage: str, # one of `TRAINED`
 ) -> str: # empty if the configuration does not say
@@ -836,7 +827,7 @@ def show_rates(
     return f"Peak learning rates: {', '.join(f'{kind} {show_number(float(rate * scale))}' for kind, rate in rates.items())}."
 
 # %% ../../nbs/lab/52_report.ipynb #ac551162
-def two_bits_per_byte(
+def _two_bits_per_byte(
     record: Record,
 ) -> list: # of sentences, empty if pretraining is not done
     "What pretraining's two measurements of held-out text say."
@@ -854,17 +845,17 @@ def training(
     "A picture for each stage that logged figures."
     titles = {"base": "Base: pretraining", "mid": "Mid-training", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning", "dpo": "Preference training"}
     blocks = []
-    for stage in with_extras(TRAINED, record.rows):
+    for stage in _with_extras(TRAINED, record.rows):
         floor = _floor(record) if stage == "base" else None
         figure = curves(record.rows[stage], floor)
         if figure is None: continue
         blocks += [Heading(titles[stage]), Picture(stage, figure, f"{titles[stage]}: what each step logged")]
         found = [row["bits_per_byte"] for row in record.rows[stage] if number(row.get("bits_per_byte")) is not None]
-        if said := show_rates(record.config, stage): blocks.append(Prose(said))
+        if said := _show_rates(record.config, stage): blocks.append(Prose(said))
         if floor and found:
             blocks.append(Prose(f"On held-out text the model ended at {found[-1]:.3f} bits per byte. The choices that the generator of the text made hold {floor:.3f} (an upper "
                                 f"bound of its entropy). What is left to learn is {found[-1] - floor:.3f} bits per byte."))
-        if stage == "base": blocks += map(Prose, two_bits_per_byte(record))
+        if stage == "base": blocks += map(Prose, _two_bits_per_byte(record))
         accuracy = [row["heldout_accuracy"] for row in record.rows[stage] if number(row.get("heldout_accuracy")) is not None]
         if stage == "dpo" and len(accuracy) > 1: blocks.append(Prose(f"On held-out pairs the implicit reward agreed with the judge in {accuracy[0]:.1%} before and {accuracy[-1]:.1%} after."))
         if stage == "rl" and len(accuracy) > 1: blocks.append(Prose(f"Held-out accuracy went from {accuracy[0]:.1%} to {accuracy[-1]:.1%}."))
@@ -880,39 +871,6 @@ def code_commit() -> str | None: # None outside a checkout
         commit = git("rev-parse", "--short=12", "HEAD").stdout.strip()
         return (commit + (" with local changes" if git("status", "--porcelain", "-uno").stdout.strip() else "")) or None
     except (OSError, subprocess.TimeoutExpired): return None
-
-# %% ../../nbs/lab/52_report.ipynb #97d41598
-def code_lines(
-    source: str, # Python
-) -> int:
-    "How many lines are neither empty nor only a comment."
-    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    used = {n for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type not in layout for n in range(token.start[0], token.end[0] + 1)}
-    lines = source.splitlines()
-    return sum(bool(lines[n - 1].strip()) for n in used)
-
-# %% ../../nbs/lab/52_report.ipynb #e62c0334
-def code_size(
-    package: Path | None = None, # the folder of the package; None: of this one
-) -> dict: # what: how many
-    "Count the code: all of it in a checkout, otherwise what is installed."
-    package = Path(package or Path(nanochat.__file__).parent)
-    root, modules = package.parent, [p for p in sorted(package.rglob("*.py")) if not p.name.startswith("_")]
-    size = {"Python modules": len(modules), "lines of Python": sum(code_lines(p.read_text("utf-8")) for p in modules)}
-    if not (root/"pyproject.toml").exists():
-        try: needed = importlib.metadata.requires("nanochat") or []
-        except importlib.metadata.PackageNotFoundError: return size
-        return size | {"direct dependencies": sum("extra ==" not in line for line in needed)}
-    rust = [line.strip() for p in (root/"rustbpe"/"src").rglob("*.rs") for line in p.read_text("utf-8").splitlines()]
-    notebooks = [p for folder in ("nbs", "lessons") for p in (root/folder).rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(root).parts)]
-    return size | {"notebooks": len(notebooks), "lines of Rust": sum(bool(line) and not line.startswith("//") for line in rust),
-                   "direct dependencies": len(tomllib.loads((root/"pyproject.toml").read_text("utf-8"))["project"]["dependencies"])}
-
-def size_of_code() -> list: # of blocks
-    "The size of the code that writes this report, beside a published one."
-    published = {"Python modules": 36, "lines of Python": 7775, "direct dependencies": 9}
-    return [Heading("Size of the code"), Table(["", "this code", "nanochat-2026"], [[what, show_number(n), show_number(published.get(what))] for what, n in code_size().items()]),
-            Prose("Lines without empty ones and comments; Rust's include its tests. The figures of nanochat-2026 are the published ones; what its lines leave out is not said.")]
 
 # %% ../../nbs/lab/52_report.ipynb #26b24225
 def settings(
@@ -933,7 +891,7 @@ def origin(
     facts = machine(record) | {"code of the report": code_commit() or "not a git checkout"}
     flat = settings(record.config)
     return [Heading("Configuration"), Table(["setting", "value"], [list(pair) for pair in flat.items()]) if flat else Prose("config.yaml is empty."),
-            Heading("Environment"), Table(["what", "value"], [[str(k).replace("_", " "), cut(str(v), 200)] for k, v in facts.items()]), *size_of_code()]
+            Heading("Environment"), Table(["what", "value"], [[str(k).replace("_", " "), cut(str(v), 200)] for k, v in facts.items()])]
 
 # %% ../../nbs/lab/52_report.ipynb #74508353
 class Page:
@@ -949,8 +907,8 @@ class Page:
     def write(self) -> Path: # the .html file
         "Write both files, and the pictures that the Markdown needs into `<stem>_files`."
         for block in self.blocks:
-            if isinstance(block, Picture): atomic_write(self.dir/f"{self.stem}_files"/f"{block.name}.png", figure_png(block.figure))
-        atomic_write(self.dir/f"{self.stem}.md", f"# {markdown_text(self.title)}\n\n" + to_markdown(self.blocks, quote(f"{self.stem}_files")))
+            if isinstance(block, Picture): atomic_write(self.dir/f"{self.stem}_files"/f"{block.name}.png", _figure_png(block.figure))
+        atomic_write(self.dir/f"{self.stem}.md", f"# {_markdown_text(self.title)}\n\n" + to_markdown(self.blocks, quote(f"{self.stem}_files")))
         page = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
                 f"<title>{html.escape(clean(self.title))}</title><style>:root {{ color-scheme: light dark }} body {{ padding: 0 1rem 3rem }}</style></head>"
                 f"<body>{self._repr_html_()}</body></html>\n")
@@ -969,8 +927,8 @@ class Report(Page):
         record = read_run(run)
         c = settings(record.config)
         head = Prose(f"Preset {c.get('preset', '–')}, text from {c.get('data.source', '–')}, seed {c.get('seed', '–')}."
-                     + (f" What has run took {show_time(seconds)} together." if (seconds := run_seconds(record)) is not None else " Nothing has run yet."))
-        super().__init__(run.dir, "report", f"nanochat: run {record.name}", [head, *happened(record), *planned(record), *scores(record), *beside_published(record), *core_scores(record),
+                     + (f" What has run took {_show_time(seconds)} together." if (seconds := _run_seconds(record)) is not None else " Nothing has run yet."))
+        super().__init__(run.dir, "report", f"nanochat: run {record.name}", [head, *happened(record), *planned(record), *scores(record), *_beside_published(record), *_core_scores(record),
                                                                              *samples(record), *training(record), *origin(record)])
 
 def write_report(
@@ -1005,7 +963,7 @@ def correlation(
     return (max(above - n / 2, 0) if above > 0 else above) / math.sqrt(product) if product else 0.0
 
 # %% ../../nbs/lab/52_report.ipynb #8147d5f8
-def same_questions(
+def _same_questions(
     first: dict, # a task of an eval.json or core.json
     second: dict, # the same task of another run
 ) -> bool:
@@ -1022,7 +980,7 @@ def difference(
     ends: str = "ci95", # or "centred_ci95"
 ) -> tuple: # difference, low, high
     "By how much the second run is better, with its interval."
-    phi = correlation(first["right"], second["right"]) if same_questions(first, second) else 0.0
+    phi = correlation(first["right"], second["right"]) if _same_questions(first, second) else 0.0
     return second[name] - first[name], *difference_interval(first[name], first[ends], second[name], second[ends], phi)
 
 def verdict(
@@ -1033,7 +991,7 @@ def verdict(
     return "better" if low > 0 else "worse" if high < 0 else "not told apart"
 
 # %% ../../nbs/lab/52_report.ipynb #d693de25
-def settings_that_differ(
+def _settings_that_differ(
     records: list, # of `Record`
 ) -> list: # of blocks
     "The settings in which runs differ."
@@ -1047,24 +1005,24 @@ FINAL = { # what a stage may end with: how it is called
     "reward": "reward", "heldout_accuracy": "held-out accuracy", "world_score": "world score",
 }
 
-def side_by_side(
+def _side_by_side(
     records: list, # of `Record`
 ) -> list: # of blocks
     "Status, time, cost and final figures of every stage."
-    def took(record, stage, seconds): return show_time(seconds) + (f", {show_money(cost)}" if (cost := stage_cost(record, stage, seconds)) is not None else "")
+    def took(record, stage, seconds): return _show_time(seconds) + (f", {_show_money(cost)}" if (cost := _stage_cost(record, stage, seconds)) is not None else "")
     stages, names = [s for s in STAGES if s != "report"], [r.name for r in records]
-    rows = [[s, *(took(r, s, stage_seconds(r, s)) + (f" ({stage_status(r, s)})" if s not in r.manifests else "") for r in records)] for s in stages]
-    costs = [run_cost(r) for r in records]
-    rows += [["evaluation", *(show_time(total(evaluation_seconds(r, s) for s in stages)) + (f", {show_money(c)}" if (c := total(stage_cost(r, s, evaluation_seconds(r, s)) for s in stages)) is not None else "") for r in records)],
-             ["together", *(show_time(run_seconds(r)) + (f", {show_money(c)}" if c is not None else "") for r, c in zip(records, costs))]]
+    rows = [[s, *(took(r, s, _stage_seconds(r, s)) + (f" ({_stage_status(r, s)})" if s not in r.manifests else "") for r in records)] for s in stages]
+    costs = [_run_cost(r) for r in records]
+    rows += [["evaluation", *(_show_time(total(_evaluation_seconds(r, s) for s in stages)) + (f", {_show_money(c)}" if (c := total(_stage_cost(r, s, _evaluation_seconds(r, s)) for s in stages)) is not None else "") for r in records)],
+             ["together", *(_show_time(_run_seconds(r)) + (f", {_show_money(c)}" if c is not None else "") for r, c in zip(records, costs))]]
     ends = []
     for stage in TRAINED:
-        figures = [last_figures(r.rows[stage]) | r.manifests.get(stage, {}) for r in records]
+        figures = [_last_figures(r.rows[stage]) | r.manifests.get(stage, {}) for r in records]
         ends += [[stage, words, *(show_number(f.get(name), 4) for f in figures)] for name, words in FINAL.items() if any(name in f for f in figures) and not (stage == "rl" and name == "loss")]
     return [Heading("Time and cost"), Table(["stage", *names], rows), *([Heading("Where the stages ended"), Table(["stage", "", *names], ends)] if ends else [])]
 
 # %% ../../nbs/lab/52_report.ipynb #69a3d27b
-def curves_of_runs(
+def _curves_of_runs(
     records: list, # of `Record`
 ): # -> matplotlib.figure.Figure, or None if there is nothing to draw
     "The same figure of every run in one panel: bits per byte of each stage, reward and held-out accuracy of RL."
@@ -1092,7 +1050,7 @@ def curves_of_runs(
     return figure
 
 # %% ../../nbs/lab/52_report.ipynb #cb8bfaa0
-def compare_tasks(
+def _compare_tasks(
     first: dict, # task: its figures, of the first run
     second: dict, # of another run
     name: str = "accuracy", # or "centred"
@@ -1101,19 +1059,19 @@ def compare_tasks(
     "Differences of all common tasks."
     return {task: difference(first[task], second[task], name, ends) for task in first if task in second}
 
-def compared_scores(
+def _compared_scores(
     records: list, # of `Record`; the first is what the others are compared with
 ) -> list: # of blocks
     "Every score of every stage beside the first run's, and whether questions enough were asked to tell them apart."
     rows, paired, counted, names = [], 0, 0, [r.name for r in records]
     for stage in TRAINED:
-        tasks = [stage_tasks(r.evals, stage) for r in records]
+        tasks = [_stage_tasks(r.evals, stage) for r in records]
         for task in dict.fromkeys(name for t in tasks for name in t):
-            row = [stage, cut(task, 60), ", ".join(dict.fromkeys(show_number(t[task]["n"]) for t in tasks if task in t)), show_score(tasks[0][task]) if task in tasks[0] else "–"]
+            row = [stage, cut(task, 60), ", ".join(dict.fromkeys(show_number(t[task]["n"]) for t in tasks if task in t)), _show_score(tasks[0][task]) if task in tasks[0] else "–"]
             for other in tasks[1:]:
-                found = compare_tasks(*({task: t[task]} if task in t else {} for t in (tasks[0], other)))
-                if found: counted, paired = counted + 1, paired + same_questions(tasks[0][task], other[task])
-                row += [show_score(other[task]) if task in other else "–", *(show_difference(*found[task]) if found else ("–", "–"))]
+                found = _compare_tasks(*({task: t[task]} if task in t else {} for t in (tasks[0], other)))
+                if found: counted, paired = counted + 1, paired + _same_questions(tasks[0][task], other[task])
+                row += [_show_score(other[task]) if task in other else "–", *(_show_difference(*found[task]) if found else ("–", "–"))]
             rows.append(row)
     if not rows: return [Heading("Scores"), Prose("None of the runs has been evaluated.")]
     said = (f"Right answers in per cent, differences from {names[0]} in percentage points, with 95 % intervals. Runs are not told apart if the interval of their difference holds 0. {paired} of {counted} differences are between answers to the "
@@ -1121,13 +1079,13 @@ def compared_scores(
     header = ["stage", "task", "questions", names[0]] + [h for name in names[1:] for h in (name, "difference", "verdict")]
     return [Heading("Scores"), Table(header, rows), Prose(said)]
 
-def show_difference(d: float, low: float, high: float) -> tuple: # two cells of a table
+def _show_difference(d: float, low: float, high: float) -> tuple: # two cells of a table
     "A difference in percentage points, and what it says."
     points = [f"{100 * x:+.1f}".replace("-", "−") for x in (d, low, high)]
     return f"{points[0]} ({points[1]} to {points[2]})", verdict(low, high)
 
 # %% ../../nbs/lab/52_report.ipynb #bc1ff942
-def compared_cores(
+def _compared_cores(
     records: list, # of `Record`; the first is what the others are compared with
 ) -> list: # of blocks, none if no two runs have a CORE of the same stage
     "CORE of every stage that several runs have, over the tasks that they share."
@@ -1136,18 +1094,18 @@ def compared_cores(
         cores = {r.name: r.cores[stage] for r in records if stage in r.cores}
         if len(cores) < 2: continue
         (first, mine), *others = cores.items()
-        lines, rows = [], {task: [text, show_range([mine["tasks"][task]["centred"]], 3)] for text, task in core_lines({first: mine}) if task}
+        lines, rows = [], {task: [text, _show_range([mine["tasks"][task]["centred"]], 3)] for text, task in _core_lines({first: mine}) if task}
         for name, core in others:
-            found = compare_tasks(mine["tasks"], core["tasks"], "centred", "centred_ci95")
-            for task, row in rows.items(): row += [show_range([core["tasks"][task]["centred"]], 3), f"{found[task][0]:+.3f} ({show_range(found[task][1:])})".replace("-", "−"), verdict(*found[task][1:])] if task in found else ["–"] * 3
+            found = _compare_tasks(mine["tasks"], core["tasks"], "centred", "centred_ci95")
+            for task, row in rows.items(): row += [_show_range([core["tasks"][task]["centred"]], 3), f"{found[task][0]:+.3f} ({_show_range(found[task][1:])})".replace("-", "−"), verdict(*found[task][1:])] if task in found else ["–"] * 3
             if not found: lines.append(f"{name} and {first} share no task."); continue
             d, low, high = mean_interval(list(found.values()))
-            text = f"{name}: CORE {core['score']:.4f}, {first}: {mine['score']:.4f}. Over the {len(found)} tasks that both have, the difference is {d:+.4f} ({show_range((low, high), 4)}): {verdict(low, high)}.".replace("+-", "−")
+            text = f"{name}: CORE {core['score']:.4f}, {first}: {mine['score']:.4f}. Over the {len(found)} tasks that both have, the difference is {d:+.4f} ({_show_range((low, high), 4)}): {verdict(low, high)}.".replace("+-", "−")
             if not low <= 0 <= high and abs(d) <= TRAINING_NOISE: text += f" That is no more than the {TRAINING_NOISE} by which identical trainings of a d24 differed."
             lines.append(text)
         header = ["task", first] + [h for name, _ in others for h in (name, "difference", "verdict")]
         blocks += [Heading(f"CORE of {stage.upper()}"), *map(Prose, lines), Prose(f"Intervals are about the sampling of questions alone; seven identical trainings of nanochat-2026's d24 spread CORE by {TRAINING_NOISE}."),
-                   Picture(f"core_{stage}", core_picture(cores), f"CORE of {stage.upper()} by task, with 95 % intervals"), Table(header, list(rows.values()))]
+                   Picture(f"core_{stage}", _core_picture(cores), f"CORE of {stage.upper()} by task, with 95 % intervals"), Table(header, list(rows.values()))]
     return blocks
 
 # %% ../../nbs/lab/52_report.ipynb #0bdb4c8c
@@ -1163,10 +1121,10 @@ class Comparison(Page):
         records = [read_run(run) for run in runs]
         stem = f"vs_{'_vs_'.join(names[1:])}"
         if len(stem.encode()) > 200: stem = f"vs_{sha256_json(names)[:16]}" # a file's name ends at 255 bytes
-        figure = curves_of_runs(records)
-        blocks = [*settings_that_differ(records), *side_by_side(records)]
+        figure = _curves_of_runs(records)
+        blocks = [*_settings_that_differ(records), *_side_by_side(records)]
         if figure: blocks += [Heading("Curves"), Picture("curves", figure, "The same figure of every run in one panel")]
-        blocks += [*compared_cores(records), *compared_scores(records)]
+        blocks += [*_compared_cores(records), *_compared_scores(records)]
         if problems := [f"{r.name}: {p}" for r in records for p in [*(f"{s} failed: {why}" for s, why in r.errors.items()), *r.problems]]: blocks += [Heading("Problems"), *map(Prose, problems)]
         super().__init__(runs[0].dir, stem, f"nanochat: {', '.join(names)} side by side", blocks)
 

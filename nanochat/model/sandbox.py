@@ -192,7 +192,7 @@ SYSCALLS = { # name: its number on x86_64 and on aarch64
     "clone": (56, 220), "clone3": (435, 435), "pivot_root": (155, 41)}        # used otherwise
 
 # %% ../../nbs/model/16_sandbox.ipynb #a41d8545
-def restrict(job):
+def _restrict(job):
     "Give up all rights and set the limits. None of it can be taken back."
     import ctypes
     import os
@@ -269,7 +269,7 @@ def solve(job):
             reply(lambda: getattr(module, job["entry_point"])(*args, **kwargs))
 
 # %% ../../nbs/model/16_sandbox.ipynb #495c1b46
-def judge_tests(job):
+def _judge_tests(job):
     "Run trusted tests against a stand-in for the function, and print the secret if they all pass."
     import builtins
     import json
@@ -335,10 +335,10 @@ def main():
         reader.register(1, 0)
         if reader.poll(0): os._exit(1) # nobody reads any more: this process was asked for by one that ended before their fates were tied
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    restrict(job)
-    {"run": run, "solve": solve, "judge": judge_tests}[job["part"]](job)
+    _restrict(job)
+    {"run": run, "solve": solve, "judge": _judge_tests}[job["part"]](job)
 
-PROGRAM = "\n".join(map(inspect.getsource, (pack, unpack, isolate, restrict, run, solve, judge_tests, main))) + "\nmain()\n"
+PROGRAM = "\n".join(map(inspect.getsource, (pack, unpack, isolate, _restrict, run, solve, _judge_tests, main))) + "\nmain()\n"
 
 # %% ../../nbs/model/16_sandbox.ipynb #f990ce73
 def _python() -> str: return os.path.realpath(sys._base_executable)  # not the virtual environment's link

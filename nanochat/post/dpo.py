@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEEDBACK', 'MIN_PAIRS', 'NOT_LEARNED', 'implicit_rewards', 'preference_loss', 'save_feedback', 'read_feedback',
-           'Preference', 'preferences_from', 'AnswerRow', 'answer_row', 'pair_rows', 'preference_batches',
-           'score_pairs', 'preference_gradient', 'hold_out_pairs', 'PreferenceSettings', 'prefer', 'longer',
-           'simulate_preferences', 'dpo_settings', 'train_dpo', 'show_dpo']
+           'Preference', 'preferences_from', 'answer_row', 'pair_rows', 'preference_batches', 'score_pairs',
+           'preference_gradient', 'PreferenceSettings', 'prefer', 'longer', 'simulate_preferences', 'dpo_settings',
+           'train_dpo', 'show_dpo']
 
 # %% ../../nbs/post/38_dpo.ipynb #957baa1f
 import json
@@ -138,7 +138,7 @@ def preferences_from(
 
 # %% ../../nbs/post/38_dpo.ipynb #6f3965de
 @dataclass
-class AnswerRow:
+class _AnswerRow:
     "A prompt with one answer as tokens."
     ids: list[int]
     mask: list[int]  # 1 where a token is the model's choice in this answer
@@ -149,7 +149,7 @@ def answer_row(
     answer: str | list,  # an assistant's content
     ended: bool = True,  # the model ended the answer itself
     max_tokens: int | None = None,  # that a row may have
-) -> AnswerRow:
+) -> _AnswerRow:
     "Tokens of a prompt with its answer. Raises `UserError` if roles are out of order or the row is too long."
     conversation = {"messages": [*prompt, assistant(answer)]}
     start = len(tokenizer.render_for_completion(conversation))
@@ -158,13 +158,13 @@ def answer_row(
     if max_tokens and len(ids) > max_tokens:
         raise UserError(f"a prompt with its answer has {len(ids)} tokens, and the model reads "
                         f"{max_tokens}: shorten the conversation, or leave this pair out.")
-    return AnswerRow(ids, [0] * start + mask[start:])
+    return _AnswerRow(ids, [0] * start + mask[start:])
 
 def pair_rows(
     preferences: list[Preference],
     tokenizer: Tokenizer,
     max_tokens: int | None = None,  # that a row may have
-) -> list[tuple[AnswerRow, AnswerRow]]:  # of the chosen and of the rejected answer
+) -> list[tuple[_AnswerRow, _AnswerRow]]:  # of the chosen and of the rejected answer
     "Both rows of each pair. Raises `UserError` as `answer_row` does, or if an answer has no token to count."
     rows = []
     for p in preferences:
@@ -176,7 +176,7 @@ def pair_rows(
 
 # %% ../../nbs/post/38_dpo.ipynb #3dea93be
 def _pair_batch(
-    pairs: list[tuple[AnswerRow, AnswerRow]],
+    pairs: list[tuple[_AnswerRow, _AnswerRow]],
     width: int, # T
 ) -> tuple[torch.Tensor, torch.Tensor]: # x, y
     "Lay pairs out as one micro-batch: the chosen rows above the rejected ones."
@@ -189,7 +189,7 @@ def _pair_batch(
     return x, y
 
 def preference_batches(
-    rows: list[tuple[AnswerRow, AnswerRow]],
+    rows: list[tuple[_AnswerRow, _AnswerRow]],
     micro_tokens: int,  # limit of the tokens in a micro-batch, padding included
     device: torch.device = "cpu",
 ) -> list[tuple[torch.Tensor, torch.Tensor, list[int]]]:  # x and y (2 × pairs, T), which pairs they are
@@ -221,7 +221,7 @@ def _answer_logprobs(
 @torch.no_grad()
 def score_pairs(
     model: GPT,
-    rows: list[tuple[AnswerRow, AnswerRow]],
+    rows: list[tuple[_AnswerRow, _AnswerRow]],
     micro_tokens: int,  # in a micro-batch
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # log π and tokens, each (2, pairs): chosen, rejected
@@ -237,7 +237,7 @@ def score_pairs(
 # %% ../../nbs/post/38_dpo.ipynb #60ca8883
 def preference_gradient(
     model: GPT,
-    rows: list[tuple[AnswerRow, AnswerRow]],  # a step's pairs
+    rows: list[tuple[_AnswerRow, _AnswerRow]],  # a step's pairs
     reference: torch.Tensor,  # (2, pairs), from `score_pairs` of the reference
     *,
     beta: float,
@@ -271,7 +271,7 @@ def _reward_figures(rewards: torch.Tensor) -> dict: # (2, pairs) implicit reward
 # %% ../../nbs/post/38_dpo.ipynb #4876c145
 MIN_PAIRS = 8 # with fewer there is too little to learn from and to hold out
 
-def hold_out_pairs(
+def _hold_out_pairs(
     preferences: list[Preference],
     share: float,  # of the pairs
     seed: int,  # the run's
@@ -308,7 +308,7 @@ class _HeldOutPairs:
     def __init__(
         self,
         model: GPT,
-        rows: list[tuple[AnswerRow, AnswerRow]],
+        rows: list[tuple[_AnswerRow, _AnswerRow]],
         micro_tokens: int, # in a micro-batch
         dtype: torch.dtype,
     ):
@@ -344,8 +344,8 @@ def _pairs_of(step: int, n: int, settings: PreferenceSettings) -> Iterator[int]:
 def prefer(
     model: GPT,  # with the reference's weights
     optimizer,  # `MuonAdamW` over the model
-    train: list[tuple[AnswerRow, AnswerRow]],  # pairs to learn
-    heldout: list[tuple[AnswerRow, AnswerRow]],  # pairs to measure on
+    train: list[tuple[_AnswerRow, _AnswerRow]],  # pairs to learn
+    heldout: list[tuple[_AnswerRow, _AnswerRow]],  # pairs to measure on
     settings: LoopSettings,
     preference: PreferenceSettings,
     *,
@@ -552,7 +552,7 @@ def train_dpo(
     # what is trained on is kept beside the checkpoints
     max_tokens = model.config.sequence_len + 1
     fitting, left_out = _fitting(preferences, tokenizer, max_tokens)
-    train, heldout = hold_out_pairs(fitting, section["eval_share"], run.seed)
+    train, heldout = _hold_out_pairs(fitting, section["eval_share"], run.seed)
     if kept.get("identity") not in (None, identity): _start_over(folder)
     record = {"identity": identity, "simulated": simulate, "start": start, "of": of,
               "settings": section, "preferences": listed}
