@@ -18,8 +18,8 @@ import psutil
 import pytest
 import yaml
 
-from nanochat.core.run import STAGES, Run, read_metrics
 from nanochat.core.files import file_lock
+from nanochat.core.run import STAGES, Run, read_metrics
 from nanochat.train.plan import known_presets, setting_name
 
 # without cached bytecode, every kernel, rank and command would spend five seconds on importing torch instead of two

@@ -17,10 +17,10 @@ import pytest
 from browser import open_browser
 from conftest import REPO, assert_user_error, environment, nanochat
 
-from nanochat.train.checkpoint import save_checkpoint
 from nanochat.core.run import Run
-from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.core.tokenizer import Tokenizer
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.train.checkpoint import save_checkpoint
 
 NASTY = ('<script>window.ran = 1; alert(1)</script><img src="/ran.png" onerror="window.ran = 1">**bold** [link](javascript:alert(1)) $x$ 🐱𝄞 "\'&amp;</div></span>\n' * 80)[:10_000]
 

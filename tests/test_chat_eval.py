@@ -12,19 +12,19 @@ import pytest
 import torch
 from conftest import real_data
 
+from nanochat.core.files import UserError
+from nanochat.core.machine import distributed
+from nanochat.core.run import Run
+from nanochat.core.tokenizer import Tokenizer
+from nanochat.core.world import World
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.sandbox import calculator, sandbox_kind
+from nanochat.model.engine import Engine
+from nanochat.post.tasks import visible_text
+from nanochat.post.public import TASKS, answer_number, code_of, make_task
 from nanochat.post.chat_eval import (
     chat_core, evaluate_chat, evaluate_stage, evaluate_task, greedy_answers, items_to_tell_apart,
     overlap, read_task_names, world_score)
-from nanochat.core.run import Run
-from nanochat.core.files import UserError
-from nanochat.core.machine import distributed
-from nanochat.model.engine import Engine
-from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.model.sandbox import calculator, sandbox_kind
-from nanochat.post.public import TASKS, answer_number, code_of, make_task
-from nanochat.post.tasks import visible_text
-from nanochat.core.tokenizer import Tokenizer
-from nanochat.core.world import World
 
 TOKENIZER = Tokenizer.train(World(1).documents(0, 300), 500)
 SETS = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval")

@@ -13,16 +13,16 @@ import pytest
 import torch
 from conftest import real_data
 
-from nanochat.post import core_eval
 from nanochat.core.files import UserError
 from nanochat.core.machine import distributed
+from nanochat.core.tokenizer import Tokenizer
+from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.post.core_eval import (
     CHOICE, CORE, LM, SCHEMA, CoreTask, GPTReader, TransformersReader, ask, core_file, core_rows,
     decide, evaluate_core, examples_for, render, sample_rows, score_questions, to_question)
-from nanochat.lab.bench.eval import one_by_one, spread_model
 from nanochat.talk.export import to_transformers
-from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.core.tokenizer import Tokenizer
+from nanochat.lab.bench.eval import one_by_one, spread_model
+from nanochat.post import core_eval
 
 
 class ByHand:

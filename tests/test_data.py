@@ -13,13 +13,13 @@ import pytest
 from conftest import assert_user_error, environment, nanochat, real_data
 from hub import Hub, hub_environment
 
-from nanochat.core.run import Run
 from nanochat.core.files import UserError
+from nanochat.core.run import Run
+from nanochat.core.tokenizer import Tokenizer
+from nanochat.core.world import World
 from nanochat.core.dataset import SETS, conversations, set_rows, take, tokenize
 from nanochat.train.plan import make_plan
 from nanochat.lab.speedrun import run_stage
-from nanochat.core.tokenizer import Tokenizer
-from nanochat.core.world import World
 
 
 def write_txt(folder, texts):

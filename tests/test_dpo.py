@@ -7,12 +7,12 @@ import torch
 import yaml
 from conftest import assert_user_error, nanochat
 
-from nanochat.post import dpo
-from nanochat.train.checkpoint import load_model
-from nanochat.core.run import Run, read_metrics
 from nanochat.core.files import UserError
+from nanochat.core.run import Run, read_metrics
+from nanochat.train.checkpoint import load_model
 from nanochat.post.dpo import FEEDBACK, save_feedback, train_dpo
 from nanochat.lab.report import read_run
+from nanochat.post import dpo
 
 
 def thumbs(run, n=12, first=0):

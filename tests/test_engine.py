@@ -2,9 +2,9 @@
 import pytest
 import torch
 
+from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.engine import Row
 from nanochat.lab.bench.engine import bench_engine, bench_model
-from nanochat.model.gpt import GPT, GPTConfig
 
 
 def shaken(config, seed=0):

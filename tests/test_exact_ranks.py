@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.train.checkpoint import load_checkpoint, save_checkpoint
-from nanochat.core.machine import distributed
 from nanochat.core.files import rank_and_world
+from nanochat.core.machine import distributed
+from nanochat.core.world import World
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import (
     lr_multiplier, make_optimizer, muon_momentum, weight_decay_multiplier)
+from nanochat.train.checkpoint import load_checkpoint, save_checkpoint
 from nanochat.train.loop import accumulate_gradients
-from nanochat.core.world import World
 
 STEPS, HALF = 100, 50
 ROWS, MICRO_BATCHES, T = 16, 2, 64 # in a step, over all ranks; on each rank; tokens in a row

@@ -3,9 +3,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat.talk.export import from_transformers, to_transformers, transformers_names
-from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.core.tokenizer import Tokenizer
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.talk.export import from_transformers, to_transformers, transformers_names
 
 transformers = pytest.importorskip("transformers")
 

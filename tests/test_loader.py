@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import environment, real_data
 
-from nanochat.lab.bench.measure import timed
 from nanochat.core.files import UserError
-from nanochat.lab.bench.data import lost_by_best_fit, lost_in_epoch
-from nanochat.core.dataloader import PackedLoader
-from nanochat.core.dataset import iter_texts, make_world, tokenize
 from nanochat.core.tokenizer import Tokenizer
+from nanochat.core.dataset import iter_texts, make_world, tokenize
+from nanochat.core.dataloader import PackedLoader
+from nanochat.lab.bench.measure import timed
+from nanochat.lab.bench.data import lost_by_best_fit, lost_in_epoch
 
 T, B = 128, 16 # rows of a step, over all ranks
 

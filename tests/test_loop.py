@@ -13,14 +13,14 @@ import torch
 from conftest import start, wait_for
 from safetensors.torch import load_file
 
-from nanochat.train.checkpoint import latest_checkpoint, load_checkpoint
-from nanochat.core.run import TRACKERS, Run, read_metrics
 from nanochat.core.files import UserError, rank_and_world, run_command
 from nanochat.core.machine import distributed
+from nanochat.core.run import TRACKERS, Run, read_metrics
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import make_optimizer
-from nanochat.lab.speedrun import LAUNCHER_ENV
+from nanochat.train.checkpoint import latest_checkpoint, load_checkpoint
 from nanochat.train.loop import LoopSettings, train
+from nanochat.lab.speedrun import LAUNCHER_ENV
 
 STEPS, ROWS = 20, 4 # rows of a step, over all ranks
 

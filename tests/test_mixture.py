@@ -12,16 +12,16 @@ import pytest
 import torch
 from conftest import assert_user_error, environment, nanochat
 
-from nanochat.core.run import Run
 from nanochat.core.files import UserError
+from nanochat.core.run import Run
+from nanochat.core.tokenizer import Tokenizer
+from nanochat.core.identity import read_card
+from nanochat.train.plan import TASKS, Hardware, _flatten, _stage_tokens, make_plan, named_hardware
+from nanochat.post.tasks import visible_text
+from nanochat.post.mixture import open_mixture, open_task, take
 from nanochat.post.finetune import (
     ConversationLoader, fit_conversations, finetune, pack_conversations, prepare_rows)
-from nanochat.core.identity import read_card
-from nanochat.post.mixture import open_mixture, open_task, take
-from nanochat.train.plan import TASKS, Hardware, _flatten, _stage_tokens, make_plan, named_hardware
 from nanochat.lab.speedrun import data_stage, run_stage
-from nanochat.post.tasks import visible_text
-from nanochat.core.tokenizer import Tokenizer
 
 CPU = Hardware("CPU with 2 cores", "cpu", 1, 8 * 2**30, 1e11, 0.0, bf16=False, cores=2)
 NO_WORLD = {f"{stage}.mixture.{task}": 0 for stage in ("mid", "sft") for task in TASKS}

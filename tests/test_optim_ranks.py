@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from nanochat.model import optim
-from nanochat.core.machine import distributed
 from nanochat.core.files import rank_and_world
+from nanochat.core.machine import distributed
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import make_optimizer
+from nanochat.model import optim
 
 STEPS, ROWS = 4, 6 # 6 rows divide among 1, 2 and 3 ranks
 

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanochat.post.chat_eval import ROUNDING
-from nanochat.lab.bench.engine import bench_engine
-from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.precision import (
     LossScaler, fp8_linear, fp8_matmul, fp8_supported, quantize, quantize_weight,
     quantize_weights, use_fp8)
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.post.chat_eval import ROUNDING
+from nanochat.lab.bench.engine import bench_engine
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 

@@ -5,8 +5,8 @@ import psutil
 import pytest
 from conftest import edit_config, family, nanochat, start, wait_for
 
-from nanochat.train.checkpoint import latest_checkpoint, load_checkpoint
 from nanochat.core.run import STAGES, read_metrics
+from nanochat.train.checkpoint import latest_checkpoint, load_checkpoint
 
 TRAINED = ("base", "mid", "sft", "rl")
 LONG = {"steps": 999, "tokens": 999 * 2048, "eval_every": 999, "device_batch": 8} # will not end by itself before it is stopped

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from conftest import nanochat
 
-from nanochat.core.run import STAGES, Run
 from nanochat.core.files import UserError, atomic_write
+from nanochat.core.run import STAGES, Run
 from nanochat.post.core_eval import CORE, mean_interval, wilson_interval
 from nanochat.lab.report import (
-    PUBLISHED, Comparison, Picture, Report, correlation, difference_interval,
-    figure_svg, read_run, write_comparison, write_report)
+    PUBLISHED, Comparison, Picture, Report, correlation, difference_interval, figure_svg,
+    read_run, write_comparison, write_report)
 from nanochat.lab.speedrun import last_run
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> ![x](http://evil.example/x.png) [y](javascript:z) </div>| `a` **b** $\\frac{ \x00\x1b[31m \ud800 \u202e {{7*7}} ' + "\n# h\n```\n"

@@ -14,8 +14,8 @@ from conftest import between_checkpoints, edit_config, kill_tree, nanochat, star
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from nanochat.train.checkpoint import latest_checkpoint
 from nanochat.core.run import Run, read_metrics
+from nanochat.train.checkpoint import latest_checkpoint
 from nanochat.lab.speedrun import stage_function
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL")

@@ -12,19 +12,19 @@ import torch
 import yaml
 from conftest import real_data
 
-from nanochat.core.run import Metrics, Run, read_metrics
 from nanochat.core.files import UserError
 from nanochat.core.machine import barrier, distributed
-from nanochat.model.engine import Engine
+from nanochat.core.run import Metrics, Run, read_metrics
+from nanochat.core.tokenizer import Tokenizer
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import make_optimizer
+from nanochat.model.engine import Engine
 from nanochat.train.plan import make_plan
+from nanochat.train.loop import LoopSettings
+from nanochat.post.tasks import visible_text
 from nanochat.post.rl import (
     HeldOutTasks, PolicySettings, RolloutSettings, Rollouts, lay_out, note_distance,
     policy_gradient, reinforce, rl_tasks, rollout, show_rollouts)
-from nanochat.post.tasks import visible_text
-from nanochat.core.tokenizer import Tokenizer
-from nanochat.train.loop import LoopSettings
 
 EVERYTHING = {"sigma_norm": True, "clip": 0.1, "kl": 0.2, "updates": 3}
 SAMPLING = RolloutSettings(prompts_per_step=4, samples_per_prompt=4, max_new_tokens=3, temperature=0.7, top_k=40, seed=3)

@@ -16,10 +16,10 @@ import psutil
 import pytest
 from conftest import REPO, real_data, wait_for
 
-from nanochat.model import sandbox
 from nanochat.core.files import UserError
 from nanochat.core.machine import peak_memory
 from nanochat.model.sandbox import Limits, calculator, judge, judge_many, run_python, sandbox_kind
+from nanochat.model import sandbox
 
 QUICK = Limits(seconds=0.7)  # for what would never end
 

@@ -21,15 +21,15 @@ import pytest
 from browser import open_browser
 from conftest import assert_user_error, environment, nanochat
 
-from nanochat.talk.chat import Piece, content_of, readable
-from nanochat.train.checkpoint import save_checkpoint
 from nanochat.core.run import Run
-from nanochat.model.engine import Engine, Scheduler, TokenEvent
+from nanochat.core.tokenizer import StreamDecoder, Tokenizer
 from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.engine import Engine, Scheduler, TokenEvent
+from nanochat.train.checkpoint import save_checkpoint
+from nanochat.talk.chat import Piece, content_of, readable
 from nanochat.talk.api import ServerLimits
 from nanochat.talk.stream import Service
 from nanochat.talk.serve import in_thread
-from nanochat.core.tokenizer import StreamDecoder, Tokenizer
 
 EGGS = [{"type": "text", "text": "Three boxes of twelve are "}, {"type": "python", "text": "3*12"}, {"type": "python_output", "text": "36"}, {"type": "text", "text": "36 eggs."}]
 

@@ -9,8 +9,8 @@ import torch
 from conftest import REPO, contents, environment, nanochat, without_zmq
 from safetensors.torch import load_file
 
-from nanochat.train.checkpoint import latest_checkpoint
 from nanochat.core.run import STAGES, read_metrics
+from nanochat.train.checkpoint import latest_checkpoint
 
 
 def test_every_stage_is_done(smoke):

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import REPO, real_data
 
-from nanochat.core import tokenizer as module
 from nanochat.core.files import UserError
 from nanochat.rustbpe import GPT2_PATTERN, GPT4_PATTERN, PATTERN, RustBPE
 from nanochat.core.tokenizer import RANK_FILES, SPECIAL_TOKENS, Tokenizer
 from nanochat.core.world import World
+from nanochat.core import tokenizer as module
 
 tiktoken = pytest.importorskip("tiktoken")
 

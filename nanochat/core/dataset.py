@@ -34,12 +34,12 @@ import numpy as np
 # %% ../../nbs/core/07_dataset.ipynb #73f2f469
 from .files import (
     UserError, atomic_file, atomic_write, file_lock, read_json, say, sha256_file, sha256_json)
-from .run import base_dir, progress_bar
 from .machine import n_cores
-from .download import (
-    altered, damaged, download, download_archive, hub_record, missing_files)
+from .run import base_dir, progress_bar
 from .tokenizer import Tokenizer, check_conversation
 from .world import World
+from .download import (
+    altered, damaged, download, download_archive, hub_record, missing_files)
 
 # %% ../../nbs/core/07_dataset.ipynb #c9db0cbc
 @dataclass(frozen=True)

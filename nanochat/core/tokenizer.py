@@ -20,8 +20,8 @@ import numpy as np
 
 # %% ../../nbs/core/03_tokenizer.ipynb #a8c2ed92
 from .files import UserError, atomic_write, say, sha256_json
-from .run import base_dir, progress_bar
 from ..rustbpe import GPT2_PATTERN, GPT4_PATTERN, PATTERN, RustBPE
+from .run import base_dir, progress_bar
 
 # %% ../../nbs/core/03_tokenizer.ipynb #9d730175
 SPECIAL_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",

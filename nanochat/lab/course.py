@@ -649,8 +649,8 @@ def _affordable(answer):
     expect(not isinstance(tokens, bool) and isinstance(tokens, int) and tokens == int(1e15 * 0.3 * 1200 / 7e9), f"tokens are whole: {tokens!r} is not, or is rounded up to one that cannot be paid for.")
 
 # %% ../../nbs/lab/58_course.ipynb #5233c9e3
-from ..post.chat_eval import mcnemar, pass_at_k
 from ..post.core_eval import centred, wilson_interval
+from ..post.chat_eval import mcnemar, pass_at_k
 
 # %% ../../nbs/lab/58_course.ipynb #6627c990
 def _whole(got, what): # an option or a count must be one

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -265,7 +266,7 @@ def repair_style(text: str) -> str: # CSS
 # %% ../../nbs/lab/54_docs.ipynb #ce48b6d8
 def search_script() -> str: # JavaScript
     "Return the search engine of the site."
-    return (project_root()/"nanochat"/"lab"/"search.js").read_text("utf-8")
+    return files("nanochat.lab").joinpath("search.js").read_text("utf-8")
 
 # %% ../../nbs/lab/54_docs.ipynb #8a1adf9a
 class _Page(HTMLParser):

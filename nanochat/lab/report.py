@@ -29,12 +29,12 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 # %% ../../nbs/lab/52_report.ipynb #01a32e19
 import nanochat
-from ..post.chat_eval import CHAT_CORE
-from ..core.run import EXTRA_STAGES, STAGES, TRAINED, Run, fingerprint
-from ..core.files import project_root, UserError, atomic_write, sha256_json
+from ..core.files import UserError, atomic_write, project_root, sha256_json
 from ..core.machine import environment
-from ..post.core_eval import mean_interval
+from ..core.run import EXTRA_STAGES, STAGES, TRAINED, Run, fingerprint
 from ..train.plan import named_hardware
+from ..post.core_eval import mean_interval
+from ..post.chat_eval import CHAT_CORE
 
 # %% ../../nbs/lab/52_report.ipynb #59cdf307
 def cut(

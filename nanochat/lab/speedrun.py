@@ -21,10 +21,10 @@ from pathlib import Path
 import click
 
 # %% ../../nbs/lab/55_speedrun.ipynb #b123c391
+from ..core.files import (
+    UserError, atomic_write, file_lock, names_in, project_root, rank_and_world, run_command, say)
 from ..core.run import (
     EXTRA_STAGES, STAGES, STOPPED, TRAINED, Run, in_words, progress_bar, runs_dir)
-from ..core.files import (project_root, 
-    UserError, atomic_write, file_lock, names_in, rank_and_world, run_command, say)
 
 # %% ../../nbs/lab/55_speedrun.ipynb #23034d39
 def _fetch_questions(run: Run):

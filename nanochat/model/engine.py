@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from .attention import KVCache, RowCache
 from ..core.files import UserError, say
 from ..core.machine import derive_seed
+from ..core.tokenizer import StreamDecoder, Tokenizer
+from .attention import KVCache, RowCache
 from .gpt import GPT, for_inference
 from .sandbox import calculator
-from ..core.tokenizer import StreamDecoder, Tokenizer
 
 # %% ../../nbs/model/17_engine.ipynb #fc670721
 def sample_tokens(logits: torch.Tensor,  # (B, vocab_size) float

@@ -19,17 +19,17 @@ from statistics import NormalDist
 import torch
 
 # %% ../../nbs/post/35_chat_eval.ipynb #7d0f2867
-from ..core.run import Run, progress_bar
 from ..core.files import UserError, atomic_write, names_in, read_json, say
 from ..core.machine import derive_seed, gather, group_rank_and_world, on_every_rank
+from ..core.run import Run, progress_bar
 from ..core.tokenizer import Tokenizer
 from ..core.world import World
-from ..model.engine import Completion, Engine, Row
 from ..model.gpt import GPT
-from .core_eval import centred, wilson_interval
-from .mixture import card_of, open_task
-from .public import TASKS
+from ..model.engine import Completion, Engine, Row
 from .tasks import normal
+from .public import TASKS
+from .mixture import card_of, open_task
+from .core_eval import centred, wilson_interval
 
 # %% ../../nbs/post/35_chat_eval.ipynb #72e5aec5
 def items_to_tell_apart(

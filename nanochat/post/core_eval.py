@@ -25,12 +25,12 @@ import torch
 from fastcore.basics import patch
 
 # %% ../../nbs/post/34_core_eval.ipynb #730a6d77
-from ..core.run import Run, progress_bar
 from ..core.files import UserError, atomic_write, say
 from ..core.machine import gather, group_rank_and_world, on_every_rank
+from ..core.run import Run, progress_bar
+from ..core.tokenizer import Tokenizer
 from ..core.dataset import core_folders, file_rows
 from ..model.gpt import GPT
-from ..core.tokenizer import Tokenizer
 from ..train.loop import autocast
 
 # %% ../../nbs/post/34_core_eval.ipynb #c618c26c

@@ -24,19 +24,21 @@ import torch
 import torch.nn.functional as F
 
 # %% ../../nbs/post/38_dpo.ipynb #76cb548f
-from .chat_eval import evaluate_stage, length_groups
-from ..train.checkpoint import load_model
-from ..core.run import Metrics, Run, fingerprint, progress_bar
 from ..core.files import UserError, atomic_write, rank_and_world, read_json, say, sha256_json
-from ..core.machine import derive_seed, pick_device, pick_dtype, seed_everything
-from ..model.engine import Engine
-from ..model.gpt import GPT
-from ..train.plan import SCHEMA
-from .town import IDENTITY_ANSWERS, IDENTITY_TRAIN
-from .tasks import assistant, normal, user
+from ..core.machine import derive_seed, pick_device, seed_everything
+from ..core.run import Metrics, Run, fingerprint, progress_bar
 from ..core.tokenizer import Tokenizer, check_conversation
-from ..train.loop import Loop, LoopSettings, autocast, loop_settings, optimizer_for
 from ..core.world import ANSWERS, Draw, World, expansions, question_and_answer
+from ..model.gpt import GPT
+from ..model.engine import Engine
+from ..train.plan import SCHEMA
+from ..train.checkpoint import load_model
+from nanochat.train.loop import (
+    Loop, LoopSettings, autocast, fill_micro_batches, loop_settings, optimizer_for,
+    unscaled_dtype)
+from .tasks import assistant, normal, user
+from .town import IDENTITY_ANSWERS, IDENTITY_TRAIN
+from .chat_eval import evaluate_stage, length_groups
 
 # %% ../../nbs/post/38_dpo.ipynb #f9bb466b
 def implicit_rewards(
@@ -194,15 +196,10 @@ def preference_batches(
     device: torch.device = "cpu",
 ) -> list[tuple[torch.Tensor, torch.Tensor, list[int]]]:  # x and y (2 × pairs, T), which pairs they are
     "Lay pairs out for the model, the longest first; `y` is -1 where nothing counts."
-    def length(i): return max(len(row.ids) for row in rows[i]) - 1
-    groups = []
-    for i in sorted(range(len(rows)), key=length, reverse=True):
-        fits = groups and (len(groups[-1]) + 1) * 2 * length(groups[-1][0]) <= micro_tokens
-        if fits: groups[-1].append(i)
-        else: groups.append([i])
+    widths = [max(len(row.ids) for row in pair) - 1 for pair in rows]
     batches = []
-    for group in groups:
-        x, y = _pair_batch([rows[i] for i in group], length(group[0]))
+    for group in fill_micro_batches([2 * width for width in widths], micro_tokens):
+        x, y = _pair_batch([rows[i] for i in group], widths[group[0]])
         batches.append((x.to(device), y.to(device), group))
     return batches
 
@@ -535,8 +532,7 @@ def train_dpo(
     run.needs(start)
     config, section, folder = run.config, dpo_settings(run.config, changed), run.stage_dir("dpo")
     device = pick_device(config["hardware"]["device"])
-    dtype = pick_dtype(device, config["hardware"]["dtype"])
-    if dtype == torch.float16: dtype = torch.float32 # its loss is not scaled
+    dtype = unscaled_dtype(device, config)
     seed_everything(derive_seed(run.seed, "dpo"))
     model, tokenizer, _ = load_model(run, start, device)
 

@@ -18,18 +18,18 @@ import numpy as np
 import torch
 
 # %% ../../nbs/post/36_finetune.ipynb #a9e9fb50
-from .chat_eval import evaluate_stage
-from ..train.checkpoint import load_model
-from ..core.run import Run
 from ..core.files import UserError, atomic_write, file_lock, rank_and_world, say, sha256_json
 from ..core.machine import derive_seed, distributed, pick_device, pick_dtype, seed_everything
-from ..core.dataloader import Shards, pack
-from ..core.dataset import prepare_tokens
-from ..model.optim import lr_multiplier
-from .mixture import card_of, open_mixture, take
+from ..core.run import Run
 from ..core.tokenizer import Tokenizer, chat_pieces
+from ..core.dataset import prepare_tokens
+from ..core.dataloader import Shards, pack
+from ..model.optim import lr_multiplier
+from ..train.checkpoint import load_model
 from ..train.loop import (
     bits_per_byte, grad_accum_steps, loop_settings, optimizer_for, prepare_model, train)
+from .mixture import card_of, open_mixture, take
+from .chat_eval import evaluate_stage
 
 # %% ../../nbs/post/36_finetune.ipynb #4f5113cd
 class _Pieces:

@@ -19,8 +19,8 @@ from functools import cached_property
 from ..core.files import UserError
 from ..core.machine import n_cores
 from ..core.tokenizer import check_conversation
-from ..core.dataset import set_rows
 from ..core.world import World
+from ..core.dataset import set_rows
 from ..model.sandbox import calculator, judge_many, sandbox_kind
 from .tasks import (
     Task, assistant, check_task_split, choice_prompt, final_number, numbers_in, same_letter,

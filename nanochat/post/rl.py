@@ -21,19 +21,19 @@ from itertools import groupby
 import torch
 
 # %% ../../nbs/post/37_rl.ipynb #72ad42e7
-from .chat_eval import evaluate_stage, evaluate_task
-from ..train.checkpoint import load_model
-from ..core.run import Metrics, Run
 from ..core.files import UserError, names_in, rank_and_world, say
-from nanochat.core.machine import (
-    derive_seed, distributed, group_rank_and_world, on_every_rank, pick_device, pick_dtype,
-    seed_everything)
-from ..model.engine import Completion, Engine
-from ..model.gpt import GPT
-from .public import REAL_TASKS, TASKS, make_task
+from ..core.machine import (
+    derive_seed, distributed, group_rank_and_world, on_every_rank, pick_device, seed_everything)
+from ..core.run import Metrics, Run
 from ..core.tokenizer import StreamDecoder, Tokenizer
+from ..model.gpt import GPT
+from ..model.engine import Completion, Engine
+from ..train.checkpoint import load_model
 from ..train.loop import (
-    Loop, LoopSettings, all_reduce_sum, autocast, loop_settings, optimizer_for)
+    Loop, LoopSettings, all_reduce_sum, autocast, fill_micro_batches, loop_settings,
+    optimizer_for, unscaled_dtype)
+from .public import REAL_TASKS, TASKS, make_task
+from .chat_eval import evaluate_stage, evaluate_task
 
 # %% ../../nbs/post/37_rl.ipynb #b2165cdd
 def advantages(
@@ -132,12 +132,8 @@ def policy_batches(
     device: torch.device = "cpu",
 ) -> list[_MicroBatch]:
     "Lay answers out for the backward pass, the longest first."
-    groups = []
-    for answer in sorted(answers, key=_length, reverse=True):
-        fits = groups and (len(groups[-1]) + 1) * _length(groups[-1][0]) <= micro_tokens
-        if fits: groups[-1].append(answer)
-        else: groups.append([answer])
-    return [_micro_batch(group, device) for group in groups]
+    groups = fill_micro_batches([_length(answer) for answer in answers], micro_tokens)
+    return [_micro_batch([answers[i] for i in group], device) for group in groups]
 
 # %% ../../nbs/post/37_rl.ipynb #447c9aeb
 def policy_gradient(
@@ -148,7 +144,7 @@ def policy_gradient(
     clip: float = 0.0,  # as in `policy_loss`
     kl: float = 0.0,  # likewise; needs the batches' `reference`
 ) -> tuple[float, float]:  # loss, tokens beyond the clip; both over all ranks
-    "Add the gradient of the policy loss to `.grad`; the first one on a batch also sets its `old`."
+    "Add the gradient of the policy loss to `.grad`. The first call on a batch also stores `old`."
     device = next(model.parameters()).device
     _, world_size = group_rank_and_world()
     total = torch.zeros(2, device=device)
@@ -316,7 +312,7 @@ def _mean_distance(batches: list[_MicroBatch], n_sampled: float, device: torch.d
 # %% ../../nbs/post/37_rl.ipynb #bc9b066e
 @dataclass
 class PolicySettings:
-    "The switches of the method; as they stand, it is plain REINFORCE."
+    "Switches of the method. The defaults give plain REINFORCE."
     sigma_norm: bool = False  # divide advantages by their group's standard deviation
     clip: float = 0.0  # ε of the ratio; 0: no limit
     kl: float = 0.0  # β, weight of the distance to the reference
@@ -330,7 +326,7 @@ class HeldOutTasks:
     batch: int  # answers generated at a time
 
     def evaluate(self, engine: Engine, max_new_tokens: int) -> tuple[dict, dict]:
-        "Answer the held-out problems greedily: the means, and the accuracy of each of several tasks."
+        "Answer the held-out problems greedily. Return mean scores and, with several tasks, the accuracy of each."
         n = math.ceil(self.problems / len(self.tasks))
         how = {"max_new_tokens": max_new_tokens, "batch": self.batch}
         found = [evaluate_task(engine, task, n, **how) for task in self.tasks]
@@ -453,11 +449,6 @@ def _rollout_settings(section: dict, seed: int) -> RolloutSettings: # `rl` of a 
     names = ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "temperature")
     return RolloutSettings(*(section[name] for name in names), section["top_k"] or None, seed)
 
-def _rl_dtype(device: torch.device, config: dict) -> torch.dtype:
-    "Dtype of the matrix products; not float16, because the loss is not scaled."
-    dtype = pick_dtype(device, config["hardware"]["dtype"])
-    return torch.float32 if dtype == torch.float16 else dtype
-
 def train_rl(
     run: Run,  # a run whose stage "sft" is done
 ) -> dict:  # the stage's manifest
@@ -468,7 +459,7 @@ def train_rl(
     if done := run.manifest("rl"): return done
     config, section = run.config, run.config["rl"]
     device = pick_device(config["hardware"]["device"])
-    dtype = _rl_dtype(device, config)
+    dtype = unscaled_dtype(device, config)
     with distributed(device):
         seed_everything(derive_seed(run.seed, "rl"))
         model, tokenizer, _ = load_model(run, "sft", device)
@@ -491,7 +482,7 @@ def train_rl(
 _GREY = "color:#888;font-size:.85em"
 
 def _token_html(text: str, p: float, forced: bool) -> str:
-    "A token as HTML: the less likely, the redder; one in a thousand has the full colour."
+    "A token as HTML. Less likely tokens are redder, with full red at a probability of 1/1000 or less."
     surprise = min(1, -math.log10(max(p, 1e-3)) / 3)
     tip, look = f"probability {p:.3g}", f"background:rgba(214,69,65,{0.8 * surprise:.2f})"
     if forced: tip, look = "the calculator wrote it", "border-bottom:2px dotted #888"
@@ -570,7 +561,7 @@ def show_rollouts(
     "Draw answers from a run's model to held-out problems of `rl.task`. Raises `UserError` if there is no such model."
     section, device = run.config["rl"], pick_device(run.config["hardware"]["device"])
     model, tokenizer, _ = load_model(run, stage, device)
-    engine = Engine(model, tokenizer, _rl_dtype(device, run.config))
+    engine = Engine(model, tokenizer, unscaled_dtype(device, run.config))
     how = _rollout_settings(section, derive_seed(run.seed, "show rollouts"))
     how = replace(how, prompts_per_step=problems, samples_per_prompt=samples)
     _, heldout = rl_tasks(section["task"], run.seed)

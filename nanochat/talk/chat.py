@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../../nbs/talk/41_chat.ipynb #363cc54f
-from ..train.checkpoint import load_model
-from ..core.run import EXTRA_STAGES, TRAINED, Run
 from ..core.files import UserError, atomic_write, read_json
 from ..core.machine import derive_seed, pick_device
-from ..model.engine import Engine, trim_conversation
+from ..core.run import EXTRA_STAGES, TRAINED, Run
 from ..core.tokenizer import Tokenizer
+from ..model.engine import Engine, trim_conversation
+from ..train.checkpoint import load_model
 
 # %% ../../nbs/talk/41_chat.ipynb #f735964b
 TEMPERATURE = 0.3 # the default of a chat

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 # %% ../../nbs/talk/48_export.ipynb #6a43e519
 from ..core.files import UserError, atomic_write, read_json
-from ..model.gpt import GPT, GPTConfig
 from ..core.tokenizer import Tokenizer
+from ..model.gpt import GPT, GPTConfig
 
 # %% ../../nbs/talk/48_export.ipynb #85e13cd5
 _BLOCK = { # ours → theirs, inside a block

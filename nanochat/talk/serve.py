@@ -35,10 +35,10 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from ..core.files import UserError, say
 from ..core.run import Run
 from ..model.engine import Scheduler
+from .chat import TEMPERATURE, chosen_stage
 from .api import (
     ApiError, ChatAnswer, ChatRequest, CompletionRequest, ErrorBody, ServerLimits, TextAnswer,
     chat_prompt, completion_prompt, explain)
-from .chat import TEMPERATURE, chosen_stage
 from .stream import (
     Answering, ChatShape, EventStream, Gone, Rows, Service, TextShape, unexpected, unless_gone)
 from .workers import WorkerPool, load_on

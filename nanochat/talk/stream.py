@@ -29,10 +29,10 @@ from ..core.files import UserError
 from ..core.machine import derive_seed
 from ..core.tokenizer import Tokenizer
 from ..model.engine import TokenEvent
+from .chat import CLOSING, OPENING, kinds_after
 from .api import (
     ApiError, ChatRequest, CompletionRequest, Prompt, ServerLimits, restarting,
     without_surrogates)
-from .chat import CLOSING, OPENING, kinds_after
 
 # %% ../../nbs/talk/44_stream.ipynb #3adb8460
 @dataclass
@@ -278,13 +278,6 @@ class Rows:
             except UserError as e: raise ApiError(400, str(e)) from None
             self.absent -= 1
             self.rows.append(row)
-
-
-
-
-
-
-
 
 def _raise_failure(event: TokenEvent | Exception):
     "Raise an `ApiError` for an event that tells of a failure."

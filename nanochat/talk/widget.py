@@ -19,11 +19,12 @@ from pathlib import Path
 from fastcore.basics import patch
 
 # %% ../../nbs/talk/42_widget.ipynb #7bdfa724
-from ..core.run import Run
 from ..core.files import UserError, read_json
+from ..core.run import Run
 from ..model.engine import Engine
-from .chat import (
-    CONSENT, SETTINGS, FeedbackKeeper, Piece, Talk, open_engine, readable, resume_talk, save_talk)
+from nanochat.talk.chat import (
+    CONSENT, SETTINGS, FeedbackKeeper, Piece, Talk, open_engine, readable, resume_talk,
+    save_talk)
 
 # %% ../../nbs/talk/42_widget.ipynb #f735964b
 _CHAT_CSS = """

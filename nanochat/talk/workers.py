@@ -23,11 +23,11 @@ from fastcore.basics import patch
 
 # %% ../../nbs/talk/45_workers.ipynb #697bc65d
 from ..core.files import UserError, say
+from ..rustbpe import RustBPE
 from ..core.tokenizer import Tokenizer
 from ..model.engine import Engine, Scheduler
-from ..rustbpe import RustBPE
-from .api import restarting
 from .chat import open_engine
+from .api import restarting
 
 # %% ../../nbs/talk/45_workers.ipynb #0798f10d
 def load_on(

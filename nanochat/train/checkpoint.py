@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 # %% ../../nbs/train/25_checkpoint.ipynb #982a355e
-from ..core.run import Run
 from ..core.files import (
-    UserError, atomic_write, fsync_dir, read_json, sha256_file, sha256_json)
-from ..model.gpt import GPT, GPTConfig
+    UserError, atomic_write, fsync_dir, fsync_file, read_json, sha256_file, sha256_json)
+from ..core.run import Run
 from ..core.tokenizer import Tokenizer
+from ..model.gpt import GPT, GPTConfig
 
 # %% ../../nbs/train/25_checkpoint.ipynb #11ffae38
 def _checkpoints(dir: Path) -> list[Path]:
@@ -102,7 +102,7 @@ def _make_room(dir: Path, states: list[dict]):
 def _write_tensors(path: Path, state: dict) -> dict: # size and SHA-256
     "Write and flush one safetensors file."
     save_file({k: t.detach().contiguous() for k, t in state.items()}, path)
-    with open(path, "rb+") as f: os.fsync(f.fileno())
+    fsync_file(path)
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 def _write_meta(path: Path, files: dict, meta: dict):

@@ -29,11 +29,11 @@ from typing import NamedTuple
 import yaml
 
 # %% ../../nbs/train/22_plan.ipynb #c9c294be
-from ..core.run import STAGES
-from ..core.files import project_root, UserError, names_in
+from ..core.files import UserError, names_in, project_root
 from ..core.machine import n_cores
-from ..core.dataset import SOURCES, _file_state, conversation_files, conversations, text_path
+from ..core.run import STAGES
 from ..core.identity import read_card
+from ..core.dataset import SOURCES, _file_state, conversation_files, conversations, text_path
 
 # %% ../../nbs/train/22_plan.ipynb #00f383ad
 def padded_vocab(vocab_size: int) -> int: # rows of the tables

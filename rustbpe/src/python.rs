@@ -127,7 +127,7 @@ impl RustBPE {
             );
             py.import("builtins")?.call_method1("print", (line,))?;
         }
-        slf.borrow_mut().encoder = Encoder::new(splitter, vocab);
+        slf.try_borrow_mut()?.encoder = Encoder::new(splitter, vocab);
         Ok(())
     }
 

@@ -24,16 +24,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 # %% ../../../nbs/lab/bench/62_data.ipynb #694b7103
-from .measure import (
-    figure, given_documents, machine_documents, table, timed, times)
-from ...core.run import Run
-from ...core.machine import cpu_name, n_cores
 from ...core.files import say
-from ...core.dataloader import PackedLoader, Plan, Shards
+from ...core.machine import cpu_name, n_cores
+from ...core.run import Run
+from ...core.tokenizer import Tokenizer
 from ...core.dataset import batched, iter_texts, tokenize, tokens_dir
+from ...core.dataloader import PackedLoader, Plan, Shards
 from ...train.plan import make_plan
 from ..speedrun import run_stage
-from ...core.tokenizer import Tokenizer
+from .measure import (
+    figure, given_documents, machine_documents, rounds_option, table, text_option, timed, times)
 
 # %% ../../../nbs/lab/bench/62_data.ipynb #708e8796
 def write_parquet(
@@ -220,21 +220,18 @@ def _packing_table(found: list[dict]) -> str:
         [f"{row['text'] / 1e6:.1f} million characters", row["packing"], f"{100 * row['lost']:.1f} %", f"{row['epochs']:.2f}", f"{row['bits_per_byte']:.4f}"] for row in found])
 
 # %% ../../../nbs/lab/bench/62_data.ipynb #b4f82910
-_text = click.option("--text", multiple=True, metavar="PATH", help="A folder or file of parquet, jsonl, txt or md; may be repeated. Without it: sources and documentation that are on this machine.")
-_rounds = click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="How often everything is measured.")
-
 @click.command("shards")
-@_text
+@text_option
 @click.option("--megabytes", type=click.FloatRange(min=0, min_open=True), default=200, show_default=True, help="How much text.")
-@_rounds
+@rounds_option
 def shards_command(text, megabytes, rounds):
     """Text to token shards: seconds, and the peak of the memory."""
     bench_shards([Path(path) for path in text], megabytes, rounds)
 
 @click.command("loader")
-@_text
+@text_option
 @click.option("--megabytes", type=click.FloatRange(min=0, min_open=True), default=100, show_default=True, help="How much text.")
-@_rounds
+@rounds_option
 def loader_command(text, megabytes, rounds):
     """Token shards to batches on one core: tokens a second, padding, tokens lost."""
     bench_loader([Path(path) for path in text], megabytes, rounds)

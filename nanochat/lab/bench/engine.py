@@ -12,12 +12,12 @@ import click
 import torch
 
 # %% ../../../nbs/lab/bench/65_engine.ipynb #3dee0764
-from .measure import table
-from ...core.machine import cpu_name, n_cores
 from ...core.files import say
-from ...model.engine import Batch, Engine, Row
+from ...core.machine import cpu_name, n_cores
 from ...model.gpt import GPT, GPTConfig
+from ...model.engine import Batch, Engine, Row
 from ...train.plan import model_shape
+from .measure import table
 from .train import NoText
 
 # %% ../../../nbs/lab/bench/65_engine.ipynb #6c52a3cb

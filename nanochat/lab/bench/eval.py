@@ -17,24 +17,24 @@ import numpy as np
 import torch
 
 # %% ../../../nbs/lab/bench/64_eval.ipynb #76a31167
-from .measure import table
-from ...train.checkpoint import load_model
-from ...core.run import Run
 from ...core.files import UserError, say
 from ...core.machine import cpu_name, derive_seed, n_cores
+from ...core.run import Run
+from ...core.tokenizer import Tokenizer
+from ...core.world import World
+from ...core.dataset import core_folders, set_rows
+from ...model.gpt import GPT, GPTConfig
+from ...model.sandbox import judge_many, sandbox_kind
+from ...model.engine import Engine
+from ...train.plan import model_shape
+from ...train.checkpoint import load_model
+from ...train.loop import autocast
+from ...post.tasks import visible_text
+from ...post.public import make_task
 from ...post.core_eval import (
     CORE, CoreTask, GPTReader, ask, core_file, core_rows, decide, examples_for, losses_and_leads,
     pad, render, sample_rows, to_question)
-from ...core.dataset import core_folders, set_rows
-from ...model.engine import Engine
-from ...model.gpt import GPT, GPTConfig
-from ...train.plan import model_shape
-from ...model.sandbox import judge_many, sandbox_kind
-from ...post.public import make_task
-from ...post.tasks import visible_text
-from ...core.tokenizer import Tokenizer
-from ...train.loop import autocast
-from ...core.world import World
+from .measure import table
 
 # %% ../../../nbs/lab/bench/64_eval.ipynb #bd0fe253
 @torch.inference_mode()

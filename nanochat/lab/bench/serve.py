@@ -24,13 +24,13 @@ import numpy as np
 import psutil
 
 # %% ../../../nbs/lab/bench/66_serve.ipynb #6ca4ab49
-from ...train.checkpoint import save_checkpoint
-from ...core.run import Run
 from ...core.files import UserError
-from ...model.engine import Engine
-from ...model.gpt import GPT, GPTConfig
-from ...talk.stream import AnswerText
+from ...core.run import Run
 from ...core.tokenizer import Tokenizer
+from ...model.gpt import GPT, GPTConfig
+from ...model.engine import Engine
+from ...train.checkpoint import save_checkpoint
+from ...talk.stream import AnswerText
 
 # %% ../../../nbs/lab/bench/66_serve.ipynb #ccedc75c
 @dataclass

@@ -31,12 +31,12 @@ import numpy as np
 # %% ../../../nbs/lab/bench/61_tokenizer.ipynb #4aad9c82
 from ... import __version__
 from ...core.files import UserError, atomic_write, say
-from ...core.machine import cpu_name, peak_memory
 from ...rustbpe import GPT2_PATTERN, GPT4_PATTERN, PATTERN, RustBPE
+from ...core.machine import cpu_name, peak_memory
 from ...core.tokenizer import RANK_FILES, rank_file
-from nanochat.lab.bench.measure import (
-    describe_text, figure, given_documents, machine_documents, read_documents, table, timed,
-    times, write_documents)
+from .measure import (
+    describe_text, figure, given_documents, machine_documents, read_documents, rounds_option,
+    table, text_option, timed, times, write_documents)
 
 # %% ../../../nbs/lab/bench/61_tokenizer.ipynb #14b9bba9
 SPLITS = {"nanochat": PATTERN, "gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
@@ -453,10 +453,10 @@ def bench_tokenizer(
 
 # %% ../../../nbs/lab/bench/61_tokenizer.ipynb #bb0b2d64
 @click.command("tokenizer")
-@click.option("--text", multiple=True, metavar="PATH", help="A folder or file of parquet, jsonl, txt or md; may be repeated. Without it: sources and documentation that are on this machine.")
+@text_option
 @click.option("--megabytes", type=click.FloatRange(min=0, min_open=True), default=100, show_default=True, help="How much text.")
 @click.option("--memory-megabytes", type=click.FloatRange(min=0, min_open=True), help="Train ours on this much too, to see its memory.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="How often everything is measured.")
+@rounds_option
 @click.option("--vocab-size", type=click.IntRange(256), default=32768, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads for training, and for encoding beside one thread; 2 where there are two cores.")
 @click.option("--only", multiple=True, type=click.Choice(MEASUREMENTS), help="Measure this; may be repeated. Without it: everything.")

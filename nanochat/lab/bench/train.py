@@ -20,14 +20,14 @@ from pathlib import Path
 import click
 
 # %% ../../../nbs/lab/bench/63_train.ipynb #f89f0449
-from .measure import table
-from ...core.run import Run, read_metrics
-from ...core.machine import cpu_name, n_cores
 from ...core.files import say
-from .data import scratch_base_dir
+from ...core.machine import cpu_name, n_cores
+from ...core.run import Run, read_metrics
 from ...train.plan import (
     TASKS, _measure_flops, _stage_tokens, make_plan, model_shape, training_memory)
 from ..speedrun import run_stage
+from .measure import table
+from .data import scratch_base_dir
 
 # %% ../../../nbs/lab/bench/63_train.ipynb #eab23f81
 STEPS = {4: 16, 6: 32} # depth: rows of 512 tokens
