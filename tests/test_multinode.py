@@ -78,7 +78,7 @@ def test_a_rank_that_dies(two, undisturbed):
 
 def documented_command(port):
     "The command for two machines of eight GPUs, as notebook 23 has it, for two launchers of one rank on this machine: (environment, arguments)."
-    cells = json.loads((REPO/"nbs"/"lab"/"55_speedrun.ipynb").read_text())["cells"]
+    cells = json.loads((REPO/"nbs"/"lab"/"56_speedrun.ipynb").read_text())["cells"]
     export, command = re.search(r"```bash\n(export .*)\n(torchrun .*)\n```", "".join("".join(cell["source"]) for cell in cells)).groups()
     for theirs, ours in (("--nproc-per-node=8", "--nproc-per-node=1"), ("HOST:29500", f"127.0.0.1:{port}"), ("NAME", "smoke"),
                          ("torchrun", "-m torch.distributed.run")):
