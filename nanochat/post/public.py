@@ -25,9 +25,8 @@ from ..model.sandbox import calculator, judge_many, sandbox_kind
 from .tasks import (
     Task, assistant, check_task_split, choice_prompt, final_number, numbers_in, same_letter,
     spoken_text, user, visible_text)
-from nanochat.post.town import (
-    Counting, Facts, Identity, Memory, Problems, SmallTalk, Spelling, Sums, TownChoice, TwoFacts,
-    Unknown)
+from .problems import Counting, Problems, Spelling, Sums
+from .town import Facts, Identity, Memory, SmallTalk, TownChoice, TwoFacts, Unknown
 
 # %% ../../nbs/post/33_public.ipynb #1cc986ac
 class RealTask:

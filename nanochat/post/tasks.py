@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAIN_SIZE', 'user', 'assistant', 'with_tool', 'visible_text', 'spoken_text', 'closing_text', 'numbers_in',
-           'final_number', 'normal', 'part_of', 'check_task_split', 'Task', 'choice_prompt', 'same_letter']
+           'final_number', 'normal', 'part_of', 'check_task_split', 'Task', 'compile_templates', 'compile_pairs',
+           'choice_prompt', 'same_letter']
 
 # %% ../../nbs/post/30_tasks.ipynb #76cfc06d
 import re
@@ -12,7 +13,7 @@ import zlib
 
 # %% ../../nbs/post/30_tasks.ipynb #c69e4874
 from ..core.files import UserError
-from ..core.world import IDENTITY, Draw, World, option_lines
+from ..core.world import IDENTITY, Draw, World, compile_template, option_lines
 
 # %% ../../nbs/post/30_tasks.ipynb #a12cdb6e
 def user(text: str) -> dict:
@@ -171,6 +172,24 @@ class Task:
     ) -> float:
         "Return 1 for a right answer, 0 for a wrong one."
         return float(self.evaluate(conversation, completion))
+
+    def show(self,
+        n: int = 4, # number of conversations
+    ):
+        "Print the first conversations, a message a line."
+        for i in range(n):
+            for message in self[i]["messages"]:
+                print(f"{message['role']:>9}: {visible_text(message)}")
+            print()
+
+# %% ../../nbs/post/30_tasks.ipynb #a7836500
+def compile_templates(texts: list[str]) -> list:
+    "Compile a list of templates."
+    return [compile_template(text) for text in texts]
+
+def compile_pairs(pairs: list[tuple[str, str]]) -> list[tuple]:
+    "Compile a list of (question, answer)."
+    return [(compile_template(question), compile_template(answer)) for question, answer in pairs]
 
 # %% ../../nbs/post/30_tasks.ipynb #3fba5546
 def choice_prompt(
