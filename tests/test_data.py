@@ -112,17 +112,17 @@ def test_a_hubs_text_arrives_while_the_tokenizer_trains(tmp_path):
 
 
 def test_a_download_in_the_background_ends_with_the_stage(tmp_path):
-    "Whoever stops the stage does not have to wait for what is still to come."
+    "Stopping the stage does not wait for the rest of the download."
     served, base = tmp_path/"served", tmp_path/"base"
     served.mkdir()
-    for i in range(5): (served/f"shard_{i:05d}.parquet").write_bytes(os.urandom(20_000_000)) # at half a megabyte a second each: 40 seconds
-    hub = Hub(served, bytes_per_second=500_000)
+    for i in range(5): (served/f"shard_{i:05d}.parquet").write_bytes(os.urandom(20_000_000)) # at 100 kB a second each: 200 seconds
+    hub = Hub(served, bytes_per_second=100_000)
     code = HUB_RUN[:HUB_RUN.index("run = ")] + "with d.start_download({'data': {'source': 'climbmix', 'characters': 120_000}}): d.time.sleep(2); raise SystemExit('stopped')"
     env = environment(base) | hub_environment(hub.url, tmp_path)
     began = time.monotonic()
     try: done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     finally: hub.close()
-    assert done.stderr.strip() == "stopped" and time.monotonic() - began < 20
+    assert done.stderr.strip() == "stopped" and time.monotonic() - began < 100
     assert list((base/"data"/"climbmix").glob(".*.part")) # what has arrived is kept
 
 
