@@ -30,16 +30,13 @@ def cli():
     Everything is kept under $NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
     """
 
-# %% ../../nbs/lab/56_speedrun.ipynb #843739d1
+# %% ../../nbs/lab/56_speedrun.ipynb #90c96aab
 _run_option = click.option(
     "--run", "name",
     help="The run whose model is used; by default the one trained last.")
 _stage_option = click.option(
     "--stage", default="latest", show_default=True,
     help="base, mid, sft, rl, dpo, or the latest that is done.")
-_set_option = click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE",
-    help="Change a setting; may be repeated. `nanochat speedrun --set help` lists them.")
 
 # %% ../../nbs/lab/56_speedrun.ipynb #12e7f197
 def _use_data_root(context, option, value):
@@ -80,14 +77,15 @@ def last_run() -> str:
     raise UserError(f"there is no trained model in {runs_dir()}: make one with "
                     "`nanochat speedrun`.")
 
-# %% ../../nbs/lab/56_speedrun.ipynb #b6988546
+# %% ../../nbs/lab/56_speedrun.ipynb #d565d6a3
 _SETTING = { # of each option in `_plan_options`
     "data": "data.source", "depth": "dial.depth", "minutes": "dial.minutes",
     "dollars": "dial.dollars", "until": "dial.until", "nproc": "hardware.nproc"}
 
 _plan_options = _options(
     click.option("--data",
-                 help="world, climbmix, fineweb-edu, or your own folder or file of text."),
+                 help="A named source (world, climbmix, fineweb-edu), or a folder or file of "
+                 "parquet, jsonl, txt or md."),
     click.option("--depth", type=int,
                  help="Layers of the model: the one dial that determines the rest."),
     click.option("--minutes", type=float,
@@ -153,7 +151,7 @@ def _train(run: Run):
         click.echo(f"to talk to it: nanochat chat --run {run.name}")
     else: click.echo(f"ended after {until}; the same command with --until report continues")
 
-# %% ../../nbs/lab/56_speedrun.ipynb #c7038a31
+# %% ../../nbs/lab/56_speedrun.ipynb #d4fe50ab
 @cli.command("speedrun")
 @click.option("--preset",
               help="smoke, laptop, gpu, speedrun or d32; by default gpu with a GPU, else laptop.")
@@ -161,7 +159,8 @@ def _train(run: Run):
               help="Name of the run's folder; by default made from preset, data and depth.")
 @_plan_options
 @_data_root_option
-@_set_option
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+              help="Change a setting; may be repeated. `--set help` lists them.")
 @click.option("--hardware",
               help="With --plan: plan for another machine, for example 8xH100.")
 @click.option("--plan", "plan_only", is_flag=True, help="Show the plan and stop.")
@@ -218,7 +217,7 @@ _limit_options = _options( # fields of `ServerLimits`
     click.option("--max-body", "body", type=click.IntRange(1024), default=1 << 20,
                  show_default=True, help="Bytes of one request."))
 
-# %% ../../nbs/lab/56_speedrun.ipynb #46a41ad3
+# %% ../../nbs/lab/56_speedrun.ipynb #f6104a3b
 @cli.command("serve")
 @_run_option
 @_stage_option
@@ -227,7 +226,8 @@ _limit_options = _options( # fields of `ServerLimits`
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
               help="0 takes a free one.")
 @click.option("--api-key", envvar="NANOCHAT_API_KEY", show_envvar=True,
-              help="Key that callers must send; other users can read it in a command line.")
+              help="Key that callers must send. Other users of this machine can read it in a "
+              "command line, and not in the environment.")
 @click.option("--devices", default="auto", show_default=True,
               help="auto (all GPUs), cpu, cuda:0,cuda:1, or a number of CPU processes.")
 @click.option("--allow-origin", "origins", multiple=True,
@@ -383,13 +383,14 @@ def _eval_command(name, stage, tasks, most, folder, device, **how):
         else: scores = _measure_run(name or last_run(), stage, wanted, device, most, **how)
         say(_show_scores(*scores))
 
-# %% ../../nbs/lab/56_speedrun.ipynb #634cd7d5
+# %% ../../nbs/lab/56_speedrun.ipynb #3abe2777
 @cli.command("dpo")
 @click.argument("name", required=False)
 @click.option("--simulate", type=click.IntRange(1),
               help="Train on that many preferences of a simulated judge, who likes the longer of "
               "two right answers.")
-@_set_option
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+              help="Change one of the settings dpo.*; may be repeated.")
 def _dpo_command(name, simulate, settings):
     """Train a chat model on its users' preferences.
 
