@@ -19,7 +19,7 @@ from nanochat.core.tokenizer import Tokenizer
 from nanochat.core.world import World
 from nanochat.core.dataset import SETS, conversations, set_rows, take, tokenize
 from nanochat.train.plan import make_plan
-from nanochat.lab.speedrun import run_stage
+from nanochat.lab.stages import run_stage
 
 
 def write_txt(folder, texts):
@@ -76,7 +76,7 @@ HUB_RUN = """
 import nanochat.core.dataset as d
 from nanochat.core.run import Run
 from nanochat.train.plan import make_plan
-from nanochat.lab.speedrun import run_stage
+from nanochat.lab.stages import run_stage
 d.SOURCES["climbmix"] = d.Source("a test", "none", repo="someone/text", shards=5, shard_characters=40_000)
 run = Run.create("hub", make_plan("smoke", {"data.characters": 120_000, "tokenizer.max_characters": 40_000, "eval.core_questions": 0, "eval.tasks": "world"}, data="climbmix").config)
 for stage in ("data", "tokenizer"): run_stage(run, stage)

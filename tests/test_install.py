@@ -45,7 +45,7 @@ def test_importing_the_model_costs_little_beside_torch():
     assert model <= torch_alone + 0.5, (model, torch_alone)
 
 
-@pytest.mark.parametrize("module", ["nanochat.lab.speedrun", "nanochat.core.run", "nanochat.train.plan", "nanochat.core.world"])
+@pytest.mark.parametrize("module", ["nanochat.lab.speedrun", "nanochat.lab.stages", "nanochat.core.run", "nanochat.train.plan", "nanochat.core.world"])
 def test_what_needs_no_torch_does_not_import_it(module):
     heavy = "import sys; print([m for m in ('torch', 'papermill', 'IPython', 'matplotlib', 'pyarrow', 'ipywidgets') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", f"import {module}; {heavy}"], capture_output=True, text=True, check=True, cwd=REPO)

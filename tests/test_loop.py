@@ -20,7 +20,7 @@ from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import make_optimizer
 from nanochat.train.checkpoint import latest_checkpoint, load_checkpoint
 from nanochat.train.loop import LoopSettings, train
-from nanochat.lab.speedrun import LAUNCHER_ENV
+from nanochat.lab.stages import LAUNCHER_ENV
 
 STEPS, ROWS = 20, 4 # rows of a step, over all ranks
 
@@ -188,7 +188,7 @@ def test_the_stop_button_of_a_notebook(tmp_path):
         kernel.interrupt_kernel() # what the button does
         stopped = reply(first)
         last = max(steps(run))
-        assert (stopped["status"], stopped["ename"]) == ("error", "UserError"), stopped
+        assert (stopped["status"], stopped["ename"]) == ("error", "Stopped"), stopped
         assert stopped["evalue"].startswith(f"stopped by Ctrl-C after step {last} of 999, which is saved") and saved(run)[-1] == last
         again = reply(client.execute(cell.format(run=str(run), steps=last + 3))) # only its end is nearer
         assert again["status"] == "ok" and steps(run) == list(range(1, last + 4))

@@ -21,7 +21,7 @@ from nanochat.post.tasks import visible_text
 from nanochat.post.mixture import open_mixture, open_task, take
 from nanochat.post.finetune import (
     ConversationLoader, fit_conversations, finetune, pack_conversations, prepare_rows)
-from nanochat.lab.speedrun import data_stage, run_stage
+from nanochat.lab.stages import run_stage
 
 CPU = Hardware("CPU with 2 cores", "cpu", 1, 8 * 2**30, 1e11, 0.0, bf16=False, cores=2)
 NO_WORLD = {f"{stage}.mixture.{task}": 0 for stage in ("mid", "sft") for task in TASKS}
@@ -164,10 +164,10 @@ def test_what_cannot_be_had_is_said_before_anything_is_spent(sets, monkeypatch):
     def offline(*args, **kwargs): raise UserError("the hub cannot be reached.")
     monkeypatch.setattr(dataset, "download", offline)
     config = plan({"mid.mixture.gsm8k": "1x", "mid.mixture.smoltalk": 5, "sft.mixture.smoltalk": 5, "sft.mixture.mmlu": 5}).config
-    with pytest.raises(UserError, match="smoltalk .*cannot be reached.*mmlu") as e: data_stage(Run.create("a", config))
+    with pytest.raises(UserError, match="smoltalk .*cannot be reached.*mmlu") as e: run_stage(Run.create("a", config), "data")
     assert all(f"--set {setting}=0" in str(e.value) for setting in ("mid.mixture.smoltalk", "sft.mixture.smoltalk", "sft.mixture.mmlu")) and "gsm8k (" not in str(e.value)
     config["dial"]["until"] = "base" # then nobody needs them
-    assert data_stage(Run.create("b", config))["files"] > 0
+    assert run_stage(Run.create("b", config), "data")["files"] > 0
 
 
 # --- packing

@@ -11,11 +11,9 @@ from conftest import REPO, between_checkpoints, edit_config, family, kill_tree, 
 from safetensors.torch import load_file
 
 from nanochat.train.checkpoint import latest_checkpoint
-from nanochat.lab.speedrun import LAUNCHER_ENV
+from nanochat.lab.stages import LAUNCHER_ENV
 
-CELL = "from nanochat.core.run import Run; from nanochat.lab.speedrun import run_stage; run_stage(Run.open('smoke'), 'base')"
-SHORT = {"steps": 40, "tokens": 40 * 2048, "eval_every": 10, "eval_tokens": 2048, "device_batch": 8}
-
+CELL = "from nanochat.core.run import Run; from nanochat.lab.stages import run_stage; run_stage(Run.open('smoke'), 'base')"
 SHORT = {"steps": 40, "tokens": 40 * 2048, "eval_every": 10, "eval_tokens": 2048, "device_batch": 8}
 
 
@@ -53,7 +51,7 @@ def two(copy):
 
 @pytest.fixture
 def undisturbed(two, cache={}):
-    "What pretraining on two ranks of `launch` gives; computed once."
+    "What pretraining on two ranks of `_launch` gives; computed once."
     if not cache:
         mine = two("undisturbed")
         assert end(start(mine.base, "-c", CELL), 300) == 0, (mine.base/"output.txt").read_text()[-3000:]
@@ -77,8 +75,8 @@ def test_a_rank_that_dies(two, undisturbed):
 
 
 def documented_command(port):
-    "The command for two machines of eight GPUs, as notebook 23 has it, for two launchers of one rank on this machine: (environment, arguments)."
-    cells = json.loads((REPO/"nbs"/"lab"/"56_speedrun.ipynb").read_text())["cells"]
+    "The command for two machines of eight GPUs, as the notebook of the stages has it, for two launchers of one rank on this machine: (environment, arguments)."
+    cells = json.loads((REPO/"nbs"/"lab"/"55_stages.ipynb").read_text())["cells"]
     export, command = re.search(r"```bash\n(export .*)\n(torchrun .*)\n```", "".join("".join(cell["source"]) for cell in cells)).groups()
     for theirs, ours in (("--nproc-per-node=8", "--nproc-per-node=1"), ("HOST:29500", f"127.0.0.1:{port}"), ("NAME", "smoke"),
                          ("torchrun", "-m torch.distributed.run")):

@@ -51,7 +51,7 @@ def training(run):
     return len(read_metrics(run/"metrics.jsonl", "base")) > 5
 
 
-CELL = "from nanochat.core.run import Run; from nanochat.lab.speedrun import run_stage; run_stage(Run.open('smoke'), 'base')"
+CELL = "from nanochat.core.run import Run; from nanochat.lab.stages import run_stage; run_stage(Run.open('smoke'), 'base')"
 
 
 def start_cell(run):
@@ -118,6 +118,22 @@ def test_sigterm_to_the_launcher_saves(copy):
     launcher.send_signal(signal.SIGTERM) # what a cluster sends before it takes the machine back
     process.wait(90)
     assert gone(members)
+    saved_step(mine.run)
+    said = (mine.base/"output.txt").read_text()
+    assert "Stopped: stopped by SIGTERM after step" in said.splitlines()[-1], said[-3000:]
+    assert not (mine.run/"base"/"error.txt").exists() # nothing has failed
+
+
+def test_a_stage_that_the_driver_sees_stop_has_not_failed(copy):
+    mine = copy("tokenizer")
+    process = start(mine.base, "-m", "nanochat", "speedrun", "--preset", "smoke")
+    wait_for(lambda: training(mine.run), process)
+    kernel = next(p for p in family(process) if any("ipykernel" in word for word in p.cmdline()))
+    kernel.send_signal(signal.SIGINT) # the stop button of a notebook
+    assert process.wait(90) == 2
+    said = (mine.base/"output.txt").read_text()
+    assert "nanochat: stopped by Ctrl-C after step" in said and "Traceback" not in said, said[-3000:]
+    assert not (mine.run/"base"/"error.txt").exists()
     saved_step(mine.run)
 
 

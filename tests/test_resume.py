@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nanochat.core.run import Run, read_metrics
 from nanochat.train.checkpoint import latest_checkpoint
-from nanochat.lab.speedrun import stage_function
+from nanochat.lab.stages import compute_stage
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 
@@ -89,7 +89,7 @@ def pretrain(base):
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
     with open(base/"output.txt", "ab") as output:
         for stream in (1, 2): os.dup2(output.fileno(), stream)
-    stage_function("base")(Run.open("smoke"))
+    compute_stage(Run.open("smoke"), "base")
 
 
 class Attempt:

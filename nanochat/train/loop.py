@@ -21,11 +21,11 @@ import torch.distributed as dist
 from fastcore.basics import patch
 
 # %% ../../nbs/train/26_loop.ipynb #0c173349
-from ..core.files import UserError, rank_and_world, say
+from ..core.files import Stopped, UserError, rank_and_world, say
 from ..core.machine import (
     barrier, derive_seed, distributed, group_rank_and_world, peak_memory, pick_device,
     pick_dtype, seed_everything)
-from ..core.run import STOPPED, Run, StopSignal, in_words, progress_bar, read_metrics
+from ..core.run import Run, StopSignal, in_words, progress_bar, read_metrics
 from ..core.tokenizer import Tokenizer
 from ..core.world import World
 from ..core.dataset import prepare_tokens
@@ -216,7 +216,7 @@ def pauses(self: Loop) -> bool:
 
 @patch
 def __iter__(self: Loop):
-    "Yield the steps that are left. Raises `UserError`, after saving, if the process was told to stop."
+    "Yield the steps that are left. Raises `Stopped`, after saving, if a signal came."
     s = self.settings
     with StopSignal() as self._stop, progress_bar(s.steps, self.step, s.desc) as self._bar:
         if self.due() and not self._was_evaluated(): self._evaluate()
@@ -242,7 +242,8 @@ def _between_steps(self: Loop):
     if self.settings.checkpoints is None:
         kept = "and nothing is kept, because no folder for checkpoints was given"
     who = self._stop.name or "a signal to another rank"
-    raise UserError(f"{STOPPED} {who} after step {self.step} of {self.settings.steps}, {kept}.")
+    steps = self.settings.steps
+    raise Stopped(f"stopped by {who} after step {self.step} of {steps}, {kept}.")
 
 @patch
 def _save(self: Loop):
@@ -352,7 +353,7 @@ def train(
 ) -> dict: # step, seconds, tokens, loss, and the numbers of the last evaluation
     """Train from the last checkpoint, if there is one, up to `settings.steps`.
 
-    Raises `UserError` if the loss is not finite, and if it is told to stop, after saving."""
+    Raises `UserError` if the loss is not finite, and `Stopped`, after saving, if a signal came."""
     scaler, losses = LossScaler(dtype == torch.float16), _Losses(settings.checkpoints)
     loop = Loop(model, optimizer, settings, metrics, evaluate=evaluate,
                 memory={"tokens": 0}, parts={"loader": loader, "scaler": scaler})

@@ -31,7 +31,7 @@ from ...core.tokenizer import Tokenizer
 from ...core.dataset import batched, iter_texts, tokenize, tokens_dir
 from ...core.dataloader import PackedLoader, Plan, Shards
 from ...train.plan import make_plan
-from ..speedrun import run_stage
+from ..stages import run_stage
 from .measure import (
     figure, given_documents, machine_documents, rounds_option, table, text_option, timed, times)
 

@@ -25,7 +25,7 @@ from ...core.machine import cpu_name, n_cores
 from ...core.run import Run, read_metrics
 from ...train.plan import (
     TASKS, _measure_flops, _stage_tokens, make_plan, model_shape, training_memory)
-from ..speedrun import run_stage
+from ..stages import run_stage
 from .measure import table
 from .data import scratch_base_dir
 
