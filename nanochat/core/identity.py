@@ -16,7 +16,8 @@ import yaml
 
 # %% ../../nbs/core/06_identity.ipynb #a2578461
 from .files import UserError
-from .world import IDENTITY, Draw, compile_template, expand, expansions, join_words
+from .world import IDENTITY
+from .grammar import Draw, compile_template, expand, expansions, join_words
 
 # %% ../../nbs/core/06_identity.ipynb #675b92ec
 class Card(NamedTuple):

@@ -12,7 +12,8 @@ import zlib
 
 # %% ../../nbs/post/30_tasks.ipynb #c69e4874
 from ..core.files import UserError
-from ..core.world import IDENTITY, Draw, World, option_lines
+from ..core.grammar import Draw
+from ..core.world import IDENTITY, World, option_lines
 
 # %% ../../nbs/post/30_tasks.ipynb #a12cdb6e
 def user(text: str) -> dict:

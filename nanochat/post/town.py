@@ -13,10 +13,11 @@ import re
 from fastcore.basics import patch
 
 # %% ../../nbs/post/32_town.ipynb #96f9a95b
-from ..core.world import (
-    ANSWERS, ATTRIBUTES, COLOURS, DAYS, FAMILIES, GOODS, HE, IDENTITY, JOBS, PETS, PLACES,
-    PLURALS, QUESTIONS, SHE, THINGS, WEATHER, WORDS, Draw, compile_template, count,
-    expand, expansions, made_up, question_and_answer, spell, wrong_values)
+from nanochat.core.grammar import (
+    ANSWERS, ATTRIBUTES, COLOURS, DAYS, FAMILIES, GOODS, HE, JOBS, PETS, PLACES, PLURALS,
+    QUESTIONS, SHE, THINGS, WEATHER, WORDS, Draw, compile_template, count, expand, expansions,
+    made_up, spell)
+from ..core.world import IDENTITY, question_and_answer, wrong_values
 from ..model.sandbox import calculator
 from .tasks import (
     Task, assistant, choice_prompt, closing_text, final_number, normal, part_of, user, with_tool)
