@@ -245,7 +245,7 @@ def server(tmp_path, monkeypatch):
     handler = type("Handler", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *args: None, "__init__": lambda self, *args: http.server.SimpleHTTPRequestHandler.__init__(self, *args, directory=place)})
     served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=served.serve_forever, daemon=True).start()
-    monkeypatch.setattr(module, "RANK_FILES_URL", f"http://127.0.0.1:{served.server_port}")
+    monkeypatch.setattr(module, "_RANK_FILES_URL", f"http://127.0.0.1:{served.server_port}")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path/"base"))
     yield place
     served.shutdown()

@@ -28,7 +28,8 @@ from ..core.files import UserError, atomic_write, rank_and_world, read_json, say
 from ..core.machine import derive_seed, pick_device, seed_everything
 from ..core.run import Metrics, Run, fingerprint, progress_bar
 from ..core.tokenizer import Tokenizer, check_conversation
-from ..core.world import ANSWERS, Draw, World, expansions, question_and_answer
+from ..core.grammar import ANSWERS, Draw, expansions
+from ..core.world import World, question_and_answer
 from ..model.gpt import GPT
 from ..model.engine import Engine
 from ..train.plan import SCHEMA
