@@ -8,7 +8,8 @@ import torch
 
 from nanochat.core.machine import peak_memory
 from nanochat.model.loss import CHUNK_LOGITS
-from nanochat.train.plan import LOGITS, model_shape, training_memory
+from nanochat.train.plan import LOGITS, training_memory
+from nanochat.model.shape import model_shape
 
 STEP = """
 import json, sys, torch

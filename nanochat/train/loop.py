@@ -30,6 +30,7 @@ from ..core.tokenizer import Tokenizer
 from ..core.world import World
 from ..core.dataset import prepare_tokens
 from ..core.dataloader import PackedLoader
+from ..model.shape import flops_per_token
 from ..model.attention import choose_backends
 from ..model.precision import LossScaler, quantize_weights, use_fp8
 from ..model.gpt import GPT, GPTConfig
@@ -330,7 +331,7 @@ def measured(
     "Throughput, MFU and memory, as they go into the log."
     speed = {"tokens_per_second": round(tokens_per_second, 1)}
     if peak_flops:
-        speed["mfu"] = round(model.flops_per_token() * tokens_per_second / peak_flops, 4)
+        speed["mfu"] = round(flops_per_token(vars(model.config)) * tokens_per_second / peak_flops, 4)
     on_cuda = device.type == "cuda"
     memory = torch.cuda.max_memory_allocated(device) / 1e6 if on_cuda else peak_memory()
     if memory: speed["memory_mb"] = round(memory, 1)

@@ -7,8 +7,7 @@ __all__ = ['REFERENCE_LR', 'REFERENCE_WEIGHT_DECAY', 'GPUS', 'BF16_PAYS', 'ATTAI
            'ANSWER_TOKENS', 'REWARDED', 'SET_SIZES', 'TASK_SIZE', 'MIXTURE_HELP', 'SCHEMA', 'KEYS', 'SAME', 'RIVALS',
            'USABLE', 'MICRO_BATCH', 'TOKENS_PER_CONVERSATION', 'TOKENS_PER_DOCUMENT', 'GENERATION_COST', 'TEXT_RATE',
            'STARTUP', 'DISK_RATE', 'CORE_TOKENS', 'CORE_ROWS', 'LAW', 'CHOSEN', 'DEPTHS', 'WIDTHS', 'VOCABULARIES',
-           'SMALLEST_DIAL', 'SMALL_LR', 'padded_vocab', 'count_params', 'layer_windows', 'scaling_params',
-           'flops_per_token', 'model_shape', 'reference_params', 'optimal_batch', 'batch_scale', 'Hardware',
+           'SMALLEST_DIAL', 'SMALL_LR', 'reference_params', 'optimal_batch', 'batch_scale', 'Hardware',
            'named_hardware', 'cpu_hardware', 'detect_hardware', 'training_memory', 'Key', 'Weight', 'read_weight',
            'bytes_per_token', 'check_split', 'task_size', 'describe_settings', 'setting_name', 'presets_dir',
            'known_presets', 'load_preset', 'checked_settings', 'expected_bits_per_byte', 'Candidate', 'Row', 'Plan',
@@ -34,58 +33,7 @@ from ..core.machine import n_cores
 from ..core.run import STAGES
 from ..core.identity import read_card
 from ..core.dataset import SOURCES, _file_state, conversation_files, conversations, text_path
-
-# %% ../../nbs/train/24_plan.ipynb #00f383ad
-def padded_vocab(vocab_size: int) -> int: # rows of the tables
-    "The vocabulary as the model stores it: rounded up to a multiple of 64, which matrix units like."
-    return -(-vocab_size // 64) * 64
-
-def count_params(
-    model: dict, # the fields of `GPTConfig`
-) -> dict: # part: number of parameters
-    "Parameters by part, from the shape alone; nothing is built."
-    C, L = model["n_embd"], model["n_layer"]
-    head_dim, kv_heads = C // model["n_head"], model["n_kv_head"]
-    table = padded_vocab(model["vocab_size"])
-    ve_layers = (L + 1) // 2 if model["value_embeds"] else 0
-    matrices = L * (2*C*C + 2*C*kv_heads*head_dim + 8*C*C)
-    gates = ve_layers * 12 * kv_heads  # one gate a key-value head, which looks at 12 channels
-    scalars = 2*L * model["resid_lambdas"] + 25 * model["smear"] + 1 * model["backout"]
-    parts = dict(embedding=table*C, value_embeddings=ve_layers*table*kv_heads*head_dim, matrices=matrices + gates, head=table*C, scalars=scalars)
-    return parts | {"total": sum(parts.values())}
-
-# %% ../../nbs/train/24_plan.ipynb #832133c3
-def layer_windows(
-    model: dict, # the fields of `GPTConfig`
-) -> list[int]: # tokens that each layer sees
-    "The attention window of every layer."
-    T, L = model["sequence_len"], model["n_layer"]
-    short = min(T, -(-T // 4 // 128) * 128)
-    kinds = (model["window_pattern"] * L)[:L-1] + "L"
-    return [short if kind == "S" else T for kind in kinds]
-
-def scaling_params(
-    model: dict, # the fields of `GPTConfig`
-) -> int:
-    "The parameters that take part in matrix products: those of the layers and the head."
-    params = count_params(model)
-    return params["matrices"] + params["head"]
-
-def flops_per_token(
-    model: dict, # the fields of `GPTConfig`
-) -> float: # floating-point operations, forward and backward
-    "FLOPs = 6·(matmul parameters) + Σ_layers 12·n_embd·min(window, T)."
-    return 6 * scaling_params(model) + sum(12 * model["n_embd"] * w for w in layer_windows(model))
-
-# %% ../../nbs/train/24_plan.ipynb #4d72b4fd
-def model_shape(
-    depth: int, # layers
-    aspect_ratio: int = 64, # channels of the stream for each layer
-    head_dim: int = 128, # channels of an attention head
-) -> dict: # n_layer, n_head, n_kv_head, n_embd
-    "The shape of the model that the dial stands for."
-    n_head = -(-depth * aspect_ratio // head_dim)
-    return dict(n_layer=depth, n_head=n_head, n_kv_head=n_head, n_embd=n_head * head_dim)
+from ..model.shape import count_params, flops_per_token, model_shape, padded_vocab, scaling_params, check_shape
 
 # %% ../../nbs/train/24_plan.ipynb #69a9c87d
 def reference_params(vocab_size: int) -> int:
@@ -896,10 +844,7 @@ def _check(c: dict, hw: Hardware):
     if hw.device == "cuda" and nproc > hw.count: raise UserError(f"hardware.nproc is {nproc}, but there {'is' if hw.count == 1 else 'are'} only {hw.count} GPU{'s' if hw.count > 1 else ''}: set hardware.nproc={hw.count}.")
     if c["hardware.dtype"] == "bfloat16" and hw.device == "cuda" and not hw.bf16: raise UserError(f"hardware.dtype is bfloat16, which {hw.name} cannot multiply: set hardware.dtype=float16.")
     if c["hardware.dtype"] == "float16" and c["hardware.device"] == "cpu": raise UserError("hardware.dtype is float16, which a processor multiplies slowly: set hardware.dtype=float32 or bfloat16.")
-    if model["n_embd"] % model["n_head"]: raise UserError(f"model.n_embd is {model['n_embd']}, which {model['n_head']} heads do not divide: set model.n_embd={model['n_head'] * max(2, round(model['n_embd'] / model['n_head'] / 2) * 2)}.")
-    if model["n_embd"] // model["n_head"] % 2: raise UserError(f"a head is {model['n_embd'] // model['n_head']} channels wide, but rotations turn pairs: choose an even dial.head_dim, or another model.n_head.")
-    if model["n_head"] % model["n_kv_head"]: raise UserError(f"model.n_kv_head is {model['n_kv_head']}, which does not divide model.n_head, {model['n_head']}: choose a divisor of it.")
-    if not set(model["window_pattern"]) <= set("SL"): raise UserError(f"model.window_pattern is {model['window_pattern']!r}, but it may only hold S (a quarter of the context) and L (all of it).")
+    check_shape(model)
     for stage in ("mid", "sft"):
         for task, weight in _mixture(c, stage).items(): check_split(task, weight.split)
         if not _mixture(c, stage): raise UserError(f"{stage}.mixture is empty: give at least one of {', '.join([*TASKS, *SET_SIZES])} a number above 0.")

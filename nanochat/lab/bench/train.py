@@ -23,8 +23,8 @@ import click
 from ...core.files import say
 from ...core.machine import cpu_name, n_cores
 from ...core.run import Run, read_metrics
-from ...train.plan import (
-    TASKS, _measure_flops, _stage_tokens, make_plan, model_shape, training_memory)
+from ...train.plan import TASKS, _measure_flops, _stage_tokens, make_plan, training_memory
+from ...model.shape import model_shape
 from ..speedrun import run_stage
 from .measure import table
 from .data import scratch_base_dir
@@ -99,6 +99,7 @@ def _measure_training(
     code = """
 import json, sys, time, torch
 from nanochat.core.machine import peak_memory
+from nanochat.model.shape import flops_per_token
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.precision import quantize_weights
 from nanochat.train.loop import accumulate_gradients, grad_accum_steps, optimizer_for, prepare_model
@@ -128,7 +129,7 @@ while len(found) < 2 or now() - clock < seconds: found.append(step(2))
 turn, update = (sorted(x)[len(x) // 2] for x in zip(*found))
 rate = base["batch_tokens"] / (turn * grad_accum_steps(base["batch_tokens"], B, T) + update)
 peak = torch.cuda.max_memory_allocated() if on_gpu else 1e6 * (peak_memory() or 0)
-print(json.dumps({"turn": turn, "update": update, "first": first, "tokens_per_second": rate, "mfu": gpt.flops_per_token() * rate / hardware["peak_flops"], "peak": peak}))
+print(json.dumps({"turn": turn, "update": update, "first": first, "tokens_per_second": rate, "mfu": flops_per_token(vars(gpt.config)) * rate / hardware["peak_flops"], "peak": peak}))
 """
     return _in_process(code, config, seconds)
 
