@@ -413,7 +413,9 @@ _data_root = click.option("--data-root", expose_value=False, callback=_use_data_
 @click.option("--plan", "plan_only", is_flag=True, help="Show the plan and stop.")
 def _speedrun_command(preset, name, data, depth, minutes, dollars, until, nproc, settings, hardware, plan_only):
     """Train every stage and write the report. The same command again goes on where it was stopped."""
-    from nanochat.train.plan import describe_settings, make_plan, named_hardware
+    from nanochat.train.hardware import named_hardware
+    from nanochat.train.settings import describe_settings
+    from nanochat.train.plan import make_plan
     if settings == ("help",):
         click.echo(describe_settings())
         return
@@ -496,7 +498,7 @@ def _dpo_command(name, simulate, settings):
     """Train a chat model on what its users liked better.
 
     The last run's, without a NAME. It reads the thumbs and regenerated answers that the chat has kept, and starts from the model after RL, or SFT. The same command again goes on where it was stopped."""
-    from nanochat.train.plan import checked_settings
+    from nanochat.train.settings import checked_settings
     changed = checked_settings(_settings(settings))
     if others := [key for key in changed if not key.startswith("dpo.")]: raise UserError(f"--set {others[0]} has no place here: the settings of preference training begin with dpo.")
     from nanochat.post.dpo import show_dpo, train_dpo

@@ -52,13 +52,14 @@ def check_shape(
         raise UserError(f"window_pattern is {model['window_pattern']!r}, but it may only hold S (a "
                         "quarter of the context) and L (all of it), such as SSSL.")
 
-# %% ../../nbs/model/10_shape.ipynb #dc19258e
+# %% ../../nbs/model/10_shape.ipynb #2bbcd1bb
 def padded_vocab(
     vocab_size: int, # tokens
 ) -> int: # rows
     "Rows of the embedding and head: a multiple of 64, which is fast on tensor cores."
     return -(-vocab_size // 64) * 64
 
+# %% ../../nbs/model/10_shape.ipynb #84475459
 def count_params(
     model: dict, # the fields of `GPTConfig`
 ) -> dict[str, int]: # part: parameters
@@ -87,7 +88,7 @@ def layer_windows(
     kinds = (model["window_pattern"] * L)[:L - 1] + "L"
     return [short if kind == "S" else T for kind in kinds]
 
-# %% ../../nbs/model/10_shape.ipynb #b7d743a7
+# %% ../../nbs/model/10_shape.ipynb #699fcbd5
 def scaling_params(
     model: dict, # the fields of `GPTConfig`
 ) -> int:
@@ -95,6 +96,7 @@ def scaling_params(
     params = count_params(model)
     return params["matrices"] + params["head"]
 
+# %% ../../nbs/model/10_shape.ipynb #c1b12988
 def flops_per_token(
     model: dict, # the fields of `GPTConfig`
 ) -> int: # floating-point operations, forward and backward
