@@ -20,7 +20,7 @@ import yaml
 
 from nanochat.core.files import file_lock
 from nanochat.core.run import STAGES, Run, read_metrics
-from nanochat.train.plan import known_presets, setting_name
+from nanochat.train.settings import known_presets, setting_name
 
 # without cached bytecode, every kernel, rank and command would spend five seconds on importing torch instead of two
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

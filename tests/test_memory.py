@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from nanochat.core.machine import peak_memory
+from nanochat.model.shape import model_shape
 from nanochat.model.loss import CHUNK_LOGITS
-from nanochat.train.plan import LOGITS, model_shape, training_memory
+from nanochat.train.estimate import LOGITS, training_memory
 
 STEP = """
 import json, sys, torch

@@ -16,7 +16,10 @@ from nanochat.core.files import UserError
 from nanochat.core.run import Run
 from nanochat.core.tokenizer import Tokenizer
 from nanochat.core.identity import read_card
-from nanochat.train.plan import TASKS, Hardware, _flatten, _stage_tokens, make_plan, named_hardware
+from nanochat.train.hardware import Hardware, named_hardware
+from nanochat.train.settings import WORLD_TASKS, flatten
+from nanochat.train.estimate import stage_tokens
+from nanochat.train.plan import make_plan
 from nanochat.post.tasks import visible_text
 from nanochat.post.mixture import open_mixture, open_task, take
 from nanochat.post.finetune import (
@@ -24,7 +27,7 @@ from nanochat.post.finetune import (
 from nanochat.lab.stages import run_stage
 
 CPU = Hardware("CPU with 2 cores", "cpu", 1, 8 * 2**30, 1e11, 0.0, bf16=False, cores=2)
-NO_WORLD = {f"{stage}.mixture.{task}": 0 for stage in ("mid", "sft") for task in TASKS}
+NO_WORLD = {f"{stage}.mixture.{task}": 0 for stage in ("mid", "sft") for task in WORLD_TASKS}
 CARD = "name: Ada\nmaker: Marie and her brother\nage: two weeks\nlikes: [rain, old maps]\n"
 
 
@@ -68,11 +71,11 @@ def test_the_large_presets_reckon_their_mixtures(preset, hardware):
     mid, sft = made.config["mid"]["mixture"], made.config["sft"]["mixture"]
     assert {"smoltalk": 460_000, "mmlu": 100_000, "gsm8k": "1x", "spelling": 200_000, "counting": 80_000, "identity": 2000}.items() <= mid.items()
     assert {"arc-easy", "arc-challenge", "gsm8k", "smoltalk", "identity", "spelling"} <= set(sft)
-    tokens = _stage_tokens(_flatten(made.config), "mid")
+    tokens = stage_tokens(flatten(made.config), "mid")
     assert 3e8 < tokens < 6e8 # nanochat-2025's was some 400 million
     more = plan({"mid.mixture.gsm8k": "4x"}, preset, named_hardware(hardware)).config
     assert more["mid"]["mixture"]["gsm8k"] == "4x"
-    assert _stage_tokens(_flatten(more), "mid") - tokens == pytest.approx(3 * 7473 * 182, rel=0.01)
+    assert stage_tokens(flatten(more), "mid") - tokens == pytest.approx(3 * 7473 * 182, rel=0.01)
     assert made.seconds["mid"] > 10 * made.seconds["sft"] > 0
 
 

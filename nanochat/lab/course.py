@@ -578,7 +578,8 @@ def _schedule(schedule):
 # %% ../../nbs/lab/59_course.ipynb #2de9f33f
 import math
 
-from ..train.plan import Hardware, flops_per_token
+from ..model.shape import flops_per_token
+from ..train.hardware import Hardware
 from ..train.loop import accumulate_gradients
 
 # %% ../../nbs/lab/59_course.ipynb #4b4a56a6

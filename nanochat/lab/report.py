@@ -32,7 +32,7 @@ import nanochat
 from ..core.files import UserError, atomic_write, project_root, sha256_json
 from ..core.machine import environment
 from ..core.run import EXTRA_STAGES, STAGES, TRAINED, Run, fingerprint
-from ..train.plan import named_hardware
+from ..train.hardware import named_hardware
 from ..post.core_eval import mean_interval
 from ..post.chat_eval import CHAT_CORE
 

@@ -18,35 +18,11 @@ from fastcore.basics import patch
 
 # %% ../../nbs/model/14_gpt.ipynb #09d22115
 from ..core.files import UserError
+from .shape import (
+    check_shape, count_params, layer_windows, padded_vocab)
 from .attention import KVCache, RowCache, attention
 from .loss import head_loss
 from .precision import int8_linear, quantize_int8
-
-# %% ../../nbs/model/14_gpt.ipynb #6130574e
-def _wrong_config(
-    c: "GPTConfig",
-) -> str | None: # a sentence for the user
-    "Return the first thing that is wrong with a configuration."
-    for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-        value = getattr(c, name)
-        if not isinstance(value, int) or value < 1:
-            return f"{name} is {value!r}: use a whole number of at least 1."
-    for name in ("rope_base", "qk_scale", "softcap"):
-        value = getattr(c, name)
-        if not isinstance(value, (int, float)) or not value > 0:
-            return f"{name} is {value!r}: use a number above 0."
-    if c.n_embd % c.n_head:
-        return (f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}: "
-                "every head needs the same number of channels.")
-    if c.n_head % c.n_kv_head:
-        return (f"n_head {c.n_head} is not divisible by n_kv_head {c.n_kv_head}: "
-                "every kv head must serve the same number of heads.")
-    if c.head_dim % 2:
-        return (f"n_embd {c.n_embd} over n_head {c.n_head} makes heads of {c.head_dim} channels: "
-                "RoPE rotates pairs, so use an even number.")
-    if not c.window_pattern or set(c.window_pattern) - set("SL"):
-        return (f"window_pattern is {c.window_pattern!r}: use the letters S (a quarter of the "
-                "context) and L (all of it), such as SSSL.")
 
 # %% ../../nbs/model/14_gpt.ipynb #54bdde33
 @dataclass
@@ -76,23 +52,20 @@ class GPTConfig:
         return cls(**plain | changes)
 
     def __post_init__(self):
-        if problem := _wrong_config(self): raise UserError(problem)
+        check_shape(vars(self))
 
     @property
     def head_dim(self) -> int: return self.n_embd // self.n_head
 
     @property
     def padded_vocab_size(self) -> int:
-        "Rows of the embedding and head: a multiple of 64, which is fast on tensor cores."
-        return -(-self.vocab_size // 64) * 64
+        "Rows of the embedding and head."
+        return padded_vocab(self.vocab_size)
 
     @property
     def windows(self) -> list[int]:
-        "How many tokens back each layer sees; the last layer always sees all."
-        quarter = -(-self.sequence_len // (4 * 128)) * 128 # rounded up to 128
-        short = min(quarter, self.sequence_len)
-        pattern = (self.window_pattern * self.n_layer)[:self.n_layer - 1] + "L"
-        return [short if kind == "S" else self.sequence_len for kind in pattern]
+        "How many tokens back each layer sees."
+        return layer_windows(vars(self))
 
 # %% ../../nbs/model/14_gpt.ipynb #6b851bc7
 def _rate(x):
@@ -481,34 +454,10 @@ def forward(
     return self.head(x) if targets is None else self._loss(x, targets, loss_reduction)
 
 # %% ../../nbs/model/14_gpt.ipynb #73f36245
-def _part_of(
-    name: str, # of a parameter
-) -> str:
-    "The part of the model that a parameter is counted with."
-    if ".wte." in name: return "wte"
-    if name.startswith("transformer."): return "transformer_matrices"
-    if name.startswith(("value_embeds.", "lm_head.")): return name.split(".")[0]
-    return "scalars"
-
 @patch
 def num_params(self: GPT) -> dict[str, int]: # part: parameters
     "Count parameters by part. Value embedding gates count as matrices, the smear gate as a scalar."
-    names = ("wte", "value_embeds", "lm_head", "transformer_matrices", "scalars")
-    parts = dict.fromkeys(names, 0)
-    for name, p in self.named_parameters(): parts[_part_of(name)] += p.numel()
-    return parts | {"total": sum(parts.values())}
-
-@patch
-def scaling_params(self: GPT) -> int:
-    "Count the parameters that scaling laws use: the matrices of the blocks, and the head."
-    n = self.num_params()
-    return n["transformer_matrices"] + n["lm_head"]
-
-@patch
-def flops_per_token(self: GPT) -> int:
-    "Training FLOPs per token: 6 per matmul parameter, plus 12·n_embd·window per layer for attention."
-    attention_flops = sum(12 * self.config.n_embd * window for window in self.config.windows)
-    return 6 * self.scaling_params() + attention_flops
+    return count_params(vars(self.config))
 
 # %% ../../nbs/model/14_gpt.ipynb #a16cfed1
 def _join_qkv(

@@ -23,7 +23,7 @@ from ..core.files import UserError, atomic_write, run_command, say
 from ..core.world import World
 from ..core.identity import identity_messages, is_right, questions, read_card, topics
 from ..core.dataset import conversation_files, conversations
-from ..train.plan import SET_SIZES, TASK_SIZE, check_split, read_weight
+from ..train.settings import SET_SIZES, TASK_SIZE, check_split, read_weight
 from .tasks import Task, closing_text
 from .public import REAL_TASKS, TASKS, RealTask, make_task
 

@@ -14,9 +14,9 @@ import torch
 # %% ../../../nbs/lab/bench/65_engine.ipynb #3dee0764
 from ...core.files import say
 from ...core.machine import cpu_name, n_cores
+from ...model.shape import model_shape
 from ...model.gpt import GPT, GPTConfig
 from ...model.engine import Batch, Engine, Row
-from ...train.plan import model_shape
 from .measure import table
 from .train import NoText
 

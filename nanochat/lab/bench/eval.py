@@ -23,10 +23,10 @@ from ...core.run import Run
 from ...core.tokenizer import Tokenizer
 from ...core.world import World
 from ...core.dataset import core_folders, set_rows
+from ...model.shape import model_shape
 from ...model.gpt import GPT, GPTConfig
 from ...model.sandbox import judge_many, sandbox_kind
 from ...model.engine import Engine
-from ...train.plan import model_shape
 from ...train.checkpoint import load_model
 from ...train.loop import autocast
 from ...post.tasks import visible_text
