@@ -96,8 +96,8 @@ def stage_function(stage: str):
 
 def _report_stage(run: Run) -> dict: # the manifest
     "Write the report of what has run so far; the stage counts as done when every stage before it is."
-    from nanochat.lab.report import write_report
-    path = write_report(run)
+    from nanochat.lab.report import Report
+    path = Report(run).write()
     if all(run.manifest(stage) for stage in STAGES if stage != "report"): return run.finish("report", path=str(Path(path).name))
     return {"path": str(Path(path).name)}
 
@@ -511,8 +511,8 @@ def _dpo_command(name, simulate, settings):
 def _report_command(names):
     """Write the report of a run again (of the last one, if no NAME is given); of several, their comparison."""
     if len(names) > 1:
-        from nanochat.lab.report import write_comparison
-        click.echo(write_comparison(list(names)))
+        from nanochat.lab.comparison import Comparison
+        click.echo(Comparison(list(names)).write())
         return
     run = Run.open(names[0] if names else last_run())
     _report_stage(run)
