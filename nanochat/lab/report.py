@@ -232,9 +232,9 @@ def _stage_row(
     row = [stage, record.status(stage), show_time(seconds), show_money(dollars)]
     return [*row, found.progress() or "–", median, _outcome(found.last())]
 
-# %% ../../nbs/lab/52_report.ipynb #df66d56e
+# %% ../../nbs/lab/52_report.ipynb #d4d04f4d
 def _unfinished(record: Record) -> list: # of sentences
-    "What is still to run, and how."
+    "The stages that have not run, and the command that runs them."
     status = {stage: record.status(stage) for stage in STAGES if stage != "report"}
     command = f"nanochat speedrun --run {record.name}"
     if isinstance(preset := record.config.get("preset"), str): command += f" --preset {preset}"
@@ -247,20 +247,20 @@ def _unfinished(record: Record) -> list: # of sentences
                     f"To run the stages after it: {command} --until report")
     return said
 
-# %% ../../nbs/lab/52_report.ipynb #38b62462
+# %% ../../nbs/lab/52_report.ipynb #81b0aa29
 def _price_note(
     prices: set, # dollars an hour, 0 where it is unknown
 ) -> str:
-    "What the cost was computed from."
+    "The hourly price that the cost was computed from."
     known = sorted(prices - {0.0})
     if not known: return "No price is known for an hour of this machine, so no cost is given."
     price = f"${known[0]:.2f}"
     if len(known) > 1: price += f" to ${known[-1]:.2f}"
     return f"The cost is the time at {price} an hour, a typical price for renting this hardware."
 
-# %% ../../nbs/lab/52_report.ipynb #e3e12c5c
+# %% ../../nbs/lab/52_report.ipynb #88f51f38
 def _happened(record: Record) -> list: # of blocks
-    "Which stages ran, for how long, at what cost, and where they ended."
+    "Status, time, cost and final figures of the stages."
     spent = time_and_cost(record)
     stages = dict.fromkeys((*STAGES, *record.trained()))
     del stages["report"]
@@ -464,12 +464,12 @@ def _beside_published(record: Record) -> list: # of blocks
 # %% ../../nbs/lab/52_report.ipynb #9ee3c6db
 TRAINING_NOISE = 0.0165 # spread of CORE over seven identical trainings of nanochat-2026's d24
 
-# %% ../../nbs/lab/52_report.ipynb #44be4836
+# %% ../../nbs/lab/52_report.ipynb #dc2825b1
 def _core_sentence(
     stage: str,
     core: dict, # core.json
 ) -> str:
-    "A CORE, how many tasks and questions it is the mean of, and what is missing."
+    "A CORE with its interval, its numbers of tasks and questions, and what is missing."
     score, ends = f"{core['score']:.4f}", show_range(core["ci95"], 4)
     said = [f"{stage.upper()} has a CORE of {score}, 95 % interval {ends}."]
     n = len(core["tasks"])
@@ -569,9 +569,9 @@ def _show_rates(
     said = ", ".join(map(" ".join, zip(kinds, shown)))
     return f"Peak learning rates: {said}."
 
-# %% ../../nbs/lab/52_report.ipynb #79fe7751
+# %% ../../nbs/lab/52_report.ipynb #9a1c398c
 def _above_floor(found: StageRecord) -> list: # of sentences
-    "How far pretraining ended above the entropy of its text."
+    "The distance of pretraining's end from the entropy of its text."
     floor = found.manifest.get("entropy_bits_per_byte")
     measured = found.series("bits_per_byte")
     if not floor or not measured: return []
