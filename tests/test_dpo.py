@@ -11,7 +11,7 @@ from nanochat.core.files import UserError
 from nanochat.core.run import Run, read_metrics
 from nanochat.train.checkpoint import load_model
 from nanochat.post.dpo import FEEDBACK, save_feedback, train_dpo
-from nanochat.lab.report import read_run
+from nanochat.lab.reading import read_run
 from nanochat.post import dpo
 
 
@@ -65,7 +65,7 @@ def test_feedback_is_learned_and_more_of_it_begins_anew(here, capsys):
     assert "1 damaged line is left out" in capsys.readouterr().out
     assert (first["simulated"], first["pairs"], first["heldout_pairs"], first["settings"]["beta"]) == (0, 9, 3, 0.5)
     assert first["heldout_accuracy"] == 1.0 and first["heldout_margin"] > 0.5, first # a tiny model learns a preference
-    assert here.latest() == "dpo" and read_run(here).manifests["dpo"]["start"] == "rl"
+    assert here.latest() == "dpo" and read_run(here).stages["dpo"].manifest["start"] == "rl"
     thumbs(here, 4, first=12)
     second = train_dpo(here, changed={"lr_scale": 0.2, "epochs": 8, "pairs_per_step": 4, "beta": 0.5})
     assert "training begins again" in capsys.readouterr().out

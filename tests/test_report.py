@@ -12,9 +12,10 @@ from conftest import nanochat
 from nanochat.core.files import UserError, atomic_write
 from nanochat.core.run import STAGES, Run
 from nanochat.post.core_eval import CORE, mean_interval, wilson_interval
-from nanochat.lab.report import (
-    PUBLISHED, Comparison, Picture, Report, correlation, difference_interval, figure_svg,
-    read_run, write_comparison, write_report)
+from nanochat.lab.reading import read_run
+from nanochat.lab.figures import Picture
+from nanochat.lab.report import PUBLISHED, Report
+from nanochat.lab.comparison import Comparison, difference
 from nanochat.lab.speedrun import last_run
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> ![x](http://evil.example/x.png) [y](javascript:z) </div>| `a` **b** $\\frac{ \x00\x1b[31m \ud800 \u202e {{7*7}} ' + "\n# h\n```\n"
@@ -62,7 +63,7 @@ def assert_alone(page):
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr("nanochat.lab.report.code_commit", str) # a third of a second each time
+    monkeypatch.setattr("nanochat.lab.report._code_commit", str) # a third of a second each time
     return tmp_path
 
 
@@ -102,7 +103,7 @@ def make(name="r", stages=("data", "tokenizer", "base", "mid", "sft", "rl"), con
 
 def written(run):
     "A run's report, as the page's tags and as Markdown; both must hold."
-    page = write_report(run.name)
+    page = Report(run.name).write()
     text = page.with_suffix(".md").read_text()
     rendered = Tags(mistune.create_markdown(escape=False, plugins=["table"])(text))
     assert not rendered.names & {"script", "iframe", "a"}, rendered.names
@@ -118,13 +119,13 @@ def test_whole_run(base):
     for title in ("loss", "bits per byte", "reward", "learning rate, of its peak"): assert title in page.text # text of the pictures
     assert "| data and tokenizer | 10 s | 24 s | 2.40 |" in text and "| memory of a process | 1.0 GB | 500 MB | 0.50 |" in text
     assert "| evaluation | of mid, sft, rl | 3.0 s | – |" in text and "| together |  | 1 min 15 s |" in text
-    assert "no figure to stand beside a published one" in text and "nanochat eval r --stage base --tasks core" in text.replace("\\", "")
+    assert "no figure to compare with a published one" in text and "nanochat eval r --stage base --tasks core" in text.replace("\\", "")
     assert "Not finished" not in text and "damaged" not in text
 
 
 def test_same_files_same_report(base):
     run = make()
-    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+    assert Report(run).write().read_bytes() == Report(run).write().read_bytes()
 
 
 def test_nothing_but_a_configuration(base):
@@ -150,7 +151,7 @@ def test_failed_stage(base):
 
 def test_end_that_was_asked_for(base):
     page, text = written(make(stages=("data", "tokenizer", "base"), config={"dial": {"until": "base"}}))
-    assert "| mid | not asked for |" in text and "The run was to end after base" in text and "Not finished" not in text
+    assert "| mid | not requested |" in text and "The run was told to end after base" in text and "Not finished" not in text
 
 
 FILES = ("base/manifest.json", "mid/eval.json", "base/core.json", "plan.json", "metrics.jsonl")
@@ -208,7 +209,7 @@ def test_wrong_values_everywhere(base, value):
             try: report = Report(run)
             except Exception as e: raise AssertionError(f"{name} with {value!r} at {path}") from e
             for b in report.blocks:
-                if isinstance(b, Picture) and b.name == drawn.get(name): assert figure_svg(b.figure, b.caption)
+                if isinstance(b, Picture) and b.name == drawn.get(name): assert b.svg()
         (run.dir/name).write_text(whole)
     rows = [json.loads(line) for line in (run.dir/"metrics.jsonl").read_text().splitlines()]
     (run.dir/"metrics.jsonl").write_text("".join(json.dumps(row | {key: value}) + "\n" for row in rows for key in row if row["step"] == 3))
@@ -283,7 +284,7 @@ def test_core_and_published_figures(base):
     assert "| 0.2219 | – | – | – |" in table[2] and "<br>21 tasks" in table[2]
     assert "| – | 0.3561 | 0.3876 | – |" in table[4] and f"{found['arc-easy']['accuracy']:.4f}<br>(" in table[4]
     assert "0.0810<br>2 tasks" in table[-1]
-    for sentence in ("ARC-Easy, SFT: 2 questions did not fit", "HumanEval, SFT: pass@1 0.1000, pass@10 0.2500, from 10 answers", "SFT was not asked: mmlu (its files are not here.)"): assert sentence in page.text, sentence
+    for sentence in ("ARC-Easy, SFT: 2 questions did not fit", "HumanEval, SFT: pass@1 0.1000, pass@10 0.2500, from 10 answers", "SFT was not evaluated on: mmlu (its files are not here.)"): assert sentence in page.text, sentence
     assert "arc-easy" not in text.split("## Beside")[0].split("![Scores")[0] # not in the world's table too
 
 
@@ -291,7 +292,10 @@ def test_why_there_is_no_core(base):
     assert "CORE could not be measured: no network." in written(make(core_missing="no network."))[1]
 
 
-def share(right): return right.count("1") / len(right), wilson_interval(right.count("1"), len(right))
+def answered(right, paired):
+    "A task's answers, of questions that can be told to be the same or not."
+    k, n = right.count("1"), len(right)
+    return {"accuracy": k / n, "ci95": wilson_interval(k, n), "right": right if paired else None}
 
 
 @pytest.mark.parametrize("common", [0.0, 0.8], ids=["own questions", "same questions"])
@@ -302,8 +306,8 @@ def test_interval_of_a_difference_holds_the_truth_95_times_of_100(common):
         for _ in range(150): # with a chance of `common` both answers hang on one hard or easy question
             u, v = rng.random(), rng.random()
             pairs.append((str(int(u < 0.5)), str(int((u if rng.random() < common else v) < 0.6))))
-        (a, a_ends), (b, b_ends) = share("".join(p[0] for p in pairs)), share("".join(p[1] for p in pairs))
-        low, high = difference_interval(a, a_ends, b, b_ends, correlation(*map("".join, zip(*pairs))) if common else 0.0)
+        first, second = (answered("".join(right), bool(common)) for right in zip(*pairs))
+        _, low, high = difference(first, second)
         hits += low <= 0.1 <= high
         widths.append(high - low)
     assert 0.925 <= hits / 600 <= 0.985, hits
@@ -316,7 +320,7 @@ def test_comparison(base):
     shutil.copy(a.dir/"mid"/"eval.json", b.dir/"mid"/"eval.json")
     atomic_write(b.dir/"sft"/"eval.json", json.dumps({"tasks": {"sums": task(0.95, 100), "facts": task(0.2, 50)}}))
     before = last_run()
-    path = write_comparison(["a", b])
+    path = Comparison(["a", b]).write()
     assert path == a.dir/"vs_b.html" and (a.dir/"vs_b.md").exists()
     assert last_run() == before and sorted(p.parent.name for p in (base/"runs").glob("*/config.yaml")) == ["a", "b"] # nothing that could pass for a run
     assert_alone(path.read_text())
@@ -336,20 +340,20 @@ def test_comparison_of_runs_with_holes(base):
     atomic_write(broken.dir/"mid"/"error.txt", "no space is left.")
     atomic_write(broken.dir/"base"/"manifest.json", "{")
     (empty.dir/"plan.json").unlink()
-    path = write_comparison(["b with space", "a", "_c"])
+    path = Comparison(["b with space", "a", "_c"]).write()
     text = path.with_suffix(".md").read_text().replace("\\", "")
     assert "b with space: mid failed: no space is left." in text and "b with space: base/manifest.json is damaged" in text
     assert "](vs_a_vs__c_files/curves.png)" in text
-    assert "](vs_b%20with%20space_files/" in write_comparison(["a", "b with space"]).with_suffix(".md").read_text()
-    assert "None of the runs has been evaluated" in write_comparison(["_c", "b with space"]).with_suffix(".md").read_text()
-    assert len(write_comparison(["a", *(make(f"{i}" * 120, stages=()).name for i in range(3))]).name) < 50
+    assert "](vs_b%20with%20space_files/" in Comparison(["a", "b with space"]).write().with_suffix(".md").read_text()
+    assert "None of the runs has been evaluated" in Comparison(["_c", "b with space"]).write().with_suffix(".md").read_text()
+    assert len(Comparison(["a", *(make(f"{i}" * 120, stages=()).name for i in range(3))]).write().name) < 50
 
 
 def test_comparison_refuses(base):
     make("a", stages=())
     for names, words in ((["a", "nobody"], "'nobody'"), (["a", "a"], "named twice"), (["a"], "two runs or more"), ([], "two runs or more"), (["a", "../b"], "'../b'")):
         with pytest.raises(UserError, match=words): Comparison(names)
-    with pytest.raises(UserError, match="'nobody'"): write_report("nobody")
+    with pytest.raises(UserError, match="'nobody'"): Report("nobody")
 
 
 def test_smoke_run(smoke, copy):
