@@ -363,7 +363,7 @@ def train(
         # forward and backward pass
         before = loader.state()
         batches = [loader.next_batch() for _ in range(grad_accum)]
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         with quantize_weights(model):
             loss, n_targets = accumulate_gradients(model, batches, dtype, optimizer, scaler.scale)
 
