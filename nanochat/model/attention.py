@@ -41,9 +41,10 @@ def reference_attention(
     scale: float | None = None, # of the scores; None for 1/√head_dim
 ) -> torch.Tensor: # (B, T, n_head, head_dim)
     "Attention by the formula, with all T×T scores in memory: slow, but plainly right."
-    T, group = q.size(1), q.size(2) // k.size(2)
+    T, head_dim = q.size(1), q.size(3)
+    group = q.size(2) // k.size(2)
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (scale or 1 / math.sqrt(q.size(-1)))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (scale or 1 / math.sqrt(head_dim))
     mask = _visible_keys(torch.arange(T, device=q.device), 0, T, window)
     weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1) # (B, n_head, T, T)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
@@ -73,9 +74,11 @@ def sdpa_attention(
     if window is None or window >= T - 1: return _sdpa(q, k, v, scale, is_causal=True)
     chunks = []
     for start in range(0, T, _CHUNK):
-        end, first = min(start + _CHUNK, T), max(0, start - window)
+        end = min(start + _CHUNK, T)
+        first = max(0, start - window) # the first key that some query of the chunk sees
         mask = _visible_keys(torch.arange(start, end, device=q.device), first, end, window)
-        chunks.append(_sdpa(q[:, start:end], k[:, first:end], v[:, first:end], scale, mask))
+        keys, values = k[:, first:end], v[:, first:end]
+        chunks.append(_sdpa(q[:, start:end], keys, values, scale, mask))
     return torch.cat(chunks, dim=1)
 
 # %% ../../nbs/model/11_attention.ipynb #72b1883f
@@ -112,9 +115,10 @@ def _products_attention(q, k, v, *, window=None, scale=None):
     B, T, n_head, head_dim = q.shape
     group = n_head // k.size(2)
     if group > 1: k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-    q, k, v = (x.transpose(1, 2).reshape(B * n_head, T, head_dim) for x in (q, k, v))
-    mask = _additive_mask(T, window, q.dtype)
-    out = _Products.apply(q, k, v, mask, scale or 1 / math.sqrt(head_dim))
+    shape = (B * n_head, T, head_dim)
+    q, k, v = (x.transpose(1, 2).reshape(shape) for x in (q, k, v))
+    scale = scale or 1 / math.sqrt(head_dim)
+    out = _Products.apply(q, k, v, _additive_mask(T, window, q.dtype), scale)
     return out.view(B, n_head, T, head_dim).transpose(1, 2)
 
 # %% ../../nbs/model/11_attention.ipynb #46b3969b
@@ -160,10 +164,12 @@ def _flex_mask(
     if (T, window, device) not in _flex_masks:
         from torch.nn.attention.flex_attention import BlockMask
         with torch.inference_mode(False): # it is kept, and training may follow an evaluation
+            def visible(b, h, i, j): return (i - j >= 0) & (i - j <= window)
             partial, full = _visible_tiles(T, window, device)
-            _flex_masks[T, window, device] = BlockMask.from_kv_blocks(
-                *_tile_lists(partial), *_tile_lists(full), BLOCK_SIZE=_TILE, seq_lengths=(T, T),
-                mask_mod=lambda b, h, i, j: (i - j >= 0) & (i - j <= window))
+            lists = _tile_lists(partial) + _tile_lists(full)
+            mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=_TILE, seq_lengths=(T, T),
+                                            mask_mod=visible)
+            _flex_masks[T, window, device] = mask
     return _flex_masks[T, window, device]
 
 # %% ../../nbs/model/11_attention.ipynb #c47eecbc
@@ -231,7 +237,8 @@ def _probe(
     window: int | None, # how many tokens back a query sees
 ):
     "Run `attend` forward and backward. Raises `ArithmeticError` if it differs from the formula."
-    g, scale = torch.Generator().manual_seed(0), 1.5 / math.sqrt(head_dim)
+    g = torch.Generator().manual_seed(0)
+    scale = 1.5 / math.sqrt(head_dim)
     shapes = [(1, 256, n, head_dim) for n in (4, 2, 2, 4)]
     q, k, v, grad = (torch.randn(s, generator=g).to(device, dtype) for s in shapes)
     results = []
@@ -239,11 +246,13 @@ def _probe(
         inputs = [x.to(cast, copy=True).requires_grad_() for x in (q, k, v)]
         out = f(*inputs, window=window, scale=scale)
         # of a sum: a gradient as an argument makes torch import for a second
-        results.append((out, *torch.autograd.grad((out * grad).sum(), inputs)))
+        total = (out * grad).sum()
+        results.append((out, *torch.autograd.grad(total, inputs)))
     tolerance = 1e-2 if dtype == torch.float32 else 1e-1
     for got, want in zip(*results): # not `torch.testing`, which takes seconds to import
-        error = ((got.float() - want).abs() / (1 + want.abs())).max().item()
-        if not error < tolerance: raise ArithmeticError(f"is off by {error:.2g}")
+        error = (got.float() - want).abs() / (1 + want.abs())
+        worst = error.max().item()
+        if not worst < tolerance: raise ArithmeticError(f"is off by {worst:.2g}")
 
 # %% ../../nbs/model/11_attention.ipynb #3214f9a1
 _BUSY = 65536 # tokens that keep a GPU busy
@@ -312,8 +321,8 @@ def _ranking(
 ) -> str:
     "The candidates in words, the fastest first and the others in parentheses."
     names = sorted(right, key=right.get)
-    first, *others = (f"{name} {right[name]:.2f} ms" if right[name] else name for name in names)
-    return f"{first} ({', '.join(others)})" if others else first
+    told = [f"{name} {right[name]:.2f} ms" if right[name] else name for name in names]
+    return told[0] if len(told) == 1 else f"{told[0]} ({', '.join(told[1:])})"
 
 # %% ../../nbs/model/11_attention.ipynb #fc6dd367
 def choose_backends(
@@ -376,8 +385,9 @@ def _cached_attention(
 ) -> torch.Tensor: # (B, T, n_head, head_dim)
     "Attention of new tokens to a cache whose rows differ in length."
     if mask is not None: mask = mask[:, None] # the same for all heads
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=scale,
-                                         enable_gqa=q.size(2) != k.size(1))
+    q = q.transpose(1, 2) # (B, n_head, T, head_dim)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale,
+                                         enable_gqa=q.size(1) != k.size(1))
     return out.transpose(1, 2)
 
 # %% ../../nbs/model/11_attention.ipynb #e11d8eef
@@ -430,14 +440,16 @@ def begin(
 
     # padding may extend beyond the cache: its positions are clamped, and it is never written
     steps = torch.arange(T, device=device)
-    self.positions = (self.lengths[:, None] + steps).clamp(max=max(longest - 1, 0))
+    positions = self.lengths[:, None] + steps # (B, T)
+    self.positions = positions.clamp(max=max(longest - 1, 0))
 
     # where the real tokens are stored: their rows and positions
     rows = torch.arange(len(self.lengths), device=device)[:, None]
     self._real, self._slots = None, (rows, self.positions)
     if valid is not None:
         self._real = steps < valid[:, None] # (B, T)
-        self._slots = (rows.expand_as(self._real)[self._real], self.positions[self._real])
+        rows = rows.expand_as(self._real)
+        self._slots = (rows[self._real], self.positions[self._real])
     self._masks = {} # window -> what layers with this window share
     return self.positions
 
@@ -460,7 +472,8 @@ def attend(
     if self.longest == 0: return sdpa_attention(q, k, v, window=window, scale=scale)
     if window not in self._masks: self._masks[window] = self._visible(window)
     first, mask = self._masks[window]
-    keys, values = (x[layer, :, :, first:self._extremes[1]] for x in (self.k, self.v))
+    _, end = self._extremes
+    keys, values = (x[layer, :, :, first:end] for x in (self.k, self.v))
     return _cached_attention(q, keys, values, mask, scale=scale)
 
 # %% ../../nbs/model/11_attention.ipynb #ffd8215d
@@ -572,7 +585,7 @@ def attend(
     size = self.sizes[layer]
     if size not in self._places: self._places[size] = self._plan(size, k)
     place, end, mask = self._places[size]
-    keys, values = self.k[layer][:self.live], self.v[layer][:self.live]
+    keys, values = (x[layer][:self.live] for x in (self.k, self.v))
     keys.scatter_(2, place, k.transpose(1, 2).to(keys.dtype))
     values.scatter_(2, place, v.transpose(1, 2).to(values.dtype))
     return _cached_attention(q, keys[:, :, :end], values[:, :, :end], mask, scale=scale)
@@ -585,14 +598,16 @@ def _plan(self: RowCache, size: int, k: torch.Tensor):
     slot = slot.expand(-1, k.size(2), 1, k.size(3)) # (live, n_kv_head, 1, head_dim)
     end = size if self.static else min(self.longest + 1, size)
     if not self.static and self.shortest + 1 >= end: return slot, end, None # all rows have them
-    mask = torch.arange(end, device=k.device) <= self.positions[:, :, None] # (live, 1, end)
-    return slot, end, mask
+    slots = torch.arange(end, device=k.device)
+    return slot, end, slots <= self.positions[:, :, None] # (live, 1, end)
 
 @patch
 def advance(self: RowCache):
     "End the step: the new tokens now count."
     self.lengths[:self.live] += 1
-    if not self.static: self.longest, self.shortest = self.longest + 1, self.shortest + 1
+    if self.static: return
+    self.longest += 1
+    self.shortest += 1
 
 # %% ../../nbs/model/11_attention.ipynb #962e7fa6
 def _last_positions(
@@ -623,7 +638,8 @@ def put(
     sources: list[int], # which rows of it
 ):
     "Give rows whose prompts have been read places next to each other."
-    n, indices = cache.longest, torch.tensor(sources, device=self.lengths.device)
+    n = cache.longest
+    indices = torch.tensor(sources, device=self.lengths.device)
     places = slice(first, first + len(sources))
     lengths = cache.lengths[indices]
     for layer, size in enumerate(self.sizes):

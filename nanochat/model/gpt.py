@@ -138,7 +138,8 @@ def rope_tables(
     # still be given weights
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
     rates = base ** -pairs # radians a token
-    angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * rates
+    positions = torch.arange(length, dtype=torch.float64, device="cpu")
+    angles = positions[:, None] * rates # (length, head_dim / 2)
     cos, sin = angles.cos(), angles.sin()
     return cos.repeat(1, 2).float(), torch.cat([sin, -sin], dim=1).float()
 
@@ -149,7 +150,8 @@ def apply_rope(
     sin: torch.Tensor, # the same
 ) -> torch.Tensor: # (B, T, heads, head_dim)
     "Turn every pair of channels by its position's angle."
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
+    partner = x.roll(x.size(-1) // 2, dims=-1)
+    return torch.addcmul(x * cos, partner, sin)
 
 # %% ../../nbs/model/14_gpt.ipynb #da375837
 class Linear(nn.Linear):
@@ -200,8 +202,10 @@ def _heads(self: CausalSelfAttention, x, cos, sin):
         return norm(apply_rope(q, cos, sin)), norm(apply_rope(k, cos, sin)), v
     # the same in one product, queries and keys side by side
     n_qk = self.n_head + self.n_kv_head
-    qk, v = self.c_qkv(x).view(B, T, -1, self.head_dim).split([n_qk, self.n_kv_head], dim=2)
-    q, k = norm(apply_rope(qk, cos, sin)).split([self.n_head, self.n_kv_head], dim=2)
+    qkv = self.c_qkv(x).view(B, T, -1, self.head_dim)
+    qk, v = qkv.split([n_qk, self.n_kv_head], dim=2)
+    qk = norm(apply_rope(qk, cos, sin))
+    q, k = qk.split([self.n_head, self.n_kv_head], dim=2)
     return q, k, v
 
 # %% ../../nbs/model/14_gpt.ipynb #3be97d17
@@ -223,7 +227,7 @@ def forward(
         gate_in = x[..., :self.ve_gate.in_features]
         gate = 3 * torch.sigmoid(self.ve_gate(gate_in)) # (B, T, n_kv_head)
         v = torch.addcmul(v, gate[..., None], ve.view_as(v).to(v.dtype))
-    q, k = q.to(v.dtype), k.to(v.dtype)
+    q, k = (x.to(v.dtype) for x in (q, k))
     if kv_cache is None: y = attention(q, k, v, window=window, scale=self.scale)
     else: y = kv_cache.attend(layer, q, k, v, window=window, scale=self.scale)
     return self.c_proj(y.reshape(B, T, -1))
@@ -394,7 +398,8 @@ def _smear(self: GPT, x, kv_cache, valid):
             kv_cache.previous = torch.cat([first, x], 1)[rows, valid]
     gate = torch.sigmoid(self.smear_gate(x[..., :self.smear_gate.in_features])) # (B, T, 1)
     gate = self.smear_lambda.to(x.dtype) * gate
-    return torch.addcmul(x, gate, torch.cat([first, x[:, :-1]], 1))
+    before = torch.cat([first, x[:, :-1]], 1)
+    return torch.addcmul(x, gate, before)
 
 # %% ../../nbs/model/14_gpt.ipynb #5cad0453
 @patch
@@ -422,7 +427,7 @@ def trunk(
     x = norm(self.transformer.wte(idx)) # (B, T, n_embd)
     device = x.device.type
     if torch.is_autocast_enabled(device): x = x.to(torch.get_autocast_dtype(device))
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    cos, sin = (table.to(x.dtype) for table in (cos, sin))
     if c.smear: x = self._smear(x, kv_cache, valid)
     x0 = x
 
@@ -523,7 +528,8 @@ def _join_qkv(
     "Replace the matrices of queries, keys and values by one."
     parts = (attn.c_q, attn.c_k, attn.c_v)
     with torch.device("meta"):
-        attn.c_qkv = Linear(attn.c_q.in_features, sum(part.out_features for part in parts))
+        n_out = sum(part.out_features for part in parts)
+        attn.c_qkv = Linear(attn.c_q.in_features, n_out)
     attn.c_qkv.weight = nn.Parameter(torch.cat([part.weight for part in parts]))
     del attn.c_q, attn.c_k, attn.c_v
 

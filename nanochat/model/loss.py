@@ -40,8 +40,8 @@ def _softcap_loss(
     least = s.amin(1, keepdim=True) # of the largest logit
     e = torch.sub(least, s).mul_(2 * softcap).exp_() # e^(logit - largest logit)
     total = e.sum(1)
-    at_target = 2 * softcap * (s[rows, target] - least[:, 0])
-    losses = torch.where(valid, total.log() + at_target, 0.0)
+    below = s[rows, target] - least[:, 0] # how far the target is below the largest logit
+    losses = torch.where(valid, total.log() + 2 * softcap * below, 0.0)
     if weights is None: return losses
 
     # the gradient: (p - [v = y]) · 4 s (1 - s), weighted
@@ -130,10 +130,11 @@ def _walk(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     "Losses (N,), and gradients of their weighted sum: of x, and of weight in float32."
     N, V = len(x), len(weight)
-    chunk, cached = CHUNK_LOGITS * (8 if x.is_cuda else 1) // V, _CACHE_LOGITS // V
-    many = min(N, max(16, chunk)) # rows of a product
-    few = max(1, many // 4 if x.is_cuda else cached) # rows of an elementwise step
-    losses, block = torch.empty(N, device=x.device), x.new_empty(many, V)
+    chunk = CHUNK_LOGITS * (8 if x.is_cuda else 1)
+    many = min(N, max(16, chunk // V)) # rows of a product
+    few = max(1, many // 4 if x.is_cuda else _CACHE_LOGITS // V) # rows of an elementwise step
+    losses = torch.empty(N, device=x.device)
+    block = x.new_empty(many, V) # logits, then their gradients
     grad_x = grad_weight = None
     if weights is not None:
         grad_x = torch.empty_like(x)
@@ -145,9 +146,10 @@ def _walk(
 
         # losses, and gradients in place of the logits
         for first in range(0, len(rows), few):
-            some = slice(start + first, start + min(first + few, len(rows)))
+            piece = logits[first:first + few]
+            some = slice(start + first, start + first + len(piece))
             given = None if weights is None else weights[some]
-            losses[some] = _in_place(logits[first:first + few], targets[some], softcap, given)
+            losses[some] = _in_place(piece, targets[some], softcap, given)
         if weights is None: continue
 
         # the gradients of x and of the weight
@@ -184,7 +186,8 @@ class _EachLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, targets = ctx.saved_tensors
-        _, grad_x, grad_weight = _walk(x, weight.to(x.dtype), targets, ctx.softcap, grad.float())
+        head = weight.to(x.dtype)
+        _, grad_x, grad_weight = _walk(x, head, targets, ctx.softcap, grad.float())
         return grad_x, grad_weight.to(weight.dtype), None, None
 
 # %% ../../nbs/model/12_loss.ipynb #042359bc

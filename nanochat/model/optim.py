@@ -46,7 +46,8 @@ def polar_express(
     if G.ndim == 2: X = X[None]
     wide = X.size(-2) <= X.size(-1)
     if not wide: X = X.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7) # no singular value exceeds 1
+    norm = X.norm(dim=(-2, -1), keepdim=True)
+    X = X / (norm * SAFETY + 1e-7) # no singular value exceeds 1
     for i, (a, b, c) in enumerate(POLAR_EXPRESS):
         s = SAFETY if i < len(POLAR_EXPRESS) - 1 else 1.0
         A = X @ X.mT
@@ -113,7 +114,8 @@ def muon_update(
     update = _nesterov(grad, state["momentum"], momentum)
     update = _normuon(polar_express(update, dtype), state["variance"])
     rows, cols = param.shape[-2:]
-    _cautious_step(param, update, lr * math.sqrt(max(1, rows / cols)), weight_decay)
+    lr = lr * math.sqrt(max(1, rows / cols))
+    _cautious_step(param, update, lr, weight_decay)
 
 # %% ../../nbs/model/15_optim.ipynb #6f261fda
 @torch.no_grad()
@@ -203,7 +205,8 @@ def _mine(
     share: int, # units of each rank
 ) -> torch.Tensor: # (share, *unit), float32
     "This rank's share of some tensors, packed."
-    return _pack(tensors, unit, share * self.world_size)[self.rank * share:][:share]
+    packed = _pack(tensors, unit, share * self.world_size)
+    return packed[self.rank * share:][:share]
 
 # %% ../../nbs/model/15_optim.ipynb #df2597e1
 @patch
@@ -287,7 +290,7 @@ def _finish(group: dict, packed: torch.Tensor, handle):
     "Copy new values into a group's parameters when they have arrived."
     if handle: handle.wait()
     pieces = _unpack(packed, group["counts"])
-    new = [piece.view(p.shape) for piece, p in zip(pieces, group["params"])]
+    new = [piece.view_as(p) for piece, p in zip(pieces, group["params"])]
     torch._foreach_copy_(group["params"], new)
 
 # %% ../../nbs/model/15_optim.ipynb #b91200c5
@@ -301,7 +304,8 @@ def _update(
     wd_mult: float, # Muon's weight decay times this
 ) -> torch.Tensor: # (share, *unit)
     "Compute this rank's share of a group's new values."
-    param, shard = self._mine(group["params"], group["unit"], group["share"]), group["shard"]
+    param = self._mine(group["params"], group["unit"], group["share"])
+    shard = group["shard"]
     lr, decay = group["lr"] * lr_mult, group["weight_decay"]
     if group["kind"] == "muon":
         muon_update(param, grad, shard, lr, momentum, decay * wd_mult, group.get("dtype"))
@@ -516,7 +520,8 @@ def lr_multiplier(
 ) -> float: # factor of every learning rate
     "Linear warm-up, constant, linear warm-down; the lower of the two where they overlap."
     left = _warmdown(step, steps, warmdown_ratio)
-    return min(1.0, (step + 1) / max(1, warmup_steps), left + (1 - left) * final_lr_frac)
+    rising, falling = (step + 1) / max(1, warmup_steps), left + (1 - left) * final_lr_frac
+    return min(1.0, rising, falling)
 
 # %% ../../nbs/model/15_optim.ipynb #1899380b
 def muon_momentum(
@@ -534,4 +539,5 @@ def weight_decay_multiplier(
     steps: int, # of the complete stage
 ) -> float: # factor of Muon's weight decay
     "Half a cosine from 1 to 0."
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+    done = min(1.0, step / max(1, steps))
+    return 0.5 * (1 + math.cos(math.pi * done))
