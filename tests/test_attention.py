@@ -55,7 +55,7 @@ def test_pytorchs_kernel(name):
 def test_flex_attention_forward():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # it is slow without compilation, and says so
-        for case in ((127, 4, 1), (128, 2, 126), (300, 1, 100), (300, 2, 299)): assert_right(A.flex_attention, *case, backward=False)
+        for case in ((127, 4, 1), (128, 2, 126), (300, 1, 100), (300, 2, 299)): assert_right(A._flex_attention, *case, backward=False)
 
 
 def test_tiles_are_those_that_asking_about_every_pair_finds():
@@ -67,7 +67,7 @@ def test_tiles_are_those_that_asking_about_every_pair_finds():
             if torch.is_tensor(want): assert got.dtype == want.dtype and torch.equal(got, want), (T, window)
             else: assert got == want, (T, window)
         i, j = torch.arange(T)[:, None], torch.arange(T)
-        assert torch.equal(counted.mask_mod(0, 0, i, j), A.visible_keys(torch.arange(T), 0, T, window))
+        assert torch.equal(counted.mask_mod(0, 0, i, j), A._visible_keys(torch.arange(T), 0, T, window))
 
 
 def test_a_long_row_needs_no_square():
@@ -228,7 +228,7 @@ def test_the_kernel_asked_for_is_asked_for_in_the_graph(traced, kernel):
 
 
 def test_flex_attention_takes_its_tiles_from_outside(traced):
-    def layers(q, k, v): return A.flex_attention(A.flex_attention(q, k, v, window=20), k, v, window=20)
+    def layers(q, k, v): return A._flex_attention(A._flex_attention(q, k, v, window=20), k, v, window=20)
     q, k, v, _ = inputs(300, 2)
     A._flex_mask(300, 20, CPU)
     compiled, graphs = traced(layers, fullgraph=True)
@@ -241,7 +241,7 @@ def test_flex_attention_takes_its_tiles_from_outside(traced):
 
 
 def test_flex_attention_makes_its_tiles_if_it_must(traced):
-    def layer(q, k, v): return A.flex_attention(q, k, v, window=20)
+    def layer(q, k, v): return A._flex_attention(q, k, v, window=20)
     q, k, v, _ = inputs(300, 2)
     compiled, _ = traced(layer)
     for _ in range(2): torch.testing.assert_close(compiled(q, k, v), A.reference_attention(q, k, v, window=20))
