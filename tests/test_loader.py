@@ -12,7 +12,8 @@ from conftest import environment, real_data
 
 from nanochat.core.files import UserError
 from nanochat.core.tokenizer import Tokenizer
-from nanochat.core.dataset import iter_texts, make_world, tokenize
+from nanochat.core.texts import iter_texts
+from nanochat.core.dataset import make_world, tokenize
 from nanochat.core.dataloader import PackedLoader
 from nanochat.lab.bench.measure import timed
 from nanochat.lab.bench.data import lost_by_best_fit, lost_in_epoch

@@ -64,7 +64,8 @@ def data_stage(run: Run) -> dict: # the manifest
 
 def _tokenizer_stage(run: Run) -> dict: # the manifest
     "Train the run's tokenizer, and turn its text into shards of tokens."
-    from nanochat.core.dataset import iter_texts, prepare_text, prepare_tokens, start_download
+    from nanochat.core.texts import iter_texts
+    from nanochat.core.dataset import prepare_text, prepare_tokens, start_download
     from nanochat.core.tokenizer import Tokenizer
     started, section = time.perf_counter(), run.config["tokenizer"]
     run.needs("data")

@@ -33,7 +33,8 @@ from ..core.files import UserError, names_in, project_root
 from ..core.machine import n_cores
 from ..core.run import STAGES
 from ..core.identity import read_card
-from ..core.dataset import SOURCES, _file_state, conversation_files, conversations, text_path
+from ..core.dataset import SOURCES, conversation_files, conversations, text_path
+from ..core.texts import file_state
 
 # %% ../../nbs/train/24_plan.ipynb #00f383ad
 def padded_vocab(vocab_size: int) -> int: # rows of the tables
@@ -340,7 +341,7 @@ def task_size(
         check_split(task, split)
         return SET_SIZES[task][1][split], SET_SIZES[task][0] * bytes_per_token(32768) / per_token
     if task in TASKS: return TASK_SIZE, TOKENS_PER_CONVERSATION
-    n, size, messages = _own_size(task, _file_state(conversation_files(task)))
+    n, size, messages = _own_size(task, file_state(conversation_files(task)))
     return n, (size / per_token + 2 * messages) / n + 1
 
 @lru_cache

@@ -28,7 +28,8 @@ from ...core.files import say
 from ...core.machine import cpu_name, n_cores
 from ...core.run import Run
 from ...core.tokenizer import Tokenizer
-from ...core.dataset import batched, iter_texts, tokenize, tokens_dir
+from ...core.dataset import batched, tokenize, tokens_dir
+from ...core.texts import iter_texts
 from ...core.dataloader import PackedLoader, Plan, Shards
 from ...train.plan import make_plan
 from ..speedrun import run_stage
