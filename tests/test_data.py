@@ -17,8 +17,8 @@ from nanochat.core.files import UserError
 from nanochat.core.run import Run
 from nanochat.core.tokenizer import Tokenizer
 from nanochat.core.world import World
-from nanochat.core.texts import take_characters
-from nanochat.core.dataset import SETS, conversations, set_rows, tokenize
+from nanochat.core.dataset import SETS, conversations, set_rows, take_characters
+from nanochat.core.dataloader import tokenize
 from nanochat.train.plan import make_plan
 from nanochat.lab.speedrun import run_stage
 
@@ -118,7 +118,7 @@ def test_a_download_in_the_background_ends_with_the_stage(tmp_path):
     served.mkdir()
     for i in range(5): (served/f"shard_{i:05d}.parquet").write_bytes(os.urandom(20_000_000)) # at half a megabyte a second each: 40 seconds
     hub = Hub(served, bytes_per_second=500_000)
-    code = HUB_RUN[:HUB_RUN.index("run = ")] + "with d.start_download({'data': {'source': 'climbmix', 'characters': 120_000}}): d.time.sleep(2); raise SystemExit('stopped')"
+    code = HUB_RUN[:HUB_RUN.index("run = ")] + "import time\nfrom nanochat.core.dataloader import start_download\nwith start_download({'data': {'source': 'climbmix', 'characters': 120_000}}): time.sleep(2); raise SystemExit('stopped')"
     env = environment(base) | hub_environment(hub.url, tmp_path)
     began = time.monotonic()
     try: done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)

@@ -154,7 +154,7 @@ def test_dark_can_be_switched_and_stays(address, visitor):
     page.evaluate("localStorage.clear()")
 
 
-@pytest.mark.parametrize("query, wanted", [("Muon", r"nbs/model/15_optim\.html"), ("loss mask", r"glossary\.html#loss-mask|lessons/07_chat\.html"), ("best fit", r"nbs/core/10_dataloader\.html")])
+@pytest.mark.parametrize("query, wanted", [("Muon", r"nbs/model/15_optim\.html"), ("loss mask", r"glossary\.html#loss-mask|lessons/07_chat\.html"), ("best fit", r"nbs/core/09_dataloader\.html")])
 def test_search_finds(address, visitor, query, wanted):
     page, faults = visitor
     page.set_viewport_size({"width": 1280, "height": 800})

@@ -64,8 +64,8 @@ def data_stage(run: Run) -> dict: # the manifest
 
 def _tokenizer_stage(run: Run) -> dict: # the manifest
     "Train the run's tokenizer, and turn its text into shards of tokens."
-    from nanochat.core.texts import iter_texts
-    from nanochat.core.dataset import prepare_text, prepare_tokens, start_download
+    from nanochat.core.dataset import iter_texts, prepare_text
+    from nanochat.core.dataloader import prepare_tokens, start_download
     from nanochat.core.tokenizer import Tokenizer
     started, section = time.perf_counter(), run.config["tokenizer"]
     run.needs("data")
@@ -577,7 +577,7 @@ def _eval_command(name, stage, tasks, max_per_task, split, samples, temperature,
             from nanochat.post.core_eval import evaluate_core_stage
             core = evaluate_core_stage(run, stage, engine.model, engine.tokenizer, run.needs(stage)["step"], dtype, max_per_task)
         if "bpb" in wanted:
-            from nanochat.core.dataset import prepare_tokens
+            from nanochat.core.dataloader import prepare_tokens
             from nanochat.train.loop import validation_bits_per_byte
             bpb = validation_bits_per_byte(engine.model, engine.tokenizer, prepare_tokens(run), run.config["base"]["device_batch"], dtype)
         if asked := ",".join(task for task in wanted if task not in ("core", "bpb")):

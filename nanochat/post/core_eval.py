@@ -29,8 +29,7 @@ from ..core.files import UserError, atomic_write, say
 from ..core.machine import gather, group_rank_and_world, on_every_rank
 from ..core.run import Run, progress_bar
 from ..core.tokenizer import Tokenizer
-from ..core.dataset import core_folders
-from ..core.texts import file_rows
+from ..core.dataset import core_folders, file_rows
 from ..model.gpt import GPT
 from ..train.loop import autocast
 

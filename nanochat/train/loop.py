@@ -28,7 +28,7 @@ from ..core.machine import (
 from ..core.run import STOPPED, Run, StopSignal, in_words, progress_bar, read_metrics
 from ..core.tokenizer import Tokenizer
 from ..core.world import World
-from ..core.dataset import prepare_tokens
+from ..core.dataloader import prepare_tokens
 from ..core.dataloader import PackedLoader
 from ..model.attention import choose_backends
 from ..model.precision import LossScaler, quantize_weights, use_fp8
@@ -464,7 +464,7 @@ class _OneEpoch:
 def validation_bits_per_byte(
     model: GPT, # on its device
     tokenizer: Tokenizer, # the one that it was trained with
-    tokens_dir: Path, # its token shards, from `nanochat.core.dataset.prepare_tokens`
+    tokens_dir: Path, # its token shards, from `nanochat.core.dataloader.prepare_tokens`
     rows: int = 8, # at a time
     dtype: torch.dtype = torch.float32, # of the matrix products
 ) -> float: # bits per byte

@@ -33,8 +33,8 @@ from ..core.files import UserError, names_in, project_root
 from ..core.machine import n_cores
 from ..core.run import STAGES
 from ..core.identity import read_card
-from ..core.dataset import SOURCES, conversation_files, conversations, text_path
-from ..core.texts import file_state
+from ..core.dataset import (
+    SOURCES, conversation_files, conversations, file_state, text_path)
 
 # %% ../../nbs/train/24_plan.ipynb #00f383ad
 def padded_vocab(vocab_size: int) -> int: # rows of the tables

@@ -78,7 +78,7 @@ def given_documents(
     paths: Iterable[Path], # folders or files of parquet, jsonl, txt or md
 ) -> Iterator[tuple[str, str]]: # ending of the file, document
     "Documents of one's own, without those kept for validation. Raises `UserError` for what cannot be read."
-    from nanochat.core.texts import iter_texts, text_files
+    from nanochat.core.dataset import iter_texts, text_files
     for path in paths:
         ending = text_files(path)[0].suffix
         for text in iter_texts(path): yield from ((ending, text[i:i+DOCUMENT].replace("\0", "")) for i in range(0, len(text), DOCUMENT))
