@@ -64,8 +64,8 @@ def _tokens_state(
         if file.exists(): state = read_json(file, remedy)
     theirs, ours = state["settings"]["tokenizer"], settings["tokenizer"]
     if theirs != ours:
-        raise UserError(f"{out_dir} holds tokens of another tokenizer ({theirs[:12]}…, this one is "
-                        f"{ours[:12]}…): delete it or name another folder.")
+        raise UserError(f"{out_dir} holds tokens of another tokenizer ({theirs[:12]}…, this one "
+                        f"is {ours[:12]}…): delete it or name another folder.")
     if state["settings"] != settings:
         raise UserError(f"{out_dir} holds tokens of other settings ({state['settings']}): "
                         "delete it or name another folder.")
@@ -96,7 +96,7 @@ def tokenize(
     shard_characters: int = _SHARD_CHARACTERS, # of text in a shard
     wait: Callable[[Path], None] = lambda file: None, # returns when a file is there
 ) -> Path: # out_dir
-    "Write token shards and a manifest; resumes. Raises `UserError` if `out_dir` holds other tokens."
+    "Write or resume token shards. Raises `UserError` if `out_dir` holds other tokens."
     out_dir = Path(out_dir)
     settings = {"tokenizer": tokenizer.hash, "max_characters": max_characters,
                 "shard_characters": shard_characters}
@@ -282,7 +282,7 @@ def _best_fit(
     capacity: int, # tokens in a row
     max_gap: int, # widest gap that is padded
     crop: bool, # drop what does not fit
-) -> tuple[np.ndarray, np.ndarray]: # (pieces, 3): doc, start, length; (n_rows,): where each row ends
+) -> tuple[np.ndarray, np.ndarray]: # (pieces, 3): doc, start, length; (n_rows,): ends of rows
     "Fill rows with the pieces that fit best."
     packed, ends = [], []
     while waiting.sizes:
@@ -452,7 +452,7 @@ class PackedLoader:
         # what the rows depend on: the state of a loader of other rows is refused
         identity = [self.shards.manifest["shards"], split, seq_len, self.seed, crop]
         self.rows_id = sha256_json(identity)[:16]
-        self._order = self._plan = (None, None) # (key, value) of the last epoch's order, block's plan
+        self._order = self._plan = (None, None) # (key, value) of the last order and block
         self._prepare_copies()
         self._go_to((0, 0, 0))
 
@@ -464,7 +464,7 @@ class PackedLoader:
         new_buffer = lambda: torch.empty(shape, dtype=torch.int32, pin_memory=cuda)
         self._buffers = [new_buffer(), new_buffer()]
         self._stream = torch.cuda.Stream(self.device) if cuda else None
-        self._copied = [torch.cuda.Event() for _ in self._buffers] if cuda else None # copy has ended
+        self._copied = [torch.cuda.Event() for _ in (0, 1)] if cuda else None # ends of copies
 
     def _go_to(self, position: _Position):
         "Let the next batch begin at a position."
