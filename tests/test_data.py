@@ -17,7 +17,8 @@ from nanochat.core.files import UserError
 from nanochat.core.run import Run
 from nanochat.core.tokenizer import Tokenizer
 from nanochat.core.world import World
-from nanochat.core.dataset import SETS, conversations, set_rows, take, tokenize
+from nanochat.core.dataset import SETS, conversations, set_rows, take_characters
+from nanochat.core.dataloader import tokenize
 from nanochat.train.plan import make_plan
 from nanochat.lab.stages import run_stage
 
@@ -87,7 +88,7 @@ def test_a_hubs_text_arrives_while_the_tokenizer_trains(tmp_path):
     "The third shard is not sent before tokens of the first are on the disk: whoever waits for all of them waits in vain."
     served, base = tmp_path/"served", tmp_path/"base"
     served.mkdir()
-    for i in range(5): pq.write_table(pa.table({"text": list(take(World(7).documents(300 * i, 300 * i + 300), 40_000))}), served/f"shard_{i:05d}.parquet")
+    for i in range(5): pq.write_table(pa.table({"text": list(take_characters(World(7).documents(300 * i, 300 * i + 300), 40_000))}), served/f"shard_{i:05d}.parquet")
     hub, in_time, early = Hub(served), [], []
     def hold(name):
         if name == "shard_00001.parquet": early.append((base/"runs"/"hub"/"data"/"manifest.json").exists()) # the first stage fetched only what a tokenizer needs
@@ -117,7 +118,7 @@ def test_a_download_in_the_background_ends_with_the_stage(tmp_path):
     served.mkdir()
     for i in range(5): (served/f"shard_{i:05d}.parquet").write_bytes(os.urandom(20_000_000)) # at 100 kB a second each: 200 seconds
     hub = Hub(served, bytes_per_second=100_000)
-    code = HUB_RUN[:HUB_RUN.index("run = ")] + "with d.start_download({'data': {'source': 'climbmix', 'characters': 120_000}}): d.time.sleep(2); raise SystemExit('stopped')"
+    code = HUB_RUN[:HUB_RUN.index("run = ")] + "import time\nfrom nanochat.core.dataloader import start_download\nwith start_download({'data': {'source': 'climbmix', 'characters': 120_000}}): time.sleep(2); raise SystemExit('stopped')"
     env = environment(base) | hub_environment(hub.url, tmp_path)
     began = time.monotonic()
     try: done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)

@@ -12,7 +12,8 @@ from conftest import environment, real_data
 
 from nanochat.core.files import UserError
 from nanochat.core.tokenizer import Tokenizer
-from nanochat.core.dataset import iter_texts, make_world, tokenize
+from nanochat.core.dataset import iter_texts, make_world
+from nanochat.core.dataloader import tokenize
 from nanochat.core.dataloader import PackedLoader
 from nanochat.lab.bench.measure import timed
 from nanochat.lab.bench.data import lost_by_best_fit, lost_in_epoch
@@ -111,7 +112,7 @@ def test_little_is_lost_of_real_text(wikipedia, seq_len):
 TOKENIZE = """
 import sys
 from pathlib import Path
-from nanochat.core.dataset import tokenize
+from nanochat.core.dataloader import tokenize
 from nanochat.core.tokenizer import Tokenizer
 tokenize(Path(sys.argv[1]), Tokenizer.load(sys.argv[2]), Path(sys.argv[3]), None, 20_000)
 """

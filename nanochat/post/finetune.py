@@ -22,8 +22,7 @@ from ..core.files import UserError, atomic_write, file_lock, rank_and_world, say
 from ..core.machine import derive_seed, distributed, pick_device, pick_dtype, seed_everything
 from ..core.run import Run
 from ..core.tokenizer import Tokenizer, chat_pieces
-from ..core.dataset import prepare_tokens
-from ..core.dataloader import Shards, pack
+from ..core.dataloader import Shards, pack_rows, prepare_tokens
 from ..model.optim import lr_multiplier
 from ..train.checkpoint import load_model
 from ..train.loop import (
@@ -189,7 +188,7 @@ def pack_conversations(
     of_task, item, lengths = (a[lengths > 0] for a in (of_task, item, lengths))
 
     # a gap is never filled with part of a conversation: `max_gap` is the complete row
-    plan = pack(lengths, capacity, max_gap=capacity)
+    plan = pack_rows(lengths, capacity, max_gap=capacity)
     dtype = tasks[0].ids.dtype
     tokens, mask = _new_arrays((len(plan), capacity), dtype, folder)
     for r in range(len(plan)):
