@@ -421,8 +421,8 @@ _CONVERSATIONS = [ # lengths, capacity
     ([2, 7, 3, 8, 5, 5], 10), ([60, 50, 40, 35, 30, 25, 20, 20, 10], 100),
 ]
 
-# %% ../../nbs/lab/58_checks_chat.ipynb #a09739ff
-def _best_fit_rows(lengths: list[int], capacity: int) -> int:
+# %% ../../nbs/lab/58_checks_chat.ipynb #3cd774b9
+def _longest_first_rows(lengths: list[int], capacity: int) -> int:
     "Return the number of rows that best fit needs, the longest conversation first."
     room = []
     for length in sorted(lengths, reverse=True):
@@ -439,7 +439,7 @@ def _pack_chats(pack):
     many = [(random_lengths(30), 97), (random_lengths(200), 97)]
     for lengths, capacity in [*_CONVERSATIONS, *many]:
         rows, case = packed(pack, lengths, capacity, "conversation")
-        least = _best_fit_rows(lengths, capacity)
+        least = _longest_first_rows(lengths, capacity)
         expect(rows <= least, f"{case}: {rows} rows, and {least} would do: which conversation "
                "should choose its row first, and which of the rows where it fits?")
 

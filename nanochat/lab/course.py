@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LESSONS', 'EXERCISES', 'Page', 'lesson_map', 'Explore', 'NotYet', 'expect', 'expect_type', 'as_number', 'as_int',
            'as_ints', 'as_pair', 'as_numbers', 'expect_tensor', 'expect_close', 'expect_cases', 'call_on_copies',
-           'exercise', 'assess', 'exercises_of', 'run_lesson', 'main']
+           'exercise', 'assess', 'exercises_of', 'main']
 
 # %% ../../nbs/lab/50_course.ipynb #04ad2f4a
 import base64
@@ -372,8 +372,8 @@ def _without_counts(notebook):
             data = output.get("data", {})
             if len(data) > 1: data.pop("application/vnd.jupyter.widget-view+json", None)
 
-# %% ../../nbs/lab/50_course.ipynb #99ceedf6
-def run_lesson(
+# %% ../../nbs/lab/50_course.ipynb #99e909f8
+def _run_lesson(
     path: Path, # a lesson's notebook
     with_solutions: bool = False, # run a copy with the solutions, and leave the file alone
 ) -> dict: # the executed notebook, as JSON
@@ -406,7 +406,7 @@ def _said(notebook: dict) -> list[str]: # lines, in order
 _SOLVED_HELP = ("Run copies with the solutions, and show what the checks say; "
                 "the files stay as they are.")
 
-# %% ../../nbs/lab/50_course.ipynb #d3546ce3
+# %% ../../nbs/lab/50_course.ipynb #2a9a7917
 @click.command()
 @click.argument("paths", nargs=-1, required=True,
                 type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -415,7 +415,7 @@ def main(paths, with_solutions):
     "Run lessons again, and keep their outputs."
     for path in paths:
         started = time.perf_counter()
-        for line in _said(run_lesson(path, with_solutions)): say(line)
+        for line in _said(_run_lesson(path, with_solutions)): say(line)
         say(f"{path.name}: {time.perf_counter() - started:.0f} s")
 
 # %% ../../nbs/lab/50_course.ipynb #17c23a62
