@@ -9,6 +9,7 @@ import psutil
 import pytest
 from conftest import REPO, family, kill_tree, start
 
+from nanochat.lab import checks # registers the exercises of all lessons
 from nanochat.lab.course import EXERCISES, LESSONS, exercises_of
 
 PATHS = sorted((REPO/"lessons").glob("*.ipynb"))
