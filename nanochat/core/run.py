@@ -18,6 +18,7 @@ from pathlib import Path
 
 # %% ../../nbs/core/02_run.ipynb #c0de0023
 import yaml
+from fastcore.basics import patch
 
 # %% ../../nbs/core/02_run.ipynb #c0de0025
 from .files import UserError, atomic_write, rank_and_world, read_json, say, sha256_json
@@ -28,7 +29,7 @@ def read_metrics(
     path: Path, # metrics.jsonl
     stage: str | None = None, # only this stage's lines
 ) -> list[dict]:
-    "The lines of a metrics file, in order; a last line that a crash cut short is left out."
+    "Read the lines of a metrics file; a last line that a crash cut short is skipped."
     rows = []
     if not Path(path).exists(): return rows
     for line in Path(path).read_text("utf-8").splitlines():
@@ -38,56 +39,75 @@ def read_metrics(
     return rows
 
 class Metrics:
-    "Appends to a run's `metrics.jsonl`, on rank 0 alone, and tells a tracker if there is to be one."
-    def __init__(self,
-                 path: Path, # metrics.jsonl
-                 stage: str, # which stage writes
-                 resume_step: int = 0, # keep this stage's lines up to this step, drop later ones
-                 tracker: str = "", # one of `TRACKERS` that gets the numbers too; empty: none
-                 config: dict | None = None, # what a tracker should show beside the curves
-                 ):
+    "Append to a run's `metrics.jsonl` on rank 0, and send the numbers to a tracker."
+    def __init__(
+        self,
+        path: Path, # metrics.jsonl
+        stage: str, # the stage that writes
+        resume_step: int = 0, # keep this stage's lines up to this step, drop later ones
+        tracker: str = "", # one of `TRACKERS` that gets the numbers too; empty: none
+        config: dict | None = None, # what a tracker should show beside the curves
+    ):
         self.path, self.stage, self.writes = Path(path), stage, rank_and_world()[0] == 0
         if not self.writes: return
-        self._track = _open_tracker(tracker, self.path.parent, stage, config or {}, resume_step) if tracker else None
-        rows = read_metrics(self.path)
-        kept = [r for r in rows if r.get("stage") != stage or (resume_step and r.get("step", 0) <= resume_step)]
-        atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+        dir, config = self.path.parent, config or {}
+        self._track = _open_tracker(tracker, dir, stage, config, resume_step) if tracker else None
+        rows = [row for row in read_metrics(self.path) if self._stays(row, resume_step)]
+        atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def log(self,
-            step: int, # which step of the stage
-            **values, # named numbers
-            ):
+    def _stays(self, row: dict, resume_step: int) -> bool:
+        "Is a line of another stage, or of a step before the one to resume from?"
+        if row.get("stage") != self.stage: return True
+        return resume_step > 0 and row.get("step", 0) <= resume_step
+
+    def log(
+        self,
+        step: int, # of the stage
+        **values, # named numbers
+    ):
         "Append one line."
         if not self.writes: return
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}) + "\n")
-        if self._track: self._track(step, {f"{self.stage}/{name}": value for name, value in values.items() if isinstance(value, (int, float))})
+        row = {"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}
+        with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(row) + "\n")
+        if not self._track: return
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self._track(step, {f"{self.stage}/{name}": value for name, value in numbers.items()})
 
 # %% ../../nbs/core/02_run.ipynb #110df951
 TRACKERS = ("tensorboard", "wandb", "trackio") # the names of their packages too
 
 def _open_tracker(
     name: str, # one of `TRACKERS`
-    dir: Path, # the run's folder, whose name the run gets there
-    stage: str, # which stage will send numbers
+    dir: Path, # the run's folder; the tracker's run gets its name
+    stage: str, # the stage that sends numbers
     config: dict, # the run's configuration, shown beside the curves
-    resume_step: int = 0, # the stage goes on from there
-): # -> function (step, {name: number})
-    "A function that sends named numbers to a tracker. Raises `UserError` if the tracker is unknown, not installed or does not start."
-    if name not in TRACKERS: raise UserError(f"hardware.tracker is {name!r}, which is not one of {', '.join(TRACKERS)}: choose one of them, or leave it empty.")
-    try: module = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    resume_step: int = 0, # the step that the stage resumes from
+): # → function (step, {name: number})
+    "Start a tracker. Raises `UserError` if it is unknown, not installed, or does not start."
+    if name not in TRACKERS:
+        raise UserError(f"hardware.tracker is {name!r}, which is not one of {', '.join(TRACKERS)}: "
+                        "choose one of them, or leave it empty.")
+    package = "torch.utils.tensorboard" if name == "tensorboard" else name
+    try: module = importlib.import_module(package)
     except ImportError as e:
-        raise UserError(f"hardware.tracker is {name!r}, but its package cannot be imported ({e}): install it with `uv pip install {name}` or `pip install {name}`, or leave the setting empty.") from None
+        raise UserError(
+            f"hardware.tracker is {name!r}, but its package cannot be imported ({e}): "
+            f"install it with `uv pip install {name}` or `pip install {name}`, "
+            "or leave the setting empty.") from None
+    start = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}[name]
     Path(dir).mkdir(parents=True, exist_ok=True)
-    try: return {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}[name](module, Path(dir), stage, config, resume_step)
+    try: return start(module, Path(dir), stage, config, resume_step)
     except Exception as e:
-        raise UserError(f"the tracker {name!r} does not start ({type(e).__name__}: {e}): see to that, or leave hardware.tracker empty; metrics.jsonl is written in any case.") from e
+        raise UserError(
+            f"the tracker {name!r} does not start ({type(e).__name__}: {e}): "
+            "correct that, or leave hardware.tracker empty; metrics.jsonl is written in any case.") from e
 
 # %% ../../nbs/core/02_run.ipynb #ed840934
 def _tensorboard(module, dir, stage, config, resume_step):
     "Event files in the run's folder."
-    # steps from `purge_step` on are hidden; a stage that is only added to names the highest number there is
-    writer = module.SummaryWriter(str(dir/"tensorboard"/stage), purge_step=min(resume_step + 1, sys.maxsize) if resume_step else 0)
+    # hide steps from `purge_step` on; a stage that only adds lines resumes from the highest number
+    purge_step = min(resume_step + 1, sys.maxsize) if resume_step else 0
+    writer = module.SummaryWriter(str(dir/"tensorboard"/stage), purge_step=purge_step)
     writer.add_text("config", f"```\n{yaml.safe_dump(config, sort_keys=False)}```")
     def send(step, values):
         for key, value in values.items(): writer.add_scalar(key, value, step)
@@ -95,30 +115,33 @@ def _tensorboard(module, dir, stage, config, resume_step):
     return send
 
 def _wandb(module, dir, stage, config, resume_step):
-    "A run of Weights & Biases, begun or taken up again; its log beside the run's."
+    "A new or resumed run of Weights & Biases, with its log beside the run's."
     file = dir/"wandb_id.txt"
-    # a process may run several stages: each of them takes the run up again
-    run = module.init(project="nanochat", name=dir.name, id=file.read_text() if file.exists() else None, resume="allow", config=config, dir=str(dir), reinit="finish_previous")
+    known = file.read_text() if file.exists() else None
+    # a process may run several stages, and each of them resumes the run
+    run = module.init(project="nanochat", name=dir.name, id=known, resume="allow", config=config,
+                      dir=str(dir), reinit="finish_previous")
     atomic_write(file, run.id)
     run.define_metric(f"{stage}/step")
     run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
     return lambda step, values: run.log({f"{stage}/step": step, **values})
 
 def _trackio(module, dir, stage, config, resume_step):
-    "A run of Trackio, begun or taken up again by its name."
-    run = module.init(project="nanochat", name=dir.name, config=config, resume="allow", embed=False)
+    "A new run of Trackio, or one that is resumed by its name."
+    run = module.init(
+        project="nanochat", name=dir.name, config=config, resume="allow", embed=False)
     return lambda step, values: run.log(values, step=step)
 
-# %% ../../nbs/core/02_run.ipynb #fcfc5b67
+# %% ../../nbs/core/02_run.ipynb #75e8599d
 def base_dir() -> Path:
-    "The folder for everything that is downloaded or trained: `$NANOCHAT_BASE_DIR`, or `~/.cache/nanochat`."
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home()/".cache"/"nanochat").expanduser()
+    "The folder for data and runs: `$NANOCHAT_BASE_DIR`, or `~/.cache/nanochat`."
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
 
 def runs_dir() -> Path:
-    "Where run folders live."
+    "The folder of all run folders."
     return base_dir()/"runs"
 
-# %% ../../nbs/core/02_run.ipynb #93f10102
+# %% ../../nbs/core/02_run.ipynb #fcfc5b67
 STAGES = { # stage: (the notebook that runs it, the sections of the configuration that it reads)
     "data":      ("1_data",      ("data", "seed")),
     "tokenizer": ("2_tokenizer", ("tokenizer",)),
@@ -129,27 +152,35 @@ STAGES = { # stage: (the notebook that runs it, the sections of the configuratio
     "report":    ("7_report",    ()),
 }
 TRAINED = ("base", "mid", "sft", "rl") # the stages that train a model
-EXTRA_STAGES = {"dpo": "nanochat dpo"} # stages that no speedrun runs, and their commands; their settings may change at any time, and stand in their manifests
+# stages that no speedrun runs, and their commands; their settings may change at any time
+EXTRA_STAGES = {"dpo": "nanochat dpo"}
 
+# %% ../../nbs/core/02_run.ipynb #bfe0adf5
 def _what_matters(config: dict) -> dict:
-    "A configuration without what may change when a run moves to another machine, and without a card that says nothing."
-    return {key: {k: v for k, v in value.items() if k != "device_batch"} if isinstance(value, dict) else value
-            for key, value in config.items() if key not in ("hardware", *EXTRA_STAGES) and value != {"card": "none"}} | {"dial": {k: v for k, v in config.get("dial", {}).items() if k != "until"}}
+    "Drop what may change when a run moves to another machine, and a card that says nothing."
+    def without(section, name):
+        if not isinstance(section, dict): return section
+        return {key: value for key, value in section.items() if key != name}
+    ignored = ("hardware", *EXTRA_STAGES)
+    kept = {name: without(section, "device_batch") for name, section in config.items()
+            if name not in ignored and section != {"card": "none"}}
+    return kept | {"dial": without(config.get("dial", {}), "until")}
 
 def fingerprint(
     config: dict, # a run's configuration
     stage: str, # one of `STAGES` or `EXTRA_STAGES`
 ) -> str: # 16 hexadecimal digits
-    "What a stage depends on: its sections of the configuration and those of all stages before it."
+    "Hash what a stage depends on. Raises `UserError` if there is no such stage."
+    reads = {name: sections for name, (_, sections) in STAGES.items()}
     h, config = "", _what_matters(config)
-    for name, (_, sections) in (STAGES | {extra: ("", ()) for extra in EXTRA_STAGES}).items():
+    for name, sections in (reads | dict.fromkeys(EXTRA_STAGES, ())).items():
         h = sha256_json([h, name, {s: config[s] for s in sections if s in config}])
         if name == stage: return h[:16]
     raise UserError(f"stage {stage!r} is not one of {', '.join(STAGES)}.")
 
-# %% ../../nbs/core/02_run.ipynb #dff51e36
+# %% ../../nbs/core/02_run.ipynb #93f10102
 def _differences(a: dict, b: dict, prefix: str = "") -> list[str]:
-    "Dotted keys in which two nested dictionaries differ, with both values."
+    "List the keys in which two nested dictionaries differ, with both values."
     out = []
     for key in sorted(set(a) | set(b)):
         x, y = a.get(key), b.get(key)
@@ -157,12 +188,14 @@ def _differences(a: dict, b: dict, prefix: str = "") -> list[str]:
         elif x != y: out.append(f"{prefix}{key} is {x} there and {y} here")
     return out
 
+# %% ../../nbs/core/02_run.ipynb #dff51e36
 class Run:
     "A run's folder: its configuration, its stages' folders, manifests and metrics."
-    def __init__(self,
-                 dir: Path, # the folder
-                 config: dict, # the resolved configuration, as `nanochat.train.plan` makes it
-                 ):
+    def __init__(
+        self,
+        dir: Path, # the folder
+        config: dict, # the resolved configuration, as `nanochat.train.plan` makes it
+    ):
         self.dir, self.config, self.name = Path(dir), config, Path(dir).name
 
     @property
@@ -171,123 +204,148 @@ class Run:
     @staticmethod
     def _dir(name: str) -> Path:
         if not name or name != Path(name).name or name.startswith("."):
-            raise UserError(f"{name!r} cannot name a run: use letters, digits, '-' and '_', without a path.")
+            raise UserError(f"{name!r} cannot name a run: "
+                            "use letters, digits, '-' and '_', without a path.")
         return runs_dir()/name
 
     @classmethod
-    def create(cls,
-               name: str, # the run's name: one folder under runs/
-               config: dict, # the resolved configuration
-               ) -> "Run":
-        "Make the folder, or go on with it. Raises `UserError` if it holds a run of another configuration."
+    def create(cls, name: str, config: dict) -> "Run":
+        "Make or reopen a folder. Raises `UserError` if it holds a run of another configuration."
         dir = cls._dir(name)
         if (dir/"config.yaml").exists():
             old = cls.open(name).config
             # a round trip through YAML, so that tuples and lists compare equal
-            if diff := _differences(_what_matters(old), _what_matters(yaml.safe_load(yaml.safe_dump(config)))):
-                raise UserError(f"run {name!r} was made with another configuration ({'; '.join(diff[:3])}"
-                                f"{'; …' if len(diff) > 3 else ''}): choose another name with --run, or delete {dir}.")
-        atomic_write(dir/"config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            new = yaml.safe_load(yaml.safe_dump(config))
+            if found := _differences(_what_matters(old), _what_matters(new)):
+                shown = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
+                raise UserError(f"run {name!r} was made with another configuration ({shown}): "
+                                f"choose another name with --run, or delete {dir}.")
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        atomic_write(dir/"config.yaml", text)
         return cls(dir, config)
 
     @classmethod
     def open(cls, name: str) -> "Run":
-        "Open a run that exists. Raises `UserError` if there is none of that name, or its `config.yaml` cannot be read."
+        "Open a run. Raises `UserError` if there is none of that name, or its file is damaged."
         path = cls._dir(name)/"config.yaml"
         if not path.exists():
             known = sorted(p.parent.name for p in runs_dir().glob("*/config.yaml"))
-            raise UserError(f"there is no run {name!r} in {runs_dir()} (there: {', '.join(known) or 'none'}): start one with `nanochat speedrun --run {name}`.")
+            raise UserError(
+                f"there is no run {name!r} in {runs_dir()} (there: {', '.join(known) or 'none'}): "
+                f"start one with `nanochat speedrun --run {name}`.")
         try: config = yaml.safe_load(path.read_text("utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError): config = None
-        if not isinstance(config, dict): raise UserError(f"{path} is damaged: delete the folder {path.parent}, or restore the file.")
+        if not isinstance(config, dict):
+            raise UserError(f"{path} is damaged: "
+                            f"delete the folder {path.parent}, or restore the file.")
         return cls(path.parent, config)
 
-    def stage_dir(self, stage: str) -> Path:
-        "The folder of one stage."
-        fingerprint(self.config, stage) # refuses a name that is not a stage
-        return self.dir/stage
-
-    def manifest(self, stage: str) -> dict | None:
-        "What a finished stage left behind, or None if it is not done with this configuration."
-        path = self.stage_dir(stage)/"manifest.json"
-        if not path.exists(): return None
-        manifest = read_json(path, "delete it, and the stage runs again.")
-        return manifest if manifest.get("fingerprint") == fingerprint(self.config, stage) else None
-
-    def needs(self, stage: str) -> dict:
-        "The manifest of a stage that must have run. Raises `UserError` naming the notebook to run if it has not."
-        manifest = self.manifest(stage)
-        if manifest is None:
-            if stage in EXTRA_STAGES: raise UserError(f"stage {stage!r} of run {self.name!r} has not finished: run `{EXTRA_STAGES[stage]} {self.name}` first.")
-            raise UserError(f"stage {stage!r} of run {self.name!r} has not finished: run {STAGES[stage][0]}.ipynb first, or `nanochat speedrun --run {self.name}`.")
-        return manifest
-
-    def latest(self) -> str | None:
-        "The stage whose model is the newest: the last one that is done, or an extra stage that started from that one. None: no model yet."
-        last = next((stage for stage in reversed(TRAINED) if self.manifest(stage)), None)
-        return next((extra for extra in EXTRA_STAGES if (done := self.manifest(extra)) and done.get("start") == last), last)
-
-    def finish(self,
-               stage: str, # the stage that is done
-               **info, # counts, seconds, final metrics: whatever a report may want
-               ) -> dict:
-        "Write the stage's manifest: its last act, on rank 0."
-        manifest = {"stage": stage, "fingerprint": fingerprint(self.config, stage), "finished": round(time.time(), 3), **info,
-                    "environment": environment()}
-        if rank_and_world()[0] == 0: atomic_write(self.stage_dir(stage)/"manifest.json", json.dumps(manifest, indent=1))
-        barrier()
-        return manifest
-
-    def metrics(self, stage: str, resume_step: int = 0) -> Metrics:
-        "The writer of this run's metrics for one stage."
-        tracker = self.config.get("hardware", {}).get("tracker") or "none"
-        return Metrics(self.dir/"metrics.jsonl", stage, resume_step, "" if tracker == "none" else tracker, self.config)
-
-    def rows(self, stage: str | None = None) -> list[dict]:
-        "The metrics lines of this run so far."
-        return read_metrics(self.dir/"metrics.jsonl", stage)
-
     def __repr__(self):
-        marks = ", ".join(f"{s} {'done' if self.manifest(s) else '-'}" for s in STAGES)
-        return f"Run {self.name}: {marks}"
+        marks = (f"{stage} {'done' if self.manifest(stage) else '-'}" for stage in STAGES)
+        return f"Run {self.name}: {', '.join(marks)}"
 
-# %% ../../nbs/core/02_run.ipynb #30bb89e3
+# %% ../../nbs/core/02_run.ipynb #c2fbeec8
+@patch
+def stage_dir(self: Run, stage: str) -> Path:
+    "The folder of one stage. Raises `UserError` if there is no such stage."
+    fingerprint(self.config, stage)
+    return self.dir/stage
+
+@patch
+def manifest(self: Run, stage: str) -> dict | None:
+    "What a finished stage recorded; None if it is not done with this configuration."
+    path = self.stage_dir(stage)/"manifest.json"
+    if not path.exists(): return None
+    found = read_json(path, "delete it, and the stage runs again.")
+    return found if found.get("fingerprint") == fingerprint(self.config, stage) else None
+
+@patch
+def needs(self: Run, stage: str) -> dict:
+    "The manifest of a stage. Raises `UserError` that names what to run if it has not finished."
+    if found := self.manifest(stage): return found
+    if stage in EXTRA_STAGES: remedy = f"run `{EXTRA_STAGES[stage]} {self.name}` first."
+    else: remedy = f"run {STAGES[stage][0]}.ipynb first, or `nanochat speedrun --run {self.name}`."
+    raise UserError(f"stage {stage!r} of run {self.name!r} has not finished: {remedy}")
+
+@patch
+def latest(self: Run) -> str | None:
+    "The stage with the newest model: the last one, or an extra stage that started from it."
+    last = next((stage for stage in reversed(TRAINED) if self.manifest(stage)), None)
+    for extra in EXTRA_STAGES:
+        found = self.manifest(extra)
+        if found and found.get("start") == last: return extra
+    return last
+
+@patch
+def finish(
+    self: Run,
+    stage: str, # the stage that is done
+    **info, # counts, seconds, final metrics: everything that a report may need
+) -> dict: # the manifest
+    "Write a stage's manifest, on rank 0. This ends the stage."
+    found = {"stage": stage, "fingerprint": fingerprint(self.config, stage),
+             "finished": round(time.time(), 3), **info, "environment": environment()}
+    file = self.stage_dir(stage)/"manifest.json"
+    if rank_and_world()[0] == 0: atomic_write(file, json.dumps(found, indent=1))
+    barrier()
+    return found
+
+# %% ../../nbs/core/02_run.ipynb #f5d33b34
+@patch
+def metrics(self: Run, stage: str, resume_step: int = 0) -> Metrics:
+    "The writer of this run's metrics for one stage."
+    tracker = self.config.get("hardware", {}).get("tracker") or "none"
+    if tracker == "none": tracker = ""
+    return Metrics(self.dir/"metrics.jsonl", stage, resume_step, tracker, self.config)
+
+@patch
+def rows(self: Run, stage: str | None = None) -> list[dict]:
+    "The lines of metrics that this run has written."
+    return read_metrics(self.dir/"metrics.jsonl", stage)
+
+# %% ../../nbs/core/02_run.ipynb #9adebcc4
 class StopSignal:
-    "Notices SIGTERM and Ctrl-C inside a `with` block: `requested` tells whether one came, `name` which. A Ctrl-C after that raises `KeyboardInterrupt`."
+    "Notice SIGTERM and Ctrl-C inside a `with` block; a second Ctrl-C raises `KeyboardInterrupt`."
     def __enter__(self):
-        self.requested, self.name, self._old = False, "", {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN: continue
-                self._old[number] = signal.signal(number, self._notice)
+        self.requested = False # did a signal come?
+        self.name = "" # and which one
+        self._old = {} # handlers to restore
+        if threading.current_thread() is not threading.main_thread(): return self
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN: continue
+            self._old[number] = signal.signal(number, self._notice)
         return self
 
     def _notice(self, number, frame):
-        if self.requested and number == signal.SIGINT: raise KeyboardInterrupt
+        is_ctrl_c = number == signal.SIGINT
+        if self.requested and is_ctrl_c: raise KeyboardInterrupt
         if self.requested: return
-        self.requested, self.name = True, "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        try: say(f"\n{self.name}: this step is finished and saved first{'; Ctrl-C again stops at once' if number == signal.SIGINT else ''}.")
-        except (RuntimeError, OSError): pass # in the middle of another print, or nobody reads any more
+        self.requested, self.name = True, "Ctrl-C" if is_ctrl_c else "SIGTERM"
+        more = "; Ctrl-C again stops at once" if is_ctrl_c else ""
+        try: say(f"\n{self.name}: this step is finished and saved first{more}.")
+        except (RuntimeError, OSError): pass # during another print, or nobody reads any more
 
     def __exit__(self, *_):
         for number, old in self._old.items():
-            if old is not None: signal.signal(number, old) # None: a handler that is not Python's
+            if old is not None: signal.signal(number, old) # None: not a handler of Python
 
 # %% ../../nbs/core/02_run.ipynb #d7839b9b
 def progress_bar(
-    total: int, # how many steps there are
-    initial: int = 0, # how many are behind us already
-    desc: str = "", # what is going on
+    total: int | None, # number of steps; None: unknown
+    initial: int = 0, # steps that are done already
+    desc: str = "", # title
     unit: str = "step", # what is counted
     scale: bool = False, # 12.3M instead of 12345678
-): # -> tqdm.tqdm
+): # → tqdm.tqdm
     "A `tqdm` bar on rank 0, silent on the others, redrawn once a second."
     from tqdm import tqdm
-    return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=scale, disable=rank_and_world()[0] != 0, mininterval=1, dynamic_ncols=True, file=sys.stdout)
+    silent = rank_and_world()[0] != 0
+    return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=scale,
+                disable=silent, mininterval=1, dynamic_ncols=True, file=sys.stdout)
 
 # %% ../../nbs/core/02_run.ipynb #4f73885e
 def in_words(
-    speed: dict, # a line of metrics: tokens_per_second, mfu (0 to 1) and memory_mb, as far as it has them
+    speed: dict, # tokens_per_second, mfu (0 to 1) and memory_mb, each optional
 ) -> str:
     "Throughput, MFU and memory, for a progress bar."
     parts = []

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..core.files import UserError, atomic_write
 from ..core.machine import environment
 from ..core.run import EXTRA_STAGES, STAGES, TRAINED, Run, fingerprint
-from ..train.plan import named_hardware
+from ..train.hardware import named_hardware
 from ..post.core_eval import CORE, mean_interval, wilson_interval
 
 # %% ../../nbs/lab/50_reading.ipynb #4e42b0ca

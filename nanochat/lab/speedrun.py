@@ -117,7 +117,8 @@ def _show_plan(
     before: dict | None, # configuration of the run, if it exists
 ): # -> nanochat.train.plan.Plan
     "Make a plan and print it."
-    from nanochat.train.plan import make_plan, named_hardware
+    from nanochat.train.plan import make_plan
+    from nanochat.train.hardware import named_hardware
     machine = named_hardware(hardware) if hardware else None
     plan = make_plan(preset, overrides, machine, before=before)
     if before: _keep_measured(plan.config, before, overrides)
@@ -167,7 +168,7 @@ def _train(run: Run):
 def _speedrun_command(preset, name, settings, hardware, plan_only, **options):
     """Train every stage and write the report. The same command resumes a run that was stopped."""
     if settings == ("help",):
-        from nanochat.train.plan import describe_settings
+        from nanochat.train.settings import describe_settings
         return click.echo(describe_settings())
     if hardware and not plan_only:
         raise UserError(f"--hardware {hardware} names a machine to plan for: add --plan, "
@@ -204,7 +205,6 @@ def _speedrun_command(preset, name, settings, hardware, plan_only, **options):
 def _chat_command(name, stage, **how):
     """Talk to a trained model in the terminal."""
     from nanochat.talk.chat import terminal_chat
-    terminal_chat(name or last_run(), stage, **how)
 
 # %% ../../nbs/lab/56_speedrun.ipynb #fca2ddec
 _limit_options = _options( # fields of `ServerLimits`
@@ -322,7 +322,7 @@ def _measure_run(
     **how, # split, samples, temperature
 ) -> tuple: # for `_show_scores`
     "Measure the model of a run."
-    from nanochat.core.dataset import prepare_tokens
+    from nanochat.core.dataloader import prepare_tokens
     from nanochat.core.machine import pick_dtype
     from nanochat.model.engine import Engine
     from nanochat.post.core_eval import evaluate_core_stage
@@ -398,7 +398,7 @@ def _dpo_command(name, simulate, settings):
     that the chat has kept, and starts from the model after RL, or SFT. The same command resumes
     a training that was stopped."""
     from nanochat.post.dpo import show_dpo, train_dpo
-    from nanochat.train.plan import checked_settings
+    from nanochat.train.settings import checked_settings
     changed = checked_settings(_settings(settings))
     if others := [key for key in changed if not key.startswith("dpo.")]:
         raise UserError(f"--set {others[0]} has no place here: the settings of preference "
@@ -418,8 +418,8 @@ def _dpo_command(name, simulate, settings):
 def _report_command(names):
     """Write the report of a run again (by default of the last one), or compare several runs."""
     if len(names) > 1:
-        from nanochat.lab.report import write_comparison
-        return click.echo(write_comparison(list(names)))
+        from nanochat.lab.comparison import Comparison
+        return click.echo(Comparison(list(names)).write())
     run = Run.open(names[0] if names else last_run())
     run_stage(run, "report")
     click.echo(run.dir/"report.html")

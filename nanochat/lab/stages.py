@@ -96,7 +96,8 @@ def _token_counts(
 # %% ../../nbs/lab/55_stages.ipynb #426183ab
 def _tokenizer_stage(run: Run) -> dict: # the manifest
     "Train the run's tokenizer, and turn its text into shards of tokens."
-    from nanochat.core.dataset import iter_texts, prepare_text, prepare_tokens, start_download
+    from nanochat.core.dataset import iter_texts, prepare_text
+    from nanochat.core.dataloader import prepare_tokens, start_download
     from nanochat.core.tokenizer import Tokenizer
     started, section = time.perf_counter(), run.config["tokenizer"]
     run.needs("data")
@@ -113,8 +114,8 @@ def _tokenizer_stage(run: Run) -> dict: # the manifest
 # %% ../../nbs/lab/55_stages.ipynb #211928d4
 def _report_stage(run: Run) -> dict: # the manifest
     "Write the report. The stage is done only when all other stages are."
-    from nanochat.lab.report import write_report
-    path = write_report(run).name
+    from nanochat.lab.report import Report
+    path = Report(run).write().name
     others = [stage for stage in STAGES if stage != "report"]
     if all(run.manifest(stage) for stage in others): return run.finish("report", path=path)
     return {"path": path}

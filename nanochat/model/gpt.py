@@ -68,8 +68,8 @@ class GPTConfig:
         return layer_windows(vars(self))
 
 # %% ../../nbs/model/14_gpt.ipynb #6b851bc7
-def _rate(x):
-    "The factor r of RMSNorm, (..., 1)."
+def _norm_factor(x):
+    "The factor r of RMSNorm, (..., 1), in float32 or wider."
     wide = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     return length.square_().div_(x.size(-1)).add_(1e-6).rsqrt_()
@@ -79,17 +79,17 @@ class _Norm(torch.autograd.Function):
     "RMSNorm that keeps its result, and not its input, for the backward pass."
     @staticmethod
     def forward(ctx, x):
-        rate = _rate(x)
-        y = x * rate.to(x.dtype)
-        ctx.save_for_backward(y, rate)
+        r = _norm_factor(x)
+        y = x * r.to(x.dtype)
+        ctx.save_for_backward(y, r)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        y, rate = ctx.saved_tensors
-        total = (grad * y).sum(-1, keepdim=True, dtype=rate.dtype)
-        mean = total.div_(-y.size(-1)).to(y.dtype)
-        return torch.addcmul(grad, y, mean).mul_(rate.to(y.dtype))
+        y, r = ctx.saved_tensors
+        total = (grad * y).sum(-1, keepdim=True, dtype=r.dtype)
+        minus_mean = total.div_(-y.size(-1)).to(y.dtype)
+        return torch.addcmul(grad, y, minus_mean).mul_(r.to(y.dtype)) # r (g - y mean(g y))
 
 # %% ../../nbs/model/14_gpt.ipynb #71c55436
 def norm(
@@ -98,7 +98,7 @@ def norm(
     "RMSNorm over the last dimension, without weights."
     if torch.compiler.is_compiling():
         return F.rms_norm(x, (x.size(-1),), eps=1e-6).to(x.dtype) # autocast may return float32
-    return _Norm.apply(x) if torch.is_grad_enabled() else x * _rate(x).to(x.dtype)
+    return _Norm.apply(x) if torch.is_grad_enabled() else x * _norm_factor(x).to(x.dtype)
 
 # %% ../../nbs/model/14_gpt.ipynb #20aebad7
 def rope_tables(
@@ -111,7 +111,8 @@ def rope_tables(
     # still be given weights
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
     rates = base ** -pairs # radians a token
-    angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * rates
+    positions = torch.arange(length, dtype=torch.float64, device="cpu")
+    angles = positions[:, None] * rates # (length, head_dim / 2)
     cos, sin = angles.cos(), angles.sin()
     return cos.repeat(1, 2).float(), torch.cat([sin, -sin], dim=1).float()
 
@@ -122,7 +123,8 @@ def apply_rope(
     sin: torch.Tensor, # the same
 ) -> torch.Tensor: # (B, T, heads, head_dim)
     "Turn every pair of channels by its position's angle."
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
+    partner = x.roll(x.size(-1) // 2, dims=-1)
+    return torch.addcmul(x * cos, partner, sin)
 
 # %% ../../nbs/model/14_gpt.ipynb #da375837
 class Linear(nn.Linear):
@@ -165,16 +167,18 @@ class CausalSelfAttention(nn.Module):
 # %% ../../nbs/model/14_gpt.ipynb #4c092dee
 @patch
 def _heads(self: CausalSelfAttention, x, cos, sin):
-    "Project to queries, keys and values; rotate and norm the first two."
+    "Project to queries, keys and values (B, T, heads, head_dim); rotate and norm the first two."
     B, T, _ = x.shape
     if self.c_qkv is None:
         parts = (self.c_q, self.c_k, self.c_v)
-        q, k, v = (part(x).view(B, T, -1, self.head_dim) for part in parts) # (B, T, heads, head_dim)
+        q, k, v = (part(x).view(B, T, -1, self.head_dim) for part in parts)
         return norm(apply_rope(q, cos, sin)), norm(apply_rope(k, cos, sin)), v
     # the same in one product, queries and keys side by side
     n_qk = self.n_head + self.n_kv_head
-    qk, v = self.c_qkv(x).view(B, T, -1, self.head_dim).split([n_qk, self.n_kv_head], dim=2)
-    q, k = norm(apply_rope(qk, cos, sin)).split([self.n_head, self.n_kv_head], dim=2)
+    qkv = self.c_qkv(x).view(B, T, -1, self.head_dim)
+    qk, v = qkv.split([n_qk, self.n_kv_head], dim=2)
+    qk = norm(apply_rope(qk, cos, sin))
+    q, k = qk.split([self.n_head, self.n_kv_head], dim=2)
     return q, k, v
 
 # %% ../../nbs/model/14_gpt.ipynb #3be97d17
@@ -196,7 +200,7 @@ def forward(
         gate_in = x[..., :self.ve_gate.in_features]
         gate = 3 * torch.sigmoid(self.ve_gate(gate_in)) # (B, T, n_kv_head)
         v = torch.addcmul(v, gate[..., None], ve.view_as(v).to(v.dtype))
-    q, k = q.to(v.dtype), k.to(v.dtype)
+    q, k = (x.to(v.dtype) for x in (q, k))
     if kv_cache is None: y = attention(q, k, v, window=window, scale=self.scale)
     else: y = kv_cache.attend(layer, q, k, v, window=window, scale=self.scale)
     return self.c_proj(y.reshape(B, T, -1))
@@ -249,6 +253,7 @@ class Block(nn.Module):
 # %% ../../nbs/model/14_gpt.ipynb #8fa9a818
 _ROPE_REACH = 4 # the rotation tables are this many times as long as a training row
 
+# %% ../../nbs/model/14_gpt.ipynb #69409094
 class GPT(nn.Module):
     "A decoder-only transformer."
     def __init__(self, config: GPTConfig):
@@ -300,7 +305,7 @@ def init_weights(
     bound = math.sqrt(3 / c.n_embd) # a uniform ±bound has standard deviation 1/√n_embd
 
     normal(self.transformer.wte.weight, 0.8)
-    normal(self.lm_head.weight, 0.001) # tokens are equally likely: the loss starts at log(vocab_size)
+    normal(self.lm_head.weight, 0.001) # near 0: the loss starts at about log(vocab_size)
     for block in self.transformer.h:
         attn, mlp = block.attn, block.mlp
         for part in (attn.c_q, attn.c_k, attn.c_v): uniform(part.weight, -bound, bound)
@@ -319,11 +324,11 @@ def init_weights(
 
 # %% ../../nbs/model/14_gpt.ipynb #b3cf2154
 @patch
-def _fits(self: GPT, max_len):
-    "Raise `UserError` if a cache is longer than the model's positions."
-    if max_len > len(self.rope_cos):
-        raise UserError(f"a cache of {max_len} tokens is beyond the {len(self.rope_cos)} positions "
-                        "of this model: shorten the conversation.")
+def _check_length(self: GPT, length: int, what: str, cure: str):
+    "Raise `UserError` if a row or cache is longer than the model's positions."
+    if length > len(self.rope_cos):
+        raise UserError(f"a {what} of {length} tokens is beyond the {len(self.rope_cos)} positions "
+                        f"of this model: {cure}.")
 
 @patch
 def new_cache(
@@ -332,12 +337,13 @@ def new_cache(
     max_len: int, # tokens that a row can hold
 ) -> KVCache:
     "Make an empty cache on the model's device, in the dtype that it computes in."
-    self._fits(max_len)
+    self._check_length(max_len, "cache", "shorten the conversation")
     weight, c = self.transformer.wte.weight, self.config
     device, dtype = weight.device, weight.dtype
     if torch.is_autocast_enabled(device.type): dtype = torch.get_autocast_dtype(device.type)
     return KVCache(c.n_layer, batch_size, c.n_kv_head, max_len, c.head_dim, device, dtype)
 
+# %% ../../nbs/model/14_gpt.ipynb #bf6b9f80
 @patch
 def new_rows(
     self: GPT,
@@ -346,7 +352,7 @@ def new_rows(
     static: bool = False, # give every step the same shapes
 ) -> RowCache:
     "Make empty places for rows that are decoded token by token, in the dtype of the weights."
-    self._fits(max_len)
+    self._check_length(max_len, "cache", "shorten the conversation")
     weight, c = self.transformer.wte.weight, self.config
     windows = [w if w < c.sequence_len else None for w in c.windows]
     return RowCache(windows, n_rows, c.n_kv_head, max_len, c.head_dim, c.n_embd,
@@ -365,18 +371,18 @@ def _smear(self: GPT, x, kv_cache, valid):
             kv_cache.previous = torch.cat([first, x], 1)[rows, valid]
     gate = torch.sigmoid(self.smear_gate(x[..., :self.smear_gate.in_features])) # (B, T, 1)
     gate = self.smear_lambda.to(x.dtype) * gate
-    return torch.addcmul(x, gate, torch.cat([first, x[:, :-1]], 1))
+    before = torch.cat([first, x[:, :-1]], 1)
+    return torch.addcmul(x, gate, before)
 
+# %% ../../nbs/model/14_gpt.ipynb #5cad0453
 @patch
 def _rotations(self: GPT, T, kv_cache, valid):
     "Look up the rotations of T tokens: from position 0, or where each row of the cache ends."
-    if kv_cache is not None:
-        positions = kv_cache.begin(T, valid)
-        return self.rope_cos[positions][:, :, None], self.rope_sin[positions][:, :, None]
-    if T > len(self.rope_cos):
-        raise UserError(f"a row of {T} tokens is beyond the {len(self.rope_cos)} positions "
-                        "of this model: cut it.")
-    return self.rope_cos[:T, None], self.rope_sin[:T, None] # (T, 1, head_dim)
+    if kv_cache is None:
+        self._check_length(T, "row", "cut it")
+        return self.rope_cos[:T, None], self.rope_sin[:T, None] # (T, 1, head_dim)
+    positions = kv_cache.begin(T, valid) # (B, T)
+    return self.rope_cos[positions][:, :, None], self.rope_sin[positions][:, :, None]
 
 # %% ../../nbs/model/14_gpt.ipynb #fa5983cb
 @patch
@@ -394,7 +400,7 @@ def trunk(
     x = norm(self.transformer.wte(idx)) # (B, T, n_embd)
     device = x.device.type
     if torch.is_autocast_enabled(device): x = x.to(torch.get_autocast_dtype(device))
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    cos, sin = (table.to(x.dtype) for table in (cos, sin))
     if c.smear: x = self._smear(x, kv_cache, valid)
     x0 = x
 
@@ -427,6 +433,8 @@ def head(
 @patch
 def _loss(self: GPT, x, targets, reduction):
     "Cross-entropy of the trunk's output (B, T, n_embd), in nats."
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"loss_reduction is {reduction!r}, not 'mean', 'sum' or 'none'")
     weight = self.lm_head.weight[:self.config.vocab_size]
     kind = "none" if reduction == "none" else "sum"
     losses = head_loss(x.flatten(0, 1), weight, targets.flatten(), self.config.softcap, kind)
@@ -434,6 +442,7 @@ def _loss(self: GPT, x, targets, reduction):
     if reduction == "sum": return losses
     return losses / (targets >= 0).sum().clamp(min=1) # 0 rather than NaN without any target
 
+# %% ../../nbs/model/14_gpt.ipynb #cb363eb9
 @patch
 def forward(
     self: GPT,
@@ -466,7 +475,8 @@ def _join_qkv(
     "Replace the matrices of queries, keys and values by one."
     parts = (attn.c_q, attn.c_k, attn.c_v)
     with torch.device("meta"):
-        attn.c_qkv = Linear(attn.c_q.in_features, sum(part.out_features for part in parts))
+        n_out = sum(part.out_features for part in parts)
+        attn.c_qkv = Linear(attn.c_q.in_features, n_out)
     attn.c_qkv.weight = nn.Parameter(torch.cat([part.weight for part in parts]))
     del attn.c_q, attn.c_k, attn.c_v
 

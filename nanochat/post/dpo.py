@@ -32,7 +32,7 @@ from ..core.grammar import ANSWERS, Draw, expansions
 from ..core.world import World, question_and_answer
 from ..model.gpt import GPT
 from ..model.engine import Engine
-from ..train.plan import SCHEMA
+from ..train.settings import SETTINGS
 from ..train.checkpoint import load_model
 from nanochat.train.loop import (
     Loop, LoopSettings, autocast, fill_micro_batches, loop_settings, optimizer_for,
@@ -475,7 +475,8 @@ def dpo_settings(
     changed: dict | None = None,  # settings that are different this time
 ) -> dict:
     "The settings of preference training: the configuration's where it has them, otherwise the defaults."
-    usual = {key.name.removeprefix("dpo."): key.default for key in SCHEMA if key.name.startswith("dpo.")}
+    usual = {name.removeprefix("dpo."): setting.default
+             for name, setting in SETTINGS.items() if name.startswith("dpo.")}
     return usual | config.get("dpo", {}) | (changed or {})
 
 NOT_LEARNED = ("eval_every", "save_minutes") # settings that do not change what is learned

@@ -9,13 +9,12 @@ __all__ = ['SUMS', 'PROBLEMS', 'Sums', 'Problems', 'Spelling', 'Counting']
 import re
 
 # %% ../../nbs/post/31_problems.ipynb #82b204b0
-from ..core.world import (
-    ATTRIBUTES, FAMILIES, GOODS, HE, PLURALS, SHE, WORDS, Draw, compile_template, count,
-    expand, made_up, spell)
+from ..core.grammar import (
+    ATTRIBUTES, FAMILIES, GOODS, HE, PLURALS, SHE, WORDS, Draw, compile_template,
+    compile_templates, count, expand, made_up, spell)
 from ..model.sandbox import calculator
-from nanochat.post.tasks import (
-    Task, assistant, closing_text, compile_pairs, compile_templates, final_number, part_of,
-    user, with_tool)
+from .tasks import (
+    Task, assistant, closing_text, compile_pairs, final_number, part_of, user, with_tool)
 
 # %% ../../nbs/post/31_problems.ipynb #c1cd03ef
 def _within(*ranges: tuple[int, int]):

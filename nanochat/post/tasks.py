@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAIN_SIZE', 'user', 'assistant', 'with_tool', 'visible_text', 'spoken_text', 'closing_text', 'numbers_in',
-           'final_number', 'normal', 'part_of', 'check_task_split', 'Task', 'compile_templates', 'compile_pairs',
-           'choice_prompt', 'same_letter']
+           'final_number', 'normal', 'part_of', 'check_task_split', 'Task', 'compile_pairs', 'choice_prompt',
+           'same_letter']
 
 # %% ../../nbs/post/30_tasks.ipynb #76cfc06d
 import re
@@ -13,7 +13,8 @@ import zlib
 
 # %% ../../nbs/post/30_tasks.ipynb #c69e4874
 from ..core.files import UserError
-from ..core.world import IDENTITY, Draw, World, compile_template, option_lines
+from ..core.grammar import Draw, compile_template
+from ..core.world import IDENTITY, World, option_lines
 
 # %% ../../nbs/post/30_tasks.ipynb #a12cdb6e
 def user(text: str) -> dict:
@@ -183,10 +184,6 @@ class Task:
             print()
 
 # %% ../../nbs/post/30_tasks.ipynb #a7836500
-def compile_templates(texts: list[str]) -> list:
-    "Compile a list of templates."
-    return [compile_template(text) for text in texts]
-
 def compile_pairs(pairs: list[tuple[str, str]]) -> list[tuple]:
     "Compile a list of (question, answer)."
     return [(compile_template(question), compile_template(answer)) for question, answer in pairs]

@@ -13,13 +13,13 @@ import re
 from fastcore.basics import patch
 
 # %% ../../nbs/post/32_town.ipynb #96f9a95b
-from ..core.world import (
-    ANSWERS, ATTRIBUTES, COLOURS, DAYS, FAMILIES, GOODS, HE, IDENTITY, JOBS, PETS, PLACES,
-    PLURALS, QUESTIONS, SHE, THINGS, WEATHER, Draw, compile_template, expand, expansions,
-    question_and_answer, wrong_values)
-from nanochat.post.tasks import (
-    Task, assistant, choice_prompt, closing_text, compile_pairs, compile_templates, normal,
-    part_of, user)
+from nanochat.core.grammar import (
+    ANSWERS, ATTRIBUTES, COLOURS, DAYS, FAMILIES, GOODS, HE, JOBS, PETS, PLACES, PLURALS,
+    QUESTIONS, SHE, THINGS, WEATHER, Draw, compile_template, compile_templates, expand,
+    expansions)
+from ..core.world import IDENTITY, question_and_answer, wrong_values
+from .tasks import (
+    Task, assistant, choice_prompt, closing_text, compile_pairs, normal, part_of, user)
 
 # %% ../../nbs/post/32_town.ipynb #007f5e27
 def _all_texts(templates: list[str]) -> list[str]:

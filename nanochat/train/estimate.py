@@ -12,7 +12,7 @@ from functools import lru_cache
 
 # %% ../../nbs/train/22_estimate.ipynb #4b272536
 from ..core.files import UserError, names_in
-from ..core.dataset import SOURCES, _file_state, conversation_files, conversations
+from ..core.dataset import SOURCES, file_state, conversation_files, conversations
 from ..model.shape import (
     count_params, flops_per_token, model_shape, padded_vocab, scaling_params)
 from .hardware import Hardware
@@ -156,7 +156,7 @@ def _task_size(
     per_token = bytes_per_token(vocab_size)
     if task in SET_SIZES:
         return SET_SIZES[task][split], _SET_TOKENS[task] * bytes_per_token(32768) / per_token
-    n, size, messages = _own_size(task, _file_state(conversation_files(task)))
+    n, size, messages = _own_size(task, file_state(conversation_files(task)))
     return n, (size / per_token + 2 * messages) / n + 1 # each message has two special tokens
 
 # %% ../../nbs/train/22_estimate.ipynb #c3718891

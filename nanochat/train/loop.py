@@ -28,8 +28,9 @@ from ..core.machine import (
 from ..core.run import Run, StopSignal, in_words, progress_bar, read_metrics
 from ..core.tokenizer import Tokenizer
 from ..core.world import World
-from ..core.dataset import prepare_tokens
+from ..core.dataloader import prepare_tokens
 from ..core.dataloader import PackedLoader
+from ..model.shape import flops_per_token
 from ..model.attention import choose_backends
 from ..model.precision import LossScaler, quantize_weights, use_fp8
 from ..model.gpt import GPT, GPTConfig
@@ -331,7 +332,7 @@ def measured(
     "Throughput, MFU and memory, as they go into the log."
     speed = {"tokens_per_second": round(tokens_per_second, 1)}
     if peak_flops:
-        speed["mfu"] = round(model.flops_per_token() * tokens_per_second / peak_flops, 4)
+        speed["mfu"] = round(flops_per_token(vars(model.config)) * tokens_per_second / peak_flops, 4)
     on_cuda = device.type == "cuda"
     memory = torch.cuda.max_memory_allocated(device) / 1e6 if on_cuda else peak_memory()
     if memory: speed["memory_mb"] = round(memory, 1)
@@ -364,7 +365,7 @@ def train(
         # forward and backward pass
         before = loader.state()
         batches = [loader.next_batch() for _ in range(grad_accum)]
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         with quantize_weights(model):
             loss, n_targets = accumulate_gradients(model, batches, dtype, optimizer, scaler.scale)
 
@@ -465,7 +466,7 @@ class _OneEpoch:
 def validation_bits_per_byte(
     model: GPT, # on its device
     tokenizer: Tokenizer, # the one that it was trained with
-    tokens_dir: Path, # its token shards, from `nanochat.core.dataset.prepare_tokens`
+    tokens_dir: Path, # its token shards, from `nanochat.core.dataloader.prepare_tokens`
     rows: int = 8, # at a time
     dtype: torch.dtype = torch.float32, # of the matrix products
 ) -> float: # bits per byte

@@ -28,8 +28,9 @@ from ...core.files import say
 from ...core.machine import cpu_name, n_cores
 from ...core.run import Run
 from ...core.tokenizer import Tokenizer
-from ...core.dataset import batched, iter_texts, tokenize, tokens_dir
-from ...core.dataloader import PackedLoader, Plan, Shards
+from ...core.dataset import iter_texts
+from ...core.dataloader import (
+    PackedLoader, PackingPlan, Shards, batched, tokenize, tokens_dir)
 from ...train.plan import make_plan
 from ..stages import run_stage
 from .measure import (
@@ -59,7 +60,7 @@ def _measure_shards(
     out: Path, # where the token shards go
 ) -> dict: # seconds, peak in MB
     "Turn text into token shards."
-    code = ("import sys; from pathlib import Path; from nanochat.lab.bench.measure import timed; from nanochat.core.machine import peak_memory; from nanochat.core.dataset import tokenize; from nanochat.core.tokenizer import Tokenizer;"
+    code = ("import sys; from pathlib import Path; from nanochat.lab.bench.measure import timed; from nanochat.core.machine import peak_memory; from nanochat.core.dataloader import tokenize; from nanochat.core.tokenizer import Tokenizer;"
             "seconds, _ = timed(tokenize, Path(sys.argv[1]), Tokenizer.load(Path(sys.argv[2])), Path(sys.argv[3]), None);"
             "import json; print(json.dumps({'seconds': seconds, 'peak': peak_memory()}), file=sys.stderr)")
     done = subprocess.run([sys.executable, "-c", code, str(folder), str(tokenizer), str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
@@ -104,7 +105,7 @@ class _ScanningLoader:
                 if length < self.waiting[shortest][0]: shortest = i
             length, doc = self.waiting.pop(best if best >= 0 else shortest)
             take = min(length, gap)
-            self.shards.gather(Plan(np.array([doc]), np.zeros(1, int), np.array([take]), np.array([0, 1])), out, np.array([at]))
+            self.shards.gather(PackingPlan(np.array([doc]), np.zeros(1, int), np.array([take]), np.array([0, 1])), out, np.array([at]))
             at += take
 
     def next_batch(self):

@@ -23,8 +23,11 @@ import click
 from ...core.files import say
 from ...core.machine import cpu_name, n_cores
 from ...core.run import Run, read_metrics
-from ...train.plan import (
-    TASKS, _measure_flops, _stage_tokens, make_plan, model_shape, training_memory)
+from ...model.shape import model_shape
+from ...train.hardware import measure_flops
+from ...train.settings import WORLD_TASKS
+from ...train.estimate import stage_tokens, training_memory
+from ...train.plan import make_plan
 from ..stages import run_stage
 from .measure import table
 from .data import scratch_base_dir
@@ -76,7 +79,7 @@ def bench_step(
     steps: int = 4,
 ) -> list[list]: # the lines of the table
     "Print what a step takes, and what the plan thought."
-    rates = {dtype: _measure_flops("cpu", dtype) for dtype in dtypes}
+    rates = {dtype: measure_flops("cpu", dtype) for dtype in dtypes}
     say(f"{cpu_name()}, {n_cores()} cores; products of matrices reach " + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items()))
     lines = [["model", "dtype", "rows", "tokens/s", "peak", "planned"]]
     for depth, rows in depths.items():
@@ -99,8 +102,9 @@ def _measure_training(
     code = """
 import json, sys, time, torch
 from nanochat.core.machine import peak_memory
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.shape import flops_per_token
 from nanochat.model.precision import quantize_weights
+from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.train.loop import accumulate_gradients, grad_accum_steps, optimizer_for, prepare_model
 config, seconds = json.loads(sys.argv[1])
 hardware, base = config["hardware"], config["base"]
@@ -128,7 +132,7 @@ while len(found) < 2 or now() - clock < seconds: found.append(step(2))
 turn, update = (sorted(x)[len(x) // 2] for x in zip(*found))
 rate = base["batch_tokens"] / (turn * grad_accum_steps(base["batch_tokens"], B, T) + update)
 peak = torch.cuda.max_memory_allocated() if on_gpu else 1e6 * (peak_memory() or 0)
-print(json.dumps({"turn": turn, "update": update, "first": first, "tokens_per_second": rate, "mfu": gpt.flops_per_token() * rate / hardware["peak_flops"], "peak": peak}))
+print(json.dumps({"turn": turn, "update": update, "first": first, "tokens_per_second": rate, "mfu": flops_per_token(vars(gpt.config)) * rate / hardware["peak_flops"], "peak": peak}))
 """
     return _in_process(code, config, seconds)
 
@@ -297,7 +301,7 @@ def bench_sft(
 ) -> dict: # the manifest of SFT, with bits per byte before and after
     "Print what became of each conversation, and the loss on those held out before and after SFT."
     from nanochat.post.finetune import finetune
-    settings = SFT_SHAPE | {f"{stage}.mixture.{task}": 0 for stage in ("mid", "sft") for task in TASKS} | {"identity.card": card, "mid.mixture.identity": 1, "sft.mixture.identity": 500} | (settings or {})
+    settings = SFT_SHAPE | {f"{stage}.mixture.{task}": 0 for stage in ("mid", "sft") for task in WORLD_TASKS} | {"identity.card": card, "mid.mixture.identity": 1, "sft.mixture.identity": 500} | (settings or {})
     mixture = lambda times: {f"sft.mixture.{task}": f"{times:.3g}x" for task in tasks}
     with scratch_base_dir():
         plan = make_plan("laptop", settings | mixture(1), data=str(text))
@@ -306,8 +310,8 @@ def bench_sft(
         for stage in ("data", "tokenizer", "base"): base = run_stage(run, stage)
         chosen, model = run.config["sft"]["mixture"], run.config["model"]
         once = {f"sft.mixture.{name}": weight for name, weight in chosen.items()} | {"sft.epochs": 1} | {f"model.{name}": model[name] for name in ("vocab_size", "sequence_len")}
-        times = 60 * minutes * base["tokens"] / base["seconds"] / _stage_tokens(once, "sft") # as often as the minutes allow
-        chosen |= {name: f"{times:.3g}x" for name in chosen if name not in TASKS}
+        times = 60 * minutes * base["tokens"] / base["seconds"] / stage_tokens(once, "sft") # as often as the minutes allow
+        chosen |= {name: f"{times:.3g}x" for name in chosen if name not in WORLD_TASKS}
         run.config["eval"]["tasks"] = "identity" # the only one of the world's that is taught here
         done = finetune(run, "sft", start="base")
         rows = read_metrics(run.dir/"metrics.jsonl", "sft")
