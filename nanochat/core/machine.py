@@ -94,6 +94,7 @@ def group_rank_and_world() -> tuple[int, int]: # rank, world size
     if not (dist.is_available() and dist.is_initialized()): return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
+# %% ../../nbs/core/01_machine.ipynb #de0d0087
 def gather(mine: list) -> list: # of items that can be pickled
     "Concatenate the lists of all ranks, on every rank."
     import torch.distributed as dist
@@ -144,6 +145,7 @@ def n_cores() -> int:
     "The number of cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
+# %% ../../nbs/core/01_machine.ipynb #b2ae78ca
 def peak_memory(
     reset: bool = False, # start a new peak first
 ) -> float | None: # MB; None where the system does not report it
