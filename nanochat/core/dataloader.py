@@ -53,6 +53,7 @@ def batched(
 # %% ../../nbs/core/09_dataloader.ipynb #ef2056e6
 _SHARD_CHARACTERS = 25_000_000 # text in a token shard: some 6 million tokens, 12 MB
 
+# %% ../../nbs/core/09_dataloader.ipynb #4e20d1cf
 def _tokens_state(
     out_dir: Path, # the folder of token shards
     settings: dict, # tokenizer, max_characters, shard_characters
@@ -71,6 +72,7 @@ def _tokens_state(
                         "delete it or name another folder.")
     return state
 
+# %% ../../nbs/core/09_dataloader.ipynb #66c26709
 def _write_token_shard(
     out_dir: Path,
     number: int, # of the shard
@@ -120,6 +122,7 @@ def tokenize(
     _write_manifest(out_dir, state, files, tokenizer)
     return out_dir
 
+# %% ../../nbs/core/09_dataloader.ipynb #3d2898f1
 def _name_in(files: list[Path], file: Path | None) -> str:
     "A file's path below the folder of all files, because files of two folders may have one name."
     root = os.path.commonpath([f.parent for f in files])
@@ -132,6 +135,7 @@ def _shards_of(state: dict, split: str, file: str) -> list[dict]:
 def _total(state: dict, split: str, key: str) -> int:
     return sum(shard[key] for shard in state["shards"] if shard["split"] == split)
 
+# %% ../../nbs/core/09_dataloader.ipynb #4ce9122d
 def _tokenize_file(
     out_dir: Path,
     state: dict, # grows; written to progress.json after each shard
@@ -151,6 +155,7 @@ def _tokenize_file(
     state["finished"].append([split, file])
     save()
 
+# %% ../../nbs/core/09_dataloader.ipynb #409187b7
 def _write_manifest(out_dir: Path, state: dict, files: list[Path], tokenizer: Tokenizer):
     "Replace progress.json by manifest.json. Raises `UserError` if a split is empty."
     del state["finished"]
@@ -193,6 +198,7 @@ class _Arriving:
             if not self._thread.is_alive() and self._missing(file): raise self._error
             time.sleep(0.1)
 
+# %% ../../nbs/core/09_dataloader.ipynb #2ebc5ca1
 def start_download(
     config: dict, # a run's configuration; reads data
 ): # a context that gives `_Arriving`, or None if there is nothing to download
@@ -209,6 +215,7 @@ def tokens_dir(
     name, key = text_identity(config)
     return base_dir()/"tokens"/f"{name}-{tokenizer.hash[:12]}-{key[:8]}"
 
+# %% ../../nbs/core/09_dataloader.ipynb #aeada039
 def prepare_tokens(
     run, # nanochat.core.run.Run whose tokenizer is trained
     arriving = None, # what `start_download` gave, if the download has been started
@@ -342,6 +349,7 @@ def _n_blocks(n_documents: int) -> int:
     "The number of blocks of an epoch."
     return -(-n_documents // _BLOCK) # rounded up
 
+# %% ../../nbs/core/09_dataloader.ipynb #cd88f63d
 def _plan_block(
     lengths: np.ndarray, # (n_documents,) of the whole split
     capacity: int, # T + 1
@@ -410,6 +418,7 @@ def _read_manifest(folder: Path, tokenizer_hash: str | None) -> dict:
             f"{tokenizer_hash[:12]}…): tokenize the text with the model's.")
     return manifest
 
+# %% ../../nbs/core/09_dataloader.ipynb #e42d54f1
 def _map_shard(
     folder: Path,
     number: int, # of the shard
@@ -429,6 +438,7 @@ def _map_shard(
 # %% ../../nbs/core/09_dataloader.ipynb #c018da57
 _Position = tuple[int, int, int] # epoch, block, row in the block
 
+# %% ../../nbs/core/09_dataloader.ipynb #ae4b6de0
 class PackedLoader:
     "Batches of packed rows from token shards."
     def __init__(
@@ -490,6 +500,7 @@ def _after(self: PackedLoader, epoch: int, block: int) -> tuple[int, int]:
     "Epoch and number of the next block."
     return (epoch, block + 1) if block + 1 < _n_blocks(len(self.shards)) else (epoch + 1, 0)
 
+# %% ../../nbs/core/09_dataloader.ipynb #a5872e44
 @patch
 def rows_at(
     self: PackedLoader,
@@ -529,6 +540,7 @@ def _fill(
         self.shards.gather(plan, flat, at + later)
         base += len(plan) * width
 
+# %% ../../nbs/core/09_dataloader.ipynb #67e67269
 @patch
 def _make(
     self: PackedLoader,
@@ -553,6 +565,7 @@ def _begin(self: PackedLoader):
     self._next = self._thread.submit(self._make, self.position, self._turn)
     self._turn = 1 - self._turn
 
+# %% ../../nbs/core/09_dataloader.ipynb #81af31f1
 @patch
 def next_batch(
     self: PackedLoader
@@ -587,6 +600,7 @@ def seek(self: PackedLoader, row: int):
         (epoch, block), row = self._after(epoch, block), row - n
     self._go_to((epoch, block, row))
 
+# %% ../../nbs/core/09_dataloader.ipynb #d5b90cb7
 @patch
 def state(self: PackedLoader) -> dict: # JSON-able, the same on all ranks
     "Where the next batch begins."

@@ -72,6 +72,7 @@ def _part(path: Path, sha256: str) -> Path:
 def _length(part: Path) -> int:
     return part.stat().st_size if part.exists() else 0
 
+# %% ../../nbs/core/07_download.ipynb #55bff0ea
 def _is_useless(part: Path, size: int | None, error: Exception) -> bool:
     "Is a part too long, or refused by the server as a place to resume from (416)?"
     from huggingface_hub.errors import HfHubHTTPError
@@ -137,6 +138,7 @@ class _Remote:
 def _is_hex(text: str | None, digits: int) -> bool:
     return re.fullmatch(f"[0-9a-f]{{{digits}}}", text or "") is not None
 
+# %% ../../nbs/core/07_download.ipynb #63ab4e92
 def _describe(
     repo: str, # dataset repository
     name: str, # path in it
@@ -178,6 +180,7 @@ def missing_files(
 # %% ../../nbs/core/07_download.ipynb #22e92e09
 _THREADS = 8 # files at once
 
+# %% ../../nbs/core/07_download.ipynb #7480fe39
 def _get(
     repo: str,
     name: str, # file in it
@@ -197,6 +200,7 @@ def _get(
     url = hf_hub_url(repo, name, repo_type="dataset", revision=remote.commit)
     _fetch(url, path, remote.sha256, remote.size, build_hf_headers(), arrived)
 
+# %% ../../nbs/core/07_download.ipynb #493aedaa
 def _refuse_small_disk(needed: int, folder: Path, repo: str):
     "Raise `UserError` if files do not fit on the disk."
     free = shutil.disk_usage(folder).free
@@ -243,6 +247,7 @@ def _download(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
+# %% ../../nbs/core/07_download.ipynb #3be99db6
 def _commit(repo: str, revision: str, name: str) -> str:
     "The commit of a revision; the hub is asked about one file of it."
     return revision if _is_hex(revision, 40) else _describe(repo, name, revision).commit
@@ -299,6 +304,7 @@ def download(
         if missing: _download(record, folder, missing, stop or threading.Event())
     return folder
 
+# %% ../../nbs/core/07_download.ipynb #9398fbfe
 def download_archive(
     url: str, # where it is
     sha256: str, # expected hash

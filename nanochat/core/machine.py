@@ -21,17 +21,22 @@ from .files import UserError, rank_and_world, say
 # %% ../../nbs/core/01_machine.ipynb #aa3a8d85
 def pick_device(
     name: str = "auto", # "auto", "cpu", "cuda", "cuda:1" or "mps"
-): # -> torch.device
-    "The device that this process computes on: CUDA, then Apple's GPU, then the CPU. Raises `UserError` if a named one is absent."
+): # → torch.device
+    "Choose CUDA, else Apple's GPU, else the CPU. Raises `UserError` if a named device is missing."
     import torch
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    have["cpu"] = True
     if name == "auto": name = next(kind for kind, there in have.items() if there)
     kind, _, number = name.partition(":")
     if kind == "cuda" and number:
-        if not number.isdigit() or int(number) >= torch.cuda.device_count(): raise UserError(f"there is no device {name!r}: torch finds {torch.cuda.device_count()} GPUs here.")
+        n = torch.cuda.device_count()
+        if not number.isdigit() or int(number) >= n:
+            raise UserError(f"there is no device {name!r}: torch finds {n} GPUs here.")
         return torch.device("cuda", int(number))
     if name not in have: raise UserError(f"device {name!r} is not one of auto, cuda, mps, cpu.")
-    if not have[name]: raise UserError(f"device {name!r} was asked for, but torch finds none here: use device=cpu, or install a torch built for it.")
+    if not have[name]:
+        raise UserError(f"device {name!r} is set, but torch finds none here: "
+                        "use device=cpu, or install a torch built for it.")
     if name == "cuda": return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(name)
 
@@ -39,34 +44,41 @@ def pick_device(
 def pick_dtype(
     device, # torch.device
     name: str = "auto", # "auto", "float32", "bfloat16" or "float16"
-): # -> torch.dtype
-    "The dtype of the matrix products: bfloat16 on CUDA devices that have it, float16 on other CUDA devices, float32 elsewhere."
+): # → torch.dtype
+    "Choose the dtype of matrix products: bfloat16, else float16, on CUDA; float32 elsewhere."
     import torch
-    if name not in ("auto", "float32", "bfloat16", "float16"): raise UserError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16.")
-    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16.")
+    cuda = device.type == "cuda"
+    has_bf16 = cuda and torch.cuda.get_device_capability(device)[0] >= 8
     if name == "auto":
-        if device.type == "cuda" and not bf16: say("This GPU has no bfloat16: computing in float16, with scaled losses.", once=True)
-        name = "bfloat16" if bf16 else "float16" if device.type == "cuda" else "float32"
-    if name == "bfloat16" and device.type == "cuda" and not bf16:
-        raise UserError("bfloat16 was asked for, but this GPU does not have it: set hardware.dtype=float16.")
-    if name == "float16" and device.type == "cpu": raise UserError("float16 was asked for, but a processor multiplies it slowly: set hardware.dtype=float32 or bfloat16.")
+        if cuda and not has_bf16:
+            say("This GPU has no bfloat16: computing in float16, with scaled losses.", once=True)
+        name = "bfloat16" if has_bf16 else "float16" if cuda else "float32"
+    if name == "bfloat16" and cuda and not has_bf16:
+        raise UserError("dtype is bfloat16, but this GPU does not have it: "
+                        "set hardware.dtype=float16.")
+    if name == "float16" and device.type == "cpu":
+        raise UserError("dtype is float16, but a processor multiplies it slowly: "
+                        "set hardware.dtype=float32 or bfloat16.")
     return getattr(torch, name)
 
 # %% ../../nbs/core/01_machine.ipynb #20bca063
 @contextmanager
-def distributed(
-    device, # torch.device of this process
-):
-    "Join the process group that `torch.distributed.run` announced (NCCL on CUDA, gloo elsewhere); do nothing on a single process."
+def distributed(device): # torch.device of this process
+    "Join the group of `torch.distributed.run` (NCCL on CUDA, else gloo); nothing on one process."
     import torch
     import torch.distributed as dist
     rank, world_size = rank_and_world()
     if world_size == 1 or dist.is_initialized():
         yield
         return
-    if device.type == "cuda": torch.cuda.set_device(device)
-    else: torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+    cuda = device.type == "cuda"
+    if cuda: torch.cuda.set_device(device)
+    else: # the processes of a machine share its cores
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        torch.set_num_threads(max(1, torch.get_num_threads() // neighbours))
+    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world_size)
     try: yield
     finally: dist.destroy_process_group()
 
@@ -77,24 +89,23 @@ def barrier():
     if dist.is_available() and dist.is_initialized(): dist.barrier()
 
 def group_rank_and_world() -> tuple[int, int]: # rank, world size
-    "This process's place in the group that it has joined; (0, 1) where it has joined none, whatever the environment says."
+    "This process's place in its group; (0, 1) if it has joined none, despite the environment."
     import torch.distributed as dist
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if not (dist.is_available() and dist.is_initialized()): return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
-def gather(
-    mine: list, # of this rank; anything that can be pickled
-) -> list:
-    "The lists of all ranks, one behind the other, on every rank."
+# %% ../../nbs/core/01_machine.ipynb #de0d0087
+def gather(mine: list) -> list: # of items that can be pickled
+    "Concatenate the lists of all ranks, on every rank."
     import torch.distributed as dist
-    if group_rank_and_world()[1] == 1: return mine
-    parts = [None] * dist.get_world_size()
+    _, world_size = group_rank_and_world()
+    if world_size == 1: return mine
+    parts = [None] * world_size
     dist.all_gather_object(parts, mine)
     return [item for part in parts for item in part]
 
-def on_every_rank(
-    work: Callable, # without arguments
-): # what it gives on this rank
-    "Do something that may fail: a `UserError` of one rank is raised on all, so that none waits for another in vain."
+def on_every_rank(work: Callable): # what `work()` returns on this rank
+    "Do work that may fail. A `UserError` of one rank is raised on all, so that none waits for it."
     try: found, error = work(), None
     except UserError as e: found, error = None, str(e)
     if errors := [e for e in gather([error]) if e]: raise UserError(errors[0])
@@ -105,14 +116,12 @@ def derive_seed(
     seed: int, # the run's seed
     *names, # what the numbers are for: strings and integers
 ) -> int: # 63 bits
-    "A seed of its own for each purpose: the first 63 bits of SHA-256 over the seed and the names."
+    "Derive a seed for one purpose: the first 63 bits of SHA-256 over the seed and the names."
     text = json.dumps([seed, *names])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 # %% ../../nbs/core/01_machine.ipynb #68395a3d
-def seed_everything(
-    seed: int, # the run's seed
-):
+def seed_everything(seed: int):
     "Seed torch, numpy and `random`."
     import random
 
@@ -124,33 +133,46 @@ def seed_everything(
 
 # %% ../../nbs/core/01_machine.ipynb #195de225
 def cpu_name() -> str:
-    "The processor's name, as the system gives it."
+    "The processor's name, as the system reports it."
     import platform
     try:
-        with open("/proc/cpuinfo") as f: return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+        with open("/proc/cpuinfo") as f:
+            line = next(line for line in f if line.startswith("model name"))
+        return line.split(":", 1)[1].strip()
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
 def n_cores() -> int:
-    "How many cores this process may use."
+    "The number of cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
+# %% ../../nbs/core/01_machine.ipynb #b2ae78ca
 def peak_memory(
-    reset: bool = False, # let the peak begin anew first
-) -> float | None: # MB; None where the system does not tell
-    "The most memory that this process has had (`VmHWM` of Linux; `ru_maxrss` would count the parent's)."
+    reset: bool = False, # start a new peak first
+) -> float | None: # MB; None where the system does not report it
+    "The peak memory of this process (`VmHWM` of Linux; `ru_maxrss` would count the parent's)."
     try:
         if reset: Path("/proc/self/clear_refs").write_text("5")
-        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+        status = Path("/proc/self/status").read_text()
     except OSError: return None
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024 / 1e6
 
+# %% ../../nbs/core/01_machine.ipynb #2de92247
 def environment() -> dict:
-    "The software and hardware of this process: what the head of a report needs."
+    "Describe the software and hardware of this process, for the head of a report."
     import platform
 
     import psutil
     import torch
-    info = {"processor": cpu_name(), "python": platform.python_version(), "torch": torch.__version__, "system": f"{platform.system()} {platform.machine()}",
-            "cpu_cores": os.cpu_count(), "cpu_threads": torch.get_num_threads(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1)}
+    info = {
+        "processor": cpu_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": os.cpu_count(),
+        "cpu_threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+    }
     if torch.cuda.is_available():
-        info |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
+        info |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(),
+                 "cuda": torch.version.cuda}
     return info
