@@ -25,7 +25,7 @@ from ...core.world import World
 from ...core.dataset import core_folders, set_rows
 from ...model.gpt import GPT, GPTConfig
 from ...model.sandbox import judge_many, sandbox_kind
-from ...model.engine import Engine
+from ...model.engine import Engine, Sampling
 from ...train.plan import model_shape
 from ...train.checkpoint import load_model
 from ...train.loop import autocast
@@ -131,7 +131,7 @@ def bench_rollouts(engine: Engine,
             if at_once == 1 and r: continue # it takes long, and needs no second digit
             started, done = time.perf_counter(), []
             for i in range(0, len(rows), at_once):
-                done += engine.generate(rows[i:i + at_once], max_new_tokens=max_new_tokens, temperature=1.0, top_k=50, seed=seeds[i:i + at_once])
+                done += engine.generate(rows[i:i + at_once], Sampling(max_new_tokens, top_k=50), seed=seeds[i:i + at_once])
             times.append(time.perf_counter() - started)
             answers[at_once] = [c.tokens for c in done]
     together, *others = answers.values()

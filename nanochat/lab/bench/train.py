@@ -149,7 +149,7 @@ def _measure_generation(
     "Let an untrained model speak."
     code = """
 import json, sys, time, torch
-from nanochat.model.engine import Engine
+from nanochat.model.engine import Engine, Sampling
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.lab.bench.train import NoText
 config, rows, new_tokens, prompt_tokens = json.loads(sys.argv[1])
@@ -159,9 +159,9 @@ gpt = gpt.to(device).eval() # the rotations are made on the CPU
 vocab = config["model"]["vocab_size"]
 engine = Engine(gpt, NoText(vocab), getattr(torch, config["hardware"]["dtype"]))
 prompts = torch.randint(3, vocab, (rows, prompt_tokens), generator=torch.Generator().manual_seed(0)).tolist()
-engine.generate(prompts, max_new_tokens=8, tools=False)
+engine.generate(prompts, Sampling(8), tools=False)
 started = time.perf_counter()
-done = engine.generate(prompts, max_new_tokens=new_tokens, tools=False)
+done = engine.generate(prompts, Sampling(new_tokens), tools=False)
 print(json.dumps({"tokens_per_second": sum(len(c.tokens) for c in done) / (time.perf_counter() - started)}))
 """
     return _in_process(code, config, rows, new_tokens, prompt_tokens)
