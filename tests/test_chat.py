@@ -43,7 +43,7 @@ class Scripted:
     "Answers by a word in the question."
     context, log = 30_000, Path("stopped.txt")
     def __init__(self, name): self.name, self.tokenizer, self.n = name, tokenizer, 0
-    def stream(self, prompt, *, stop, **settings):
+    def stream(self, prompt, sampling, *, stop, **settings):
         self.n += 1
         question = tokenizer.decode(prompt).split("<|user_start|>")[-1]
         word = next((word for word in ("slow", "nasty", "eggs") if word in question), "")

@@ -19,7 +19,7 @@ from nanochat.core.tokenizer import Tokenizer
 from nanochat.core.world import World
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.sandbox import calculator, sandbox_kind
-from nanochat.model.engine import Engine
+from nanochat.model.engine import Engine, Sampling
 from nanochat.post.tasks import visible_text
 from nanochat.post.public import TASKS, answer_number, code_of, make_task
 from nanochat.post.chat_eval import (
@@ -130,7 +130,7 @@ class Noisy(Engine):
 def test_near_ties_are_decided_alone(data):
     noisy = Noisy(engine().model, TOKENIZER)
     prompts = [TOKENIZER.render_for_completion(row) for row in make_task("arc-easy", "test").conversations]
-    naive = [[c.tokens for at in range(0, 70, batch) for c in noisy.generate(prompts[at:at + batch], max_new_tokens=6, temperature=0)] for batch in (1, 7, 64)]
+    naive = [[c.tokens for at in range(0, 70, batch) for c in noisy.generate(prompts[at:at + batch], Sampling(6, temperature=0))] for batch in (1, 7, 64)]
     assert sum(a != b for a, b in zip(naive[0], naive[1])) > 10 # the noise does its work …
     for name, n in (("arc-easy", 70), ("sums", 20)):
         found = [evaluate_task(noisy, make_task(name, "test"), n, batch=batch, max_new_tokens=6)["items"] for batch in (1, 7, 64)]

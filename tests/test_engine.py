@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.model.engine import Row
+from nanochat.model.engine import Row, Sampling
 from nanochat.lab.bench.engine import bench_engine, bench_model
 
 
@@ -38,15 +38,16 @@ def test_200_prompts(model, ahead):
     gpt = shaken(LAPTOP) if model == "laptop" else bench_model(6, 32768, 512)
     engine, prompts = bench_engine(gpt), ragged(200, 300 if model == "laptop" else 40, gpt.config.vocab_size)
     engine.stop_ids = set(range(0, gpt.config.vocab_size, 20))  # rows end at different times
-    rows = [Row(prompt=p, number=i, max_new_tokens=20, temperature=0.0, tools=False) for i, p in enumerate(prompts)]
+    greedy, wide = Sampling(20, temperature=0.0), Sampling(20, top_k=50, top_p=0.9)
+    rows = [Row(prompt=p, number=i, sampling=greedy, tools=False) for i, p in enumerate(prompts)]
     for _ in engine.steps(rows, max_rows=24, ahead=ahead): pass
     assert len({len(row.tokens) for row in rows}) > 5
     check_greedy(gpt, rows)
     for i in range(0, 200, 1 if model == "laptop" else 20):
-        assert engine.generate([prompts[i]], max_new_tokens=20, temperature=0.0, tools=False)[0].tokens == rows[i].tokens
-    crowd = engine.generate(prompts, max_new_tokens=20, seed=list(range(200)), top_k=50, top_p=0.9, tools=False, max_rows=24, ahead=ahead)
+        assert engine.generate([prompts[i]], greedy, tools=False)[0].tokens == rows[i].tokens
+    crowd = engine.generate(prompts, wide, seed=list(range(200)), tools=False, max_rows=24, ahead=ahead)
     for i in range(0, 200, 4 if model == "laptop" else 40):
-        assert engine.generate([prompts[i]], max_new_tokens=20, seed=[i], top_k=50, top_p=0.9, tools=False)[0].tokens == crowd[i].tokens
+        assert engine.generate([prompts[i]], wide, seed=[i], tools=False)[0].tokens == crowd[i].tokens
 
 
 @pytest.mark.parametrize("settings", [dict(dtype=torch.bfloat16, exact=False), dict(int8=True), dict(dtype=torch.bfloat16, exact=False, int8=True)], ids=["bfloat16", "int8", "both"])
@@ -55,14 +56,14 @@ def test_short_formats_answer_nearly_alike(settings):
     exact, short = (bench_engine(model, **s).prefill(prompts)[0] for s in ({}, settings))
     agree = (exact.argmax(-1) == short.argmax(-1)).float().mean()
     assert agree >= 0.8 and (exact - short).abs().mean() < 0.25 * exact.std()
-    assert all(len(c.tokens) == 5 for c in bench_engine(model, **settings).generate(prompts, max_new_tokens=5, tools=False))
+    assert all(len(c.tokens) == 5 for c in bench_engine(model, **settings).generate(prompts, Sampling(5), tools=False))
 
 
 def check_compiled(model):
     "Compiled steps draw what plain ones draw, while rows come and go."
     prompts = ragged(7, 40, model.config.vocab_size)
     plain, compiled = bench_engine(model), bench_engine(model, compiled=True)
-    how = dict(max_new_tokens=12, seed=list(range(7)), tools=False, max_rows=2)
+    how = dict(sampling=Sampling(12), seed=list(range(7)), tools=False, max_rows=2)
     assert [c.tokens for c in compiled.generate(prompts, **how)] == [c.tokens for c in plain.generate(prompts, **how)]
 
 
@@ -83,7 +84,7 @@ def test_compiled_on_a_cpu():
 def test_on_a_gpu(compiled):
     model = shaken(LAPTOP)
     prompts = ragged(40, 300, 2048)
-    how = dict(max_new_tokens=20, seed=list(range(40)), tools=False, max_rows=8)
+    how = dict(sampling=Sampling(20), seed=list(range(40)), tools=False, max_rows=8)
     ours = bench_engine(model.to("cuda"), compiled=compiled).generate(prompts, **how)
     theirs = bench_engine(model.to("cpu")).generate(prompts, **how)
     same = sum(a.tokens == b.tokens for a, b in zip(ours, theirs))

@@ -18,7 +18,7 @@ from nanochat.core.run import Metrics, Run, read_metrics
 from nanochat.core.tokenizer import Tokenizer
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import make_optimizer
-from nanochat.model.engine import Engine
+from nanochat.model.engine import Engine, Sampling
 from nanochat.train.plan import make_plan
 from nanochat.train.loop import LoopSettings
 from nanochat.post.tasks import visible_text
@@ -27,7 +27,7 @@ from nanochat.post.rl import (
     policy_gradient, reinforce, rl_tasks, rollout, show_rollouts)
 
 EVERYTHING = {"sigma_norm": True, "clip": 0.1, "kl": 0.2, "updates": 3}
-SAMPLING = RolloutSettings(prompts_per_step=4, samples_per_prompt=4, max_new_tokens=3, temperature=0.7, top_k=40, seed=3)
+SAMPLING = RolloutSettings(prompts_per_step=4, samples_per_prompt=4, sampling=Sampling(3, temperature=0.7, top_k=40), seed=3)
 MICRO_TOKENS = 64
 TOKENIZER = Tokenizer.train([], 265)
 
@@ -117,7 +117,7 @@ def test_second_gradient_against_autograd(clip, kl):
     for seed, moved in ((1, model), (2, reference)):
         with torch.no_grad():
             for p in moved.parameters(): p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)), alpha=0.02)
-    answers = rollout(Engine(old, TOKENIZER), [Vowels()], 0, replace(SAMPLING, temperature=0.3, seed=1))
+    answers = rollout(Engine(old, TOKENIZER), [Vowels()], 0, replace(SAMPLING, sampling=Sampling(3, temperature=0.3, top_k=40), seed=1))
     n = sum(sum(a.completion.mask) for a in answers)
     batches, others = lay_out(answers, 64, all_train=kl > 0)
     note_distance(old, reference, batches, others)
@@ -255,7 +255,7 @@ def test_twenty_steps_on_gsm8k(tmp_path, monkeypatch):
         tasks[0].reward = counted
         try:
             loop = LoopSettings(steps, eval_every=8, checkpoints=folder/"checkpoints", desc="RL")
-            return reinforce(engine, optimizer_of(engine.model), tasks, HeldOutTasks(heldout, problems=4, batch=4), loop, replace(SAMPLING, max_new_tokens=24),
+            return reinforce(engine, optimizer_of(engine.model), tasks, HeldOutTasks(heldout, problems=4, batch=4), loop, replace(SAMPLING, sampling=Sampling(24, temperature=0.7, top_k=40)),
                              micro_tokens=1024, metrics=lambda step: Metrics(folder/"metrics.jsonl", "rl", step)), engine.model
         finally: tasks[0].reward = reward
 

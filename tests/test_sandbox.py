@@ -18,10 +18,10 @@ from conftest import REPO, real_data, wait_for
 
 from nanochat.core.files import UserError
 from nanochat.core.machine import peak_memory
-from nanochat.model.sandbox import Limits, calculator, judge, judge_many, run_python, sandbox_kind
+from nanochat.model.sandbox import SandboxLimits, calculator, judge_function, judge_many, run_python, sandbox_kind
 from nanochat.model import sandbox
 
-QUICK = Limits(seconds=0.7)  # for what would never end
+QUICK = SandboxLimits(seconds=0.7)  # for what would never end
 
 
 @pytest.fixture(scope="module", params=["bubblewrap", "namespaces"])
@@ -40,7 +40,7 @@ def kind(request):
 @pytest.fixture(scope="module", autouse=True)
 def before():
     "What this process holds before the first program runs: open files, and its memory in MB."
-    judge("def f(): return 1", "def check(f): assert f() == 1", "f", unprotected=True)
+    judge_function("def f(): return 1", "def check(f): assert f() == 1", "f", unprotected=True)
     peak_memory(reset=True)
     return {"files": psutil.Process().num_fds(), "memory": peak_memory()}
 
@@ -82,11 +82,11 @@ PROBLEMS = { # entry point: a right solution, a wrong one, tests, and the contex
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_right_passes_and_wrong_does_not(kind, name):
     right, wrong, tests, context = PROBLEMS[name]
-    verdict = judge(right, tests, name, context)
+    verdict = judge_function(right, tests, name, context)
     assert verdict.passed and verdict.error is None and verdict.seconds < 5, verdict
     for program, error in ((wrong, "AssertionError: "), (f"def {name}(*args, **kwargs): return 'none'", ("AssertionError: ", "TypeError: ")), ("", f"NameError: the solution does not define {name}"),
                            ("def def", "SyntaxError: "), (f"def {name}(*args, **kwargs): return open", "TypeError: a builtin_function_or_method is not plain data")):
-        verdict = judge(program, tests, name, context)
+        verdict = judge_function(program, tests, name, context)
         assert not verdict.passed and verdict.error.startswith(error), verdict
 
 
@@ -102,7 +102,7 @@ def test_right_passes_and_wrong_does_not(kind, name):
     "if __name__ == '__main__': raise SystemExit\ndef double(x): return 2 * x",
 ], ids=["prints", "closes stdout", "closes descriptors", "recurses", "looks around", "dataclass", "asyncio", "scratch file", "main"])
 def test_odd_but_honest(kind, program):
-    verdict = judge(program, "def check(candidate): assert candidate(21) == 42", "double")
+    verdict = judge_function(program, "def check(candidate): assert candidate(21) == 42", "double")
     assert verdict.passed, verdict
 
 
@@ -115,7 +115,7 @@ def check(candidate):
         else: assert False, kind
 """
     program = "class Own(Exception): pass\ndef throw(name):\n    if name == 'UnicodeDecodeError': b'\\xff'.decode()\n    raise (Own if name == 'Own' else __builtins__[name])('text')"
-    verdict = judge(program, tests, "throw")
+    verdict = judge_function(program, tests, "throw")
     assert verdict.error == "the solution's answer cannot be read, or is too long"  # that one cannot be made from a text
 
 
@@ -126,11 +126,11 @@ def test_the_tests_themselves_cannot_hang_or_crash(kind):
                          ("def check(candidate): candidate(object())", "TypeError: a object is not plain data"),
                          ("def check(candidate):\n    try: candidate(1)\n    except: pass\n    missing", "NameError: name 'missing' is not defined"),
                          ("x = bytearray(10**10)", "MemoryError: x = bytearray(10**10)")):
-        verdict = judge(good, tests, "double", limits=Limits(seconds=2))
+        verdict = judge_function(good, tests, "double", limits=SandboxLimits(seconds=2))
         assert not verdict.passed and verdict.error == error, verdict
     # a test that swallows everything does not swallow the end of the solution
     swallow = "def check(candidate):\n    for _ in range(3):\n        try: candidate(1)\n        except: pass"
-    assert judge("import os\ndef double(x): os._exit(0)", swallow, "double").error == "the solution ended before the tests did"
+    assert judge_function("import os\ndef double(x): os._exit(0)", swallow, "double").error == "the solution ended before the tests did"
 
 
 def test_judge_many_keeps_the_order(kind):
@@ -222,13 +222,13 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forgery_fails(kind, name):
-    verdict = judge(FORGERIES[name], "def check(candidate):\n    assert candidate(3) == 6\n    assert candidate(5) == 10", "double")
+    verdict = judge_function(FORGERIES[name], "def check(candidate):\n    assert candidate(3) == 6\n    assert candidate(5) == 10", "double")
     assert not verdict.passed and verdict.error and len(verdict.error) <= 300 and "\n" not in verdict.error, verdict
 
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_endless_program_is_stopped(kind, name):
-    verdict = judge(ENDLESS[name], "def check(candidate):\n    assert candidate(3) == 6", "double", limits=QUICK)
+    verdict = judge_function(ENDLESS[name], "def check(candidate):\n    assert candidate(3) == 6", "double", limits=QUICK)
     assert not verdict.passed and verdict.error and verdict.seconds < 4 and len(verdict.output) <= QUICK.output_bytes, verdict
 
 
@@ -311,7 +311,7 @@ def attempt(name, folder, **how):
         known = {"path": str(folder/"file"), "port": server.getsockname()[1], "pid": os.getpid(), "project": str(REPO), "home": str(home)}
         body = "\n".join("        " + line for line in DEEDS[name].replace("{home_needed}", repr(needed or {""})).splitlines())
         # NEEDLE is what one of them looks for
-        return judge(DEED.format(arguments=", ".join(known), body=body), f"def check(candidate): assert (got := candidate(**{known})) is True, got  # NEEDLE", "deed", **how)
+        return judge_function(DEED.format(arguments=", ".join(known), body=body), f"def check(candidate): assert (got := candidate(**{known})) is True, got  # NEEDLE", "deed", **how)
 
 
 @pytest.mark.parametrize("name", DEEDS)
@@ -329,7 +329,7 @@ DAEMON = NAMED + "if not os.fork():\n    os.setsid()\n    ctypes.CDLL(None).prct
 
 def test_no_process_stays(kind):
     name, verdicts = f"left{os.getpid()}"[:15], []
-    work = threading.Thread(target=lambda: verdicts.append(judge(DAEMON.format(name=name) + RIGHT, "def check(candidate): assert candidate(3) == 6", "double")))
+    work = threading.Thread(target=lambda: verdicts.append(judge_function(DAEMON.format(name=name) + RIGHT, "def check(candidate): assert candidate(3) == 6", "double")))
     work.start()
     until = time.monotonic() + 5
     while not processes_named(name) and time.monotonic() < until: time.sleep(0.02)
@@ -340,8 +340,8 @@ def test_no_process_stays(kind):
 
 ALONE = """
 import sys
-from nanochat.model.sandbox import Limits, judge_many
-judge_many([({program!r}, "def check(f): f()", "f")] * 3, 2, limits=Limits(seconds=60))
+from nanochat.model.sandbox import SandboxLimits, judge_many
+judge_many([({program!r}, "def check(f): f()", "f")] * 3, 2, limits=SandboxLimits(seconds=60))
 """
 
 
@@ -417,7 +417,7 @@ def no_walls(monkeypatch):
 
 
 def test_without_walls_it_refuses(no_walls):
-    for call in (sandbox_kind, lambda: run_python("print(1)"), lambda: judge(RIGHT, "", "double"), lambda: judge_many([]), lambda: run_python("1", unprotected=False)):
+    for call in (sandbox_kind, lambda: run_python("print(1)"), lambda: judge_function(RIGHT, "", "double"), lambda: judge_many([]), lambda: run_python("1", unprotected=False)):
         with pytest.raises(UserError, match="install bubblewrap.*unprotected=True or NANOCHAT_UNPROTECTED=1") as e: call()
         assert "\n" not in str(e.value) and "unshare: Operation not permitted" in str(e.value)
 
@@ -428,9 +428,9 @@ def test_unprotected_keeps_the_limits(no_walls, monkeypatch, capsys):
     monkeypatch.delenv("NANOCHAT_UNPROTECTED")
     assert "can read and change your files" in capsys.readouterr().out
     tests = "def check(candidate):\n    assert candidate(3) == 6"
-    assert judge(RIGHT, tests, "double", unprotected=True).passed
+    assert judge_function(RIGHT, tests, "double", unprotected=True).passed
     for program in (WRONG, FORGERIES["sys.exit"], FORGERIES["os._exit"], FORGERIES["equal to all"], FORGERIES["prints success"], ENDLESS["loop"], ENDLESS["10 GB of memory"], ENDLESS["1 GB of output"]):
-        assert not judge(program, tests, "double", limits=QUICK, unprotected=True).passed, program
+        assert not judge_function(program, tests, "double", limits=QUICK, unprotected=True).passed, program
     name = f"group{os.getpid()}"[:15]
     assert not run_python(NAMED.format(name=name) + "os.fork()\ntime.sleep(60)", limits=QUICK, unprotected=True).passed
     assert gone(name)

@@ -24,7 +24,8 @@ from conftest import assert_user_error, environment, nanochat
 from nanochat.core.run import Run
 from nanochat.core.tokenizer import StreamDecoder, Tokenizer
 from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.model.engine import Engine, Scheduler, TokenEvent
+from nanochat.model.engine import Engine, Sampling, TokenEvent
+from nanochat.model.scheduler import Scheduler
 from nanochat.train.checkpoint import save_checkpoint
 from nanochat.talk.chat import Piece, content_of, readable
 from nanochat.talk.api import ServerLimits
@@ -59,12 +60,12 @@ class Scripted:
     @property
     def waiting(self): return len(self.line)
 
-    def submit(self, prompt, on_event, *, max_new_tokens, **settings):
+    def submit(self, prompt, on_event, *, sampling, **settings):
         text = self.tokenizer.decode(prompt)
         question = text.rsplit("<|user_start|>", 1)[-1].split("<|user_end|>")[0]
         answer = self.script(question)
         if str(answer) not in self.known: self.known[str(answer)] = self._tokens(answer)
-        row = SimpleNamespace(tokens=deque(self.known[str(answer)]), on_event=on_event, room=max_new_tokens, cancelled=False, decoder=StreamDecoder(self.tokenizer))
+        row = SimpleNamespace(tokens=deque(self.known[str(answer)]), on_event=on_event, room=sampling.max_new_tokens, cancelled=False, decoder=StreamDecoder(self.tokenizer))
         self.line.append(row)
         return row
 
@@ -139,7 +140,7 @@ def ask(text, **kw): return {"messages": [{"role": "user", "content": text}], **
 
 def test_client_chat(real, engine, tokenizer):
     prompt = tokenizer.render_for_completion(ask("What is your name?"))
-    alone = engine.generate([prompt], max_new_tokens=20, seed=[7])[0]
+    alone = engine.generate([prompt], Sampling(20), seed=[7])[0]
     answer = real.client.chat.completions.create(model="tiny", **ask("What is your name?"), seed=7, max_tokens=20, logprobs=True, top_logprobs=3)
     choice = answer.choices[0]
     assert choice.message.content == visible(tokenizer, alone) and choice.finish_reason == alone.finish
@@ -156,7 +157,7 @@ def test_client_chat(real, engine, tokenizer):
 
 def test_client_completions(real, engine, tokenizer):
     prompt = [tokenizer.bos_id, *tokenizer.encode("I am")]
-    alone = engine.generate([prompt], max_new_tokens=16, seed=[5], tools=False)[0]
+    alone = engine.generate([prompt], Sampling(16), seed=[5], tools=False)[0]
     answers = [real.client.completions.create(model="tiny", prompt=p, seed=5, max_tokens=16, logprobs=2) for p in ("I am", prompt)]
     for answer in answers:
         assert answer.choices[0].text == visible(tokenizer, alone) and answer.object == "text_completion"
@@ -358,7 +359,7 @@ def test_many_callers_of_a_real_model(real, engine, tokenizer):
     questions = [f"What is {i}?" for i in range(24)]
     got = at_once(lambda client, i: streamed(client, real.address, ask(questions[i], seed=i, max_tokens=12), {"Authorization": "Bearer correct horse"}), 24)
     prompts = [tokenizer.render_for_completion(ask(q)) for q in questions]
-    assert got == [visible(tokenizer, c) for c in engine.generate(prompts, max_new_tokens=12, seed=list(range(24)))]
+    assert got == [visible(tokenizer, c) for c in engine.generate(prompts, Sampling(12), seed=list(range(24)))]
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
@@ -428,7 +429,7 @@ def test_the_command_with_two_workers_one_of_which_is_killed(base, engine, token
         def states(): return [(w["state"], w["restarts"]) for w in httpx.get(f"{address}/health").json()["workers"]]
         assert states() == [("ready", 0)] * 2
         prompts = [tokenizer.render_for_completion(ask(f"What is {i}?")) for i in range(12)]
-        alone = [visible(tokenizer, c) for c in engine.generate(prompts, max_new_tokens=12, seed=list(range(12)))]
+        alone = [visible(tokenizer, c) for c in engine.generate(prompts, Sampling(12), seed=list(range(12)))]
         def all_right(): return at_once(lambda client, i: streamed(client, address, ask(f"What is {i}?", seed=i, max_tokens=12), key), 12) == alone
         assert all_right()
         workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]

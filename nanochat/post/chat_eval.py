@@ -25,7 +25,7 @@ from ..core.run import Run, progress_bar
 from ..core.tokenizer import Tokenizer
 from ..core.world import World
 from ..model.gpt import GPT
-from ..model.engine import Completion, Engine, Row
+from ..model.engine import Completion, Engine, Row, Sampling
 from .tasks import normal
 from .public import TASKS
 from .mixture import card_of, open_task
@@ -129,8 +129,8 @@ def greedy_answers(
     max_new_tokens: int, # for each
 ) -> list[Completion]:
     "Return the most likely continuation, token by token, independent of the other prompts."
-    rows = [Row(prompt=prompt, number=i, max_new_tokens=max_new_tokens, temperature=0.0)
-            for i, prompt in enumerate(prompts)]
+    greedy = Sampling(max_new_tokens, temperature=0)
+    rows = [Row(prompt=prompt, number=i, sampling=greedy) for i, prompt in enumerate(prompts)]
     # note the rows with a near tie
     unsure = set()
     for grew, log_p in engine.steps(rows): # (rows that grew, vocab_size)
@@ -138,8 +138,7 @@ def greedy_answers(
         for row, again in zip(grew, _might_turn(first - second, log_p, torch.float32)):
             if again and row.mask[-1] and len(prompts) > 1: unsure.add(row.number)
 
-    def alone(prompt):
-        return engine.generate([prompt], max_new_tokens=max_new_tokens, temperature=0.0)[0]
+    def alone(prompt): return engine.generate([prompt], greedy)[0]
     return [alone(prompt) if i in unsure else engine.completion(rows[i])
             for i, prompt in enumerate(prompts)]
 
@@ -172,8 +171,7 @@ def _write_answers(engine, task, asked, max_new_tokens, batch, temperature, seed
         if temperature == 0: done = greedy_answers(engine, prompts, max_new_tokens)
         else:
             seeds = [derive_seed(seed, task.name, rows[i][0]["index"], rows[i][3]) for i in group]
-            done = engine.generate(prompts, max_new_tokens=max_new_tokens,
-                                   temperature=temperature, seed=seeds)
+            done = engine.generate(prompts, Sampling(max_new_tokens, temperature), seed=seeds)
         for i, completion in zip(group, done): completions[i] = completion
     # judge
     conversations, texts = [row[1] for row in rows], [done.text for done in completions]

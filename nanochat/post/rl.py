@@ -27,7 +27,7 @@ from ..core.machine import (
 from ..core.run import Metrics, Run
 from ..core.tokenizer import StreamDecoder, Tokenizer
 from ..model.gpt import GPT
-from ..model.engine import Completion, Engine
+from ..model.engine import Completion, Engine, Sampling
 from ..train.checkpoint import load_model
 from ..train.loop import (
     Loop, LoopSettings, all_reduce_sum, autocast, fill_micro_batches, loop_settings,
@@ -178,9 +178,7 @@ class RolloutSettings:
     "How many answers a step samples, and how."
     prompts_per_step: int  # problems, over all ranks
     samples_per_prompt: int  # answers to each
-    max_new_tokens: int  # of an answer
-    temperature: float = 1.0
-    top_k: int | None = None  # sample among this many tokens; None: among all
+    sampling: Sampling
     seed: int = 0  # the run's
 
 def _problem(
@@ -215,7 +213,7 @@ def rollout(
     "Answer this rank's share of a step's problems, several times each, and judge the answers."
     s, (rank, world_size) = settings, group_rank_and_world()
     mine = range(rank, s.prompts_per_step, world_size)
-    longest = engine.context - min(s.max_new_tokens, engine.context // 2)
+    longest = engine.context - min(s.sampling.max_new_tokens, engine.context // 2)
     def draw(j): return _problem(tasks, s, step, j, engine.tokenizer, longest)
     problems = on_every_rank(lambda: [draw(j) for j in mine])
 
@@ -223,9 +221,7 @@ def rollout(
     asked = [p for p in problems for _ in range(s.samples_per_prompt)]
     samples = range(s.samples_per_prompt)
     seeds = [derive_seed(s.seed, "rl sample", step, j, sample) for j in mine for sample in samples]
-    completions = engine.generate(
-        [prompt for _, _, prompt in asked], max_new_tokens=s.max_new_tokens,
-        temperature=s.temperature, top_k=s.top_k, seed=seeds)
+    completions = engine.generate([prompt for _, _, prompt in asked], s.sampling, seed=seeds)
 
     def judged():
         pairs = zip(asked, completions)
@@ -366,7 +362,7 @@ def reinforce(
     tasks: list,  # give problems and rewards, in turns
     heldout: HeldOutTasks,  # test splits of the same tasks
     settings: LoopSettings,
-    sampling: RolloutSettings,
+    rollouts: RolloutSettings,
     policy: PolicySettings = PolicySettings(),
     *,
     micro_tokens: int,  # tokens in a micro-batch of the backward pass
@@ -381,7 +377,7 @@ def reinforce(
     reference = copy.deepcopy(model).requires_grad_(False)  # before a checkpoint is loaded
 
     def evaluate():
-        scores, per_task = heldout.evaluate(engine, sampling.max_new_tokens)
+        scores, per_task = heldout.evaluate(engine, rollouts.sampling.max_new_tokens)
         result.update(scores)
         return scores | per_task
 
@@ -391,8 +387,8 @@ def reinforce(
     for step in loop:
         # sample and judge
         started = time.perf_counter()
-        answers = rollout(engine, tasks, step, sampling, policy.sigma_norm)
-        sums = _rollout_sums(answers, sampling.samples_per_prompt, names, device)
+        answers = rollout(engine, tasks, step, rollouts, policy.sigma_norm)
+        sums = _rollout_sums(answers, rollouts.samples_per_prompt, names, device)
         n_sampled, lr = sums["sampled"], 1 - step / settings.steps
 
         # learn
@@ -446,8 +442,9 @@ def rl_tasks(
 # %% ../../nbs/post/38_rl.ipynb #dd2aa608
 def _rollout_settings(section: dict, seed: int) -> RolloutSettings: # `rl` of a configuration
     "The settings of sampling in a configuration."
-    names = ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "temperature")
-    return RolloutSettings(*(section[name] for name in names), section["top_k"] or None, seed)
+    sampling = Sampling(section["max_new_tokens"], section["temperature"], section["top_k"] or None)
+    return RolloutSettings(
+        section["prompts_per_step"], section["samples_per_prompt"], sampling, seed)
 
 def train_rl(
     run: Run,  # a run whose stage "sft" is done

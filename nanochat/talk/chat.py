@@ -12,7 +12,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # %% ../../nbs/talk/41_chat.ipynb #363cc54f
@@ -20,7 +20,7 @@ from ..core.files import UserError, atomic_write, read_json
 from ..core.machine import derive_seed, pick_device
 from ..core.run import EXTRA_STAGES, TRAINED, Run
 from ..core.tokenizer import Tokenizer
-from ..model.engine import Engine, trim_conversation
+from ..model.engine import Engine, Sampling, trim_conversation
 from ..train.checkpoint import load_model
 
 # %% ../../nbs/talk/41_chat.ipynb #f735964b
@@ -87,25 +87,22 @@ def left_out_note(
 def stream_answer(
     engine: Engine, # or anything with its `tokenizer`, `context` and `stream`
     messages: list, # of a conversation, the last one from the user
+    sampling: Sampling = Sampling(temperature=TEMPERATURE, top_k=50),
     *,
-    temperature: float = TEMPERATURE, # 0 takes the most likely token
-    top_k: int = 50, # draw from that many tokens; 0 draws from all
-    top_p: float = 1.0, # draw from the likeliest tokens that have this probability together
     seed: int = 0,
-    max_new_tokens: int = 256,
     stop: threading.Event | None = None, # set it to end the answer
 ) -> Iterator[Piece]:
     "Stream the answer to a conversation, after a note if older turns had to be left out."
     kinds = kinds_after(engine.tokenizer)
     # half of the context at least is for the conversation
-    room = min(max_new_tokens, engine.context // 2)
+    room = min(sampling.max_new_tokens, engine.context // 2)
     conversation, left_out = trim_conversation(
         engine.tokenizer, {"messages": messages}, engine.context - room)
     if left_out: yield Piece(left_out_note(left_out), "note")
     # each token is of the kind that the last special token began
     prompt, kind = engine.tokenizer.render_for_completion(conversation), "text"
-    for e in engine.stream(prompt, max_new_tokens=room, temperature=temperature,
-                           top_k=top_k or None, top_p=top_p, seed=seed, stop=stop):
+    sampling = replace(sampling, max_new_tokens=room)
+    for e in engine.stream(prompt, sampling, seed=seed, stop=stop):
         if e.token in kinds: kind = kinds[e.token]
         elif e.text or e.finish:
             yield Piece(e.text, kind, None if e.forced else e.prob, e.alternatives, e.finish)
@@ -200,10 +197,11 @@ class Talk:
         "Stream an answer to the last message and keep it, also if it is stopped or fails."
         place, pieces = len(self.messages), []
         message = {"role": "assistant", "content": ""}
+        sampling = Sampling(
+            self.max_new_tokens, self.temperature, self.top_k or None, self.top_p)
+        seed = derive_seed(self.seed, "chat", self.answers)
         stream = stream_answer(
-            self.engine, list(self.messages), temperature=self.temperature, top_k=self.top_k,
-            top_p=self.top_p, seed=derive_seed(self.seed, "chat", self.answers),
-            max_new_tokens=self.max_new_tokens, stop=stop)
+            self.engine, list(self.messages), sampling, seed=seed, stop=stop)
         self.answers += 1
         self.pieces[place] = pieces
         self.messages.append(message)
@@ -379,17 +377,14 @@ def terminal_chat(
     run_name: str, # the run's name
     stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or the newest finished one
     prompt: str | None = None, # answer this and leave
-    temperature: float = TEMPERATURE, # 0 takes the most likely token
-    top_k: int = 50, # draw from that many tokens; 0 draws from all
-    top_p: float = 1.0, # draw from the likeliest tokens that have this probability together
-    seed: int = 42,
     keep_feedback: bool = False, # keep what /good, /bad and /regenerate say
+    **settings, # temperature, top_k, top_p, seed: as in `Talk`
 ):
     """Chat in the terminal; without a terminal, answer each line of the standard input.
 
     Raises `UserError` if there is no such run or stage."""
     engine, run, stage = open_engine(run_name, stage)
-    talk = Talk(engine, temperature, top_k, top_p, seed)
+    talk = Talk(engine, **settings)
     keeper = FeedbackKeeper(run, stage) if keep_feedback else None
     def write(text): print(text, end="", flush=True)
     # text that is not UTF-8, or cannot be shown here, becomes ? instead of failing

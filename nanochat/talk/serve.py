@@ -34,7 +34,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 # %% ../../nbs/talk/46_serve.ipynb #697bc65d
 from ..core.files import UserError, say
 from ..core.run import Run
-from ..model.engine import Scheduler
+from ..model.scheduler import Scheduler
 from .chat import TEMPERATURE, chosen_stage
 from .api import (
     ApiError, ChatAnswer, ChatRequest, CompletionRequest, ErrorBody, ServerLimits, TextAnswer,

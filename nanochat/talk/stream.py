@@ -28,7 +28,7 @@ from starlette.responses import Response
 from ..core.files import UserError
 from ..core.machine import derive_seed
 from ..core.tokenizer import Tokenizer
-from ..model.engine import TokenEvent
+from ..model.engine import Sampling, TokenEvent
 from .chat import CLOSING, OPENING, kinds_after
 from .api import (
     ApiError, ChatRequest, CompletionRequest, Prompt, ServerLimits, restarting,
@@ -439,10 +439,10 @@ class Answering:
         temperature = 1.0 if request.temperature is None else request.temperature
         # float32 cannot divide by much less, and there the likeliest token is certain anyway
         if temperature < 1e-3: temperature = 0.0
-        self.rows.submit(prompt.tokens, seeds, max_new_tokens=prompt.room,
-                         temperature=temperature, top_k=request.top_k or None,
-                         top_p=max(request.top_p or 1.0, 1e-6), tools=tools,
-                         n_alternatives=self.top)
+        sampling = Sampling(
+            prompt.room, temperature, request.top_k or None, max(request.top_p or 1.0, 1e-6))
+        self.rows.submit(
+            prompt.tokens, seeds, sampling=sampling, tools=tools, n_alternatives=self.top)
 
 # %% ../../nbs/talk/44_stream.ipynb #d5b99357
 @patch

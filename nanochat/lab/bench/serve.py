@@ -28,7 +28,7 @@ from ...core.files import UserError
 from ...core.run import Run
 from ...core.tokenizer import Tokenizer
 from ...model.gpt import GPT, GPTConfig
-from ...model.engine import Engine
+from ...model.engine import Engine, Sampling
 from ...train.checkpoint import save_checkpoint
 from ...talk.stream import AnswerText
 
@@ -99,7 +99,7 @@ def _expected_texts(
     texts = []
     for i in range(n_questions):
         prompt, answer = engine.tokenizer.render_for_completion({"messages": [{"role": "user", "content": f"What is {i}?"}]}), AnswerText(engine.tokenizer)
-        texts.append("".join(part.text for event in engine.stream(prompt, max_new_tokens=n_tokens, seed=i) for part in answer.add(event)[0]))
+        texts.append("".join(part.text for event in engine.stream(prompt, Sampling(n_tokens), seed=i) for part in answer.add(event)[0]))
     return texts
 
 @dataclass
