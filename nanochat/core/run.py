@@ -38,6 +38,7 @@ def read_metrics(
         if stage is None or row.get("stage") == stage: rows.append(row)
     return rows
 
+# %% ../../nbs/core/02_run.ipynb #cc742a18
 class Metrics:
     "Append to a run's `metrics.jsonl` on rank 0, and send the numbers to a tracker."
     def __init__(
@@ -76,6 +77,7 @@ class Metrics:
 # %% ../../nbs/core/02_run.ipynb #110df951
 TRACKERS = ("tensorboard", "wandb", "trackio") # the names of their packages too
 
+# %% ../../nbs/core/02_run.ipynb #01c4bb69
 def _open_tracker(
     name: str, # one of `TRACKERS`
     dir: Path, # the run's folder; the tracker's run gets its name
@@ -114,6 +116,7 @@ def _tensorboard(module, dir, stage, config, resume_step):
         writer.flush()
     return send
 
+# %% ../../nbs/core/02_run.ipynb #914263e6
 def _wandb(module, dir, stage, config, resume_step):
     "A new or resumed run of Weights & Biases, with its log beside the run's."
     file = dir/"wandb_id.txt"
@@ -166,6 +169,7 @@ def _what_matters(config: dict) -> dict:
             if name not in ignored and section != {"card": "none"}}
     return kept | {"dial": without(config.get("dial", {}), "until")}
 
+# %% ../../nbs/core/02_run.ipynb #a56066ba
 def fingerprint(
     config: dict, # a run's configuration
     stage: str, # one of `STAGES` or `EXTRA_STAGES`
@@ -259,6 +263,7 @@ def manifest(self: Run, stage: str) -> dict | None:
     found = read_json(path, "delete it, and the stage runs again.")
     return found if found.get("fingerprint") == fingerprint(self.config, stage) else None
 
+# %% ../../nbs/core/02_run.ipynb #d8baaf7b
 @patch
 def needs(self: Run, stage: str) -> dict:
     "The manifest of a stage. Raises `UserError` that names what to run if it has not finished."
@@ -276,6 +281,7 @@ def latest(self: Run) -> str | None:
         if found and found.get("start") == last: return extra
     return last
 
+# %% ../../nbs/core/02_run.ipynb #6d24991e
 @patch
 def finish(
     self: Run,
@@ -303,7 +309,7 @@ def rows(self: Run, stage: str | None = None) -> list[dict]:
     "The lines of metrics that this run has written."
     return read_metrics(self.dir/"metrics.jsonl", stage)
 
-# %% ../../nbs/core/02_run.ipynb #9adebcc4
+# %% ../../nbs/core/02_run.ipynb #7b9264f1
 class StopSignal:
     "Notice SIGTERM and Ctrl-C inside a `with` block; a second Ctrl-C raises `KeyboardInterrupt`."
     def __enter__(self):

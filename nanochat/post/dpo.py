@@ -31,7 +31,7 @@ from ..core.tokenizer import Tokenizer, check_conversation
 from ..core.grammar import ANSWERS, Draw, expansions
 from ..core.world import World, question_and_answer
 from ..model.gpt import GPT
-from ..model.engine import Engine
+from ..model.engine import Engine, Sampling
 from ..train.settings import SETTINGS
 from ..train.checkpoint import load_model
 from nanochat.train.loop import (
@@ -429,7 +429,7 @@ def _answers_twice(engine: Engine, asked: list[_Asked], seed: int, max_new_token
     for some in length_groups(lengths, max(1, batch // 2)):
         seeds = [derive_seed(seed, "dpo sample", asked[i].number, s) for i in some for s in range(2)]
         twice = [prompts[i] for i in some for _ in range(2)]
-        done = engine.generate(twice, max_new_tokens=max_new_tokens, seed=seeds)
+        done = engine.generate(twice, Sampling(max_new_tokens), seed=seeds)
         for i, a, b in zip(some, done[::2], done[1::2]): yield asked[i], [a, b]
 
 def simulate_preferences(

@@ -336,7 +336,7 @@ def _exam_work(c: dict) -> float: # training tokens
     tokens += sum(ANSWER_TOKENS.get(task, 0) for task in asked)
     return 3 * c["eval.questions"] * tokens * _GENERATION_COST
 
-# %% ../../nbs/train/22_estimate.ipynb #e00d89c8
+# %% ../../nbs/train/22_estimate.ipynb #47e11746
 def stage_seconds(
     c: dict, # all settings by full name
     hw: Hardware,
@@ -346,12 +346,12 @@ def stage_seconds(
     rate = rate or estimated_rate(c, hw)
     text = 2 * c["data.characters"] / (_TEXT_RATE * hw.cores)
     # a checkpoint has the weights, and up to two moments of each
-    checkpoint = 12 * count_params(model_fields(c))["total"] / _DISK_RATE
+    checkpoint = 12 * count_params(model_fields(c))["total"] # bytes
     looks = c["base.steps"] // c["base.eval_every"] + 1
     work = {"base": _base_work(c), "mid": stage_tokens(c, "mid"), "sft": stage_tokens(c, "sft"),
             "rl": _rl_work(c), "evaluation": _exam_work(c)}
     seconds = {"data and tokenizer": 2 * _STARTUP + text}
     for stage, tokens in work.items(): seconds[stage] = _STARTUP + tokens / rate
-    seconds["base"] += looks * checkpoint
+    seconds["base"] += looks * checkpoint / _DISK_RATE
     ends = {"data": 1, "tokenizer": 1, "base": 2, "mid": 3, "sft": 4, "rl": 5, "report": 6}
     return dict(list(seconds.items())[:ends[c["dial.until"]]])

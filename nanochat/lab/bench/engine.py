@@ -16,7 +16,8 @@ from ...core.files import say
 from ...core.machine import cpu_name, n_cores
 from ...model.shape import model_shape
 from ...model.gpt import GPT, GPTConfig
-from ...model.engine import Batch, Engine, Row
+from ...model.engine import Batch, Engine, Row, Sampling
+from ...model.shape import model_shape
 from .measure import table
 from .train import NoText
 
@@ -40,9 +41,10 @@ def bench_engine(model: GPT, **settings) -> Engine: # whose answers never end
     return engine
 
 # %% ../../../nbs/lab/bench/65_engine.ipynb #49aa6799
-def decode_rate(engine: Engine, n_rows: int, prompt_tokens: int = 64, new_tokens: int = 64, **how) -> float: # tokens a second, of all rows together
-    "Decode rows side by side. `how` they are drawn: temperature, top_k, as in `Row`."
-    rows = [Row(prompt=p, max_new_tokens=new_tokens + 1, room=new_tokens + 1, tools=False, **how) for p in _bench_prompts(n_rows, prompt_tokens, engine.model.config.vocab_size)]
+def decode_rate(engine: Engine, n_rows: int, prompt_tokens: int = 64, new_tokens: int = 64, top_k: int | None = None) -> float: # tokens a second, of all rows together
+    "Decode rows side by side, from the `top_k` most likely tokens; greedily if there is no such number."
+    sampling = Sampling(new_tokens + 1, temperature=1.0 if top_k else 0.0, top_k=top_k)
+    rows = [Row(prompt=p, sampling=sampling, room=new_tokens + 1, tools=False) for p in _bench_prompts(n_rows, prompt_tokens, engine.model.config.vocab_size)]
     batch = Batch(engine, n_rows, prompt_tokens + new_tokens + 1)
     batch.admit(rows)
     started = time.perf_counter()
@@ -110,8 +112,8 @@ def bench_generation(depth: int = 6, vocab_size: int = 32768,
     for r in range(rounds + 1): # the first one warms up
         if device == "cpu": speed.append(_products_rate())
         for name, engine in engines.items():
-            how = dict(temperature=1.0, top_k=50) if "top-k" in name else dict(temperature=0.0)
-            for n in rows: found.setdefault((name, n), []).append(decode_rate(engine, n, prompt_tokens, new_tokens, **how))
+            top_k = 50 if "top-k" in name else None
+            for n in rows: found.setdefault((name, n), []).append(decode_rate(engine, n, prompt_tokens, new_tokens, top_k))
             found.setdefault((name, "prefill"), []).append(prefill_rate(engine, prefill_tokens))
         if theirs is not None:
             for n in rows: found.setdefault(("transformers, float32", n), []).append(_transformers_rate(theirs, n, prompt_tokens, new_tokens))

@@ -26,7 +26,8 @@ from ...core.dataset import core_folders, set_rows
 from ...model.shape import model_shape
 from ...model.gpt import GPT, GPTConfig
 from ...model.sandbox import judge_many, sandbox_kind
-from ...model.engine import Engine
+from ...model.engine import Engine, Sampling
+from ...model.shape import model_shape
 from ...train.checkpoint import load_model
 from ...train.loop import autocast
 from ...post.tasks import visible_text
@@ -131,7 +132,7 @@ def bench_rollouts(engine: Engine,
             if at_once == 1 and r: continue # it takes long, and needs no second digit
             started, done = time.perf_counter(), []
             for i in range(0, len(rows), at_once):
-                done += engine.generate(rows[i:i + at_once], max_new_tokens=max_new_tokens, temperature=1.0, top_k=50, seed=seeds[i:i + at_once])
+                done += engine.generate(rows[i:i + at_once], Sampling(max_new_tokens, top_k=50), seed=seeds[i:i + at_once])
             times.append(time.perf_counter() - started)
             answers[at_once] = [c.tokens for c in done]
     together, *others = answers.values()
