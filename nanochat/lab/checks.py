@@ -19,12 +19,12 @@ import torch
 from ..core.files import UserError, atomic_write, read_json
 from ..core.run import STAGES, base_dir, fingerprint
 from . import checks_chat, checks_model # they register lessons 1 to 8
-from .checks_chat import paired_results
+from ..post.rl import advantages
+from ..post.dpo import preferences_from
 from .course import (
     EXERCISES, LESSONS, NotYet, Page, as_int, as_number, as_numbers, assess, call_on_copies,
     exercise, expect, expect_close, expect_tensor, expect_type)
-from ..post.dpo import preferences_from
-from ..post.rl import advantages
+from .checks_chat import paired_results
 
 # %% ../../nbs/lab/73_checks.ipynb #fe813139
 _REWARDS = [[[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 0]], [[3.0, -1, 0.5, 7, 2]],

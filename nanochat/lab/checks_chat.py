@@ -14,16 +14,16 @@ import torch
 
 # %% ../../nbs/lab/72_checks_chat.ipynb #2276236f
 from ..core.tokenizer import SPECIAL_TOKENS, chat_pieces
-from .checks_model import packed
+from ..model.shape import flops_per_token
+from ..model.gpt import GPT, GPTConfig
+from ..train.hardware import Hardware
+from ..train.loop import accumulate_gradients
+from ..post.core_eval import centred, wilson_interval
+from ..post.chat_eval import mcnemar, pass_at_k
 from .course import (
     as_int, as_number, as_pair, call_on_copies, exercise, expect, expect_cases, expect_close,
     expect_tensor, expect_type)
-from ..model.gpt import GPT, GPTConfig
-from ..post.chat_eval import mcnemar, pass_at_k
-from ..post.core_eval import centred, wilson_interval
-from ..train.loop import accumulate_gradients
-from ..train.hardware import Hardware
-from ..model.shape import flops_per_token
+from .checks_model import packed
 
 # %% ../../nbs/lab/72_checks_chat.ipynb #4b4a56a6
 def _uneven_parts() -> tuple[GPT, list]: # a model, and four pairs (x, y), each (2, 12)

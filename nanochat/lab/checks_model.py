@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping
 import torch
 
 # %% ../../nbs/lab/71_checks_model.ipynb #ae08f52e
-from .course import (
-    as_int, as_ints, as_number, as_numbers, as_pair, call_on_copies, exercise, expect,
-    expect_close, expect_tensor, expect_type)
 from ..model.attention import reference_attention
 from ..model.gpt import GPT, GPTConfig, norm, rope_tables
 from ..model.optim import adamw_update, lr_multiplier
+from .course import (
+    as_int, as_ints, as_number, as_numbers, as_pair, call_on_copies, exercise, expect,
+    expect_close, expect_tensor, expect_type)
 
 # %% ../../nbs/lab/71_checks_model.ipynb #b8a26452
 _PAIR_COUNTS = [ # pieces, counts of pairs, hint

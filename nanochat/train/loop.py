@@ -28,8 +28,7 @@ from ..core.machine import (
 from ..core.run import Run, StopSignal, in_words, progress_bar, read_metrics
 from ..core.tokenizer import Tokenizer
 from ..core.world import World
-from ..core.dataloader import prepare_tokens
-from ..core.dataloader import PackedLoader
+from ..core.dataloader import PackedLoader, prepare_tokens
 from ..model.shape import flops_per_token
 from ..model.attention import choose_backends
 from ..model.precision import LossScaler, quantize_weights, use_fp8

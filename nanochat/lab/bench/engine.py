@@ -17,7 +17,6 @@ from ...core.machine import cpu_name, n_cores
 from ...model.shape import model_shape
 from ...model.gpt import GPT, GPTConfig
 from ...model.engine import Batch, Engine, Row, Sampling
-from ...model.shape import model_shape
 from .measure import table
 from .train import NoText
 

@@ -27,7 +27,6 @@ from ...model.shape import model_shape
 from ...model.gpt import GPT, GPTConfig
 from ...model.sandbox import judge_many, sandbox_kind
 from ...model.engine import Engine, Sampling
-from ...model.shape import model_shape
 from ...train.checkpoint import load_model
 from ...train.loop import autocast
 from ...post.tasks import visible_text

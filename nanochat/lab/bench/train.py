@@ -27,15 +27,15 @@ from ...core.machine import cpu_name, n_cores, peak_memory
 from ...core.run import Run, read_metrics
 from ...core.tokenizer import Tokenizer
 from ...core.dataset import iter_texts
+from ...model.shape import flops_per_token, model_shape
 from ...model.precision import quantize_weights
 from ...model.gpt import GPT, GPTConfig
 from ...model.optim import make_optimizer
 from ...model.engine import Engine, Sampling
-from ...train.settings import WORLD_TASKS
 from ...train.hardware import measure_flops
+from ...train.settings import WORLD_TASKS
 from ...train.estimate import stage_tokens, training_memory
 from ...train.plan import make_plan
-from ...model.shape import flops_per_token, model_shape
 from ...train.checkpoint import load_model
 from ...train.loop import (
     accumulate_gradients, bits_per_byte, grad_accum_steps, optimizer_for, prepare_model)
