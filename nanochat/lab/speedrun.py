@@ -205,6 +205,7 @@ def _speedrun_command(preset, name, settings, hardware, plan_only, **options):
 def _chat_command(name, stage, **how):
     """Talk to a trained model in the terminal."""
     from nanochat.talk.chat import terminal_chat
+    terminal_chat(name or last_run(), stage, **how)
 
 # %% ../../nbs/lab/56_speedrun.ipynb #fca2ddec
 _limit_options = _options( # fields of `ServerLimits`
