@@ -10,7 +10,7 @@ import time
 from functools import partial
 from statistics import median
 
-# %% ../../../nbs/lab/bench/65_engine.ipynb #f782fd8e
+# %% ../../../nbs/lab/bench/65_engine.ipynb #8bd5a99d
 import click
 import torch
 
@@ -34,13 +34,13 @@ def bench_model(depth: int = 6, vocab_size: int = 32768, context: int = 1024) ->
             if p.ndim > 1: p.normal_(0, p.size(1)**-0.5, generator=generator)
     return model.requires_grad_(False).eval()
 
-# %% ../../../nbs/lab/bench/65_engine.ipynb #fe041841
+# %% ../../../nbs/lab/bench/65_engine.ipynb #b3af77b7
 def _bench_prompts(n: int, tokens: int, vocab_size: int) -> list[list[int]]: # token ids
     "Prompts that have nothing in common."
     generator = torch.Generator().manual_seed(n)
     return torch.randint(3, vocab_size, (n, tokens), generator=generator).tolist()
 
-# %% ../../../nbs/lab/bench/65_engine.ipynb #be4af728
+# %% ../../../nbs/lab/bench/65_engine.ipynb #96f8f5d9
 def bench_engine(model: GPT, **settings) -> Engine:
     "An engine for a model without a tokenizer, whose answers never end by themselves."
     engine = Engine(model, NoText(model.config.vocab_size), **settings)
@@ -66,7 +66,7 @@ def _decode_rate(
     while batch.rows: batch.step() # the last step's tokens arrive on the host: the device is done
     return n_rows * new_tokens / (time.perf_counter() - started)
 
-# %% ../../../nbs/lab/bench/65_engine.ipynb #01646582
+# %% ../../../nbs/lab/bench/65_engine.ipynb #21836843
 def _prefill_rate(engine: Engine, tokens: int = 512) -> float: # tokens a second
     "Read a prompt that the engine has not seen."
     prompts = _bench_prompts(1, tokens, engine.model.config.vocab_size)
@@ -74,7 +74,7 @@ def _prefill_rate(engine: Engine, tokens: int = 512) -> float: # tokens a second
     engine.prefill(prompts)[0].sum().item() # waits for the device
     return tokens / (time.perf_counter() - started)
 
-# %% ../../../nbs/lab/bench/65_engine.ipynb #00855c24
+# %% ../../../nbs/lab/bench/65_engine.ipynb #0886512b
 def _products_rate(size: int = 1024) -> float: # GFLOP/s
     "Speed of float32 matrix products on this machine, to compare figures of different machines."
     a, b = (torch.randn(size, size, generator=torch.Generator().manual_seed(i)) for i in range(2))
@@ -93,7 +93,7 @@ def _transformers_model(shape: GPTConfig):
         num_key_value_heads=shape.n_kv_head, max_position_embeddings=shape.sequence_len,
         eos_token_id=None, bos_token_id=0, pad_token_id=None)).eval()
 
-# %% ../../../nbs/lab/bench/65_engine.ipynb #f016b5d6
+# %% ../../../nbs/lab/bench/65_engine.ipynb #d129fe11
 @torch.inference_mode()
 def _transformers_rate(
     model,
@@ -111,7 +111,7 @@ def _transformers_rate(
     first = seconds(1)
     return n_rows * new_tokens / (seconds(new_tokens + 1) - first)
 
-# %% ../../../nbs/lab/bench/65_engine.ipynb #67c8c93c
+# %% ../../../nbs/lab/bench/65_engine.ipynb #00f35450
 @torch.inference_mode()
 def _transformers_prefill(model, tokens: int = 512) -> float: # tokens a second
     "Read a prompt, logits of the last token only."
@@ -146,7 +146,7 @@ def _ways(
             partial(_transformers_prefill, theirs, prefill_tokens))
     return ways
 
-# %% ../../../nbs/lab/bench/65_engine.ipynb #6200a20a
+# %% ../../../nbs/lab/bench/65_engine.ipynb #da03feb5
 def _bench_generation(
     depth: int = 6,
     vocab_size: int = 32768,
@@ -169,7 +169,8 @@ def _bench_generation(
             for n in rows: found[name][n].append(decode(n))
             found[name]["prefill"].append(prefill())
     said = f"{cpu_name()}, {n_cores()} cores"
-    if speed: said += f"; float32 products of 1,024 x 1,024 matrices {median(speed[1:]):.0f} GFLOP/s"
+    if speed:
+        said += f"; float32 products of 1,024 x 1,024 matrices {median(speed[1:]):.0f} GFLOP/s"
     n_params = model.num_params()["total"] / 1e6
     say(f"{said}; {n_params:.1f} M parameters, {vocab_size:,} tokens, prompts of {prompt_tokens}")
     few, many = rows[0], rows[-1]
@@ -181,7 +182,7 @@ def _bench_generation(
         lines.append([name, *decoding, f"{ratio:.1f}", prefill])
     return lines
 
-# %% ../../../nbs/lab/bench/65_engine.ipynb #5942e1d3
+# %% ../../../nbs/lab/bench/65_engine.ipynb #5d7ba291
 @click.command("engine")
 @click.option("--depth", type=click.IntRange(1), default=6, show_default=True,
     help="Layers of the model; it has 64 channels for each.")

@@ -67,7 +67,7 @@ def _spread_head(model: GPT, generator: torch.Generator):
     "Give the head random weights, for logits of ±2.4."
     model.lm_head.weight.normal_(0, 2.4 / model.config.n_embd**0.5, generator=generator)
 
-# %% ../../../nbs/lab/bench/64_eval.ipynb #aa9c256b
+# %% ../../../nbs/lab/bench/64_eval.ipynb #20fffab6
 def spread_model(
     depth: int, # layers
     vocab_size: int,
@@ -111,7 +111,7 @@ def _bench_core(
                         "fetch them with `nanochat data get core`, or give --data-root.")
     return found
 
-# %% ../../../nbs/lab/bench/64_eval.ipynb #011df745
+# %% ../../../nbs/lab/bench/64_eval.ipynb #536ca932
 def _core_table(found: list[dict]) -> str:
     "The results of `_bench_core`, with their sums in the last line."
     keys = ("n", "n_alone", "seconds", "seconds_one_by_one", "differ")
@@ -132,7 +132,7 @@ def _town_texts(world: World) -> list[str]:
     conversations = [task[i] for task in tasks for i in range(1000)]
     return [visible_text(message) for c in conversations for message in c["messages"]]
 
-# %% ../../../nbs/lab/bench/64_eval.ipynb #228008a1
+# %% ../../../nbs/lab/bench/64_eval.ipynb #27330543
 def _rollout_engine(
     run_name: str | None = None, # a run whose SFT model answers; None: an untrained small model
 ) -> tuple[Engine, int]: # and the seed of its world
@@ -147,7 +147,7 @@ def _rollout_engine(
     with torch.no_grad(): _spread_head(model, torch.Generator().manual_seed(0))
     return Engine(model.eval(), tokenizer), 1
 
-# %% ../../../nbs/lab/bench/64_eval.ipynb #0edeb313
+# %% ../../../nbs/lab/bench/64_eval.ipynb #ff7ec7ed
 def _bench_rollouts(
     engine: Engine,
     seed: int, # of the world
@@ -175,7 +175,7 @@ def _bench_rollouts(
     return {"prompts": prompts, "samples": samples, "tokens": sum(map(len, together)),
             "seconds": seconds, "differ": differ}
 
-# %% ../../../nbs/lab/bench/64_eval.ipynb #a9d5cecd
+# %% ../../../nbs/lab/bench/64_eval.ipynb #bdc22b26
 def _rollout_table(found: list[dict]) -> str:
     "Medians over the rounds; a ratio is taken within a round."
     lines = [["prompts × samples", "tokens/s together", "one prompt at a time",
@@ -210,7 +210,7 @@ def _bench_sandbox(
 def _machine_and_model(model: GPT) -> str:
     return f"{cpu_name()}, {n_cores()} cores; {model.num_params()['total'] / 1e6:.1f} M parameters"
 
-# %% ../../../nbs/lab/bench/64_eval.ipynb #7f396fac
+# %% ../../../nbs/lab/bench/64_eval.ipynb #cf097475
 @click.command("core")
 @click.option("--questions", type=click.IntRange(11), default=500, show_default=True,
     help="Of each task.")
@@ -234,7 +234,7 @@ def core_command(questions, alone, depth, vocab_size, dtype):
     found = _bench_core(reader, questions, alone, folders, getattr(torch, dtype))
     click.echo("\n" + _core_table(found))
 
-# %% ../../../nbs/lab/bench/64_eval.ipynb #d41603f2
+# %% ../../../nbs/lab/bench/64_eval.ipynb #ea41f66b
 @click.command("rollouts")
 @click.option("--run", "run_name",
     help="A run whose SFT model answers. Default: an untrained model of the laptop's shape.")
@@ -254,7 +254,7 @@ def rollouts_command(run_name, prompts, samples, max_new_tokens, rounds):
              for n in prompts.split(",")]
     click.echo("\n" + _rollout_table(found))
 
-# %% ../../../nbs/lab/bench/64_eval.ipynb #57ad34ec
+# %% ../../../nbs/lab/bench/64_eval.ipynb #c541d896
 @click.command("sandbox")
 def sandbox_command():
     """HumanEval's reference solutions, judged in the sandbox."""
