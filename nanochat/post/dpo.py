@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['FEEDBACK', 'MIN_PAIRS', 'NOT_LEARNED', 'implicit_rewards', 'preference_loss', 'save_feedback', 'read_feedback',
            'Preference', 'preferences_from', 'answer_row', 'pair_rows', 'preference_batches', 'score_pairs',
-           'preference_gradient', 'PreferenceSettings', 'prefer', 'longer', 'simulate_preferences', 'dpo_settings',
-           'train_dpo', 'show_dpo']
+           'preference_gradient', 'PreferenceSettings', 'prefer', 'longer', 'dpo_settings', 'train_dpo', 'show_dpo']
 
 # %% ../../nbs/post/39_dpo.ipynb #957baa1f
 import json
@@ -432,7 +431,7 @@ def _answers_twice(engine: Engine, asked: list[_Asked], seed: int, max_new_token
         done = engine.generate(twice, Sampling(max_new_tokens), seed=seeds)
         for i, a, b in zip(some, done[::2], done[1::2]): yield asked[i], [a, b]
 
-def simulate_preferences(
+def _simulate_preferences(
     engine: Engine,  # the model that answers
     world: World,  # that it was trained on
     n: int,  # pairs wanted
@@ -487,8 +486,8 @@ def _gather_preferences(run, start, engine, simulate, kept) -> list[Preference]:
         wanted = {"simulated": simulate, "start": start, "of": fingerprint(run.config, start)}
         if wanted.items() <= kept.items(): return [Preference(**p) for p in kept["preferences"]]
         limits = run.config["eval"]
-        return simulate_preferences(engine, World(run.seed), simulate, run.seed,
-                                    max_new_tokens=limits["max_new_tokens"], batch=limits["batch"])
+        return _simulate_preferences(engine, World(run.seed), simulate, run.seed,
+                                     max_new_tokens=limits["max_new_tokens"], batch=limits["batch"])
     records, damaged = read_feedback(run.dir/FEEDBACK)
     if damaged: say(f"{FEEDBACK}: {damaged} damaged line{'s are' if damaged > 1 else ' is'} left out.")
     if not records:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEST_BY', 'all_reduce_sum', 'autocast', 'bits_per_byte', 'accumulate_gradients', 'agree', 'resume', 'LoopSettings',
            'Loop', 'measured', 'train', 'grad_accum_steps', 'optimizer_for', 'prepare_model', 'fill_micro_batches',
-           'unscaled_dtype', 'validation_bits_per_byte', 'loop_settings', 'pretrain_schedule', 'pretrain']
+           'unscaled_dtype', 'validation_bits_per_byte', 'loop_settings', 'pretrain']
 
 # %% ../../nbs/train/26_loop.ipynb #192f8923
 import math
@@ -494,7 +494,7 @@ def loop_settings(
         checkpoints=run.stage_dir(stage)/"checkpoints", desc=desc,
         meta={"stage": stage, "model": vars(model.config), "tokenizer": tokenizer.hash})
 
-def pretrain_schedule(
+def _pretrain_schedule(
     section: dict, # `base` of a configuration
 ) -> Callable[[int], dict]: # step → keyword arguments of `optimizer.step`
     "Learning rate, momentum and weight decay of pretraining."
@@ -551,7 +551,7 @@ def pretrain(
         peak_flops = config["hardware"].get("peak_flops") or 0.0
         def metrics(step): return run.metrics("base", step)
         result = train(
-            model, optimizer_for(model, config), rows, settings, schedule=pretrain_schedule(section),
+            model, optimizer_for(model, config), rows, settings, schedule=_pretrain_schedule(section),
             metrics=metrics, evaluate=evaluate, grad_accum=grad_accum, dtype=dtype, peak_flops=peak_flops)
         beginnings = loader("val", crop=True) # rows begin where documents do
         result["bits_per_byte_of_beginnings"] = bpb(beginnings)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLD_TASKS', 'SET_SIZES', 'MIXTURE_TASKS', 'TASK_SIZE', 'ANSWER_TOKENS', 'REWARDED', 'SETTINGS', 'Weight',
-           'read_weight', 'check_split', 'Setting', 'describe_settings', 'setting_name', 'flatten', 'nested_config',
+           'read_weight', 'check_split', 'describe_settings', 'setting_name', 'flatten', 'nested_config',
            'known_presets', 'mixture_of', 'checked_settings', 'preset_settings']
 
 # %% ../../nbs/train/21_settings.ipynb #920c5f2f
@@ -101,7 +101,7 @@ def _own_name(name: str) -> str:
                     + (f"did you mean {close[0]}?" if close else "check the path."))
 
 # %% ../../nbs/train/21_settings.ipynb #0c1b878f
-class Setting(NamedTuple):
+class _Setting(NamedTuple):
     "One setting of a run."
     name: str # section.name
     kind: type # int, float, bool, str or Weight
@@ -114,183 +114,183 @@ class Setting(NamedTuple):
 
 # %% ../../nbs/train/21_settings.ipynb #03f91248
 _DIAL = [
-    Setting("seed", int, 42, "", "of every random choice"),
-    Setting("dial.depth", int, None, "layers",
-            "the one dial; with a budget, the largest that fits memory and budget", 1, 200),
-    Setting("dial.minutes", float, 0.0, "minutes",
-            "budget for all stages instead of a depth; 0: none"),
-    Setting("dial.dollars", float, 0.0, "dollars",
-            "budget for all stages instead of a depth; 0: none"),
-    Setting("dial.until", str, "report", "", "the last stage to run, and to plan for",
-            choices=tuple(STAGES)),
-    Setting("dial.aspect_ratio", int, 64, "channels", "width for each layer of depth", 1),
-    Setting("dial.head_dim", int, 128, "channels",
-            "width of an attention head; even, because rotations turn pairs", 2),
-    Setting("dial.tokens_per_param", float, 12.0, "tokens",
-            "training tokens for each scaling parameter; 10.5 is compute-optimal", 0.001),
+    _Setting("seed", int, 42, "", "of every random choice"),
+    _Setting("dial.depth", int, None, "layers",
+             "the one dial; with a budget, the largest that fits memory and budget", 1, 200),
+    _Setting("dial.minutes", float, 0.0, "minutes",
+             "budget for all stages instead of a depth; 0: none"),
+    _Setting("dial.dollars", float, 0.0, "dollars",
+             "budget for all stages instead of a depth; 0: none"),
+    _Setting("dial.until", str, "report", "", "the last stage to run, and to plan for",
+             choices=tuple(STAGES)),
+    _Setting("dial.aspect_ratio", int, 64, "channels", "width for each layer of depth", 1),
+    _Setting("dial.head_dim", int, 128, "channels",
+             "width of an attention head; even, because rotations turn pairs", 2),
+    _Setting("dial.tokens_per_param", float, 12.0, "tokens",
+             "training tokens for each scaling parameter; 10.5 is compute-optimal", 0.001),
 ]
 
 # %% ../../nbs/train/21_settings.ipynb #376a8b25
 _HARDWARE = [
-    Setting("hardware.device", str, None, "", "where to compute; the best device that is found",
-            choices=("cpu", "cuda", "mps")),
-    Setting("hardware.nproc", int, None, "", "processes, one for each device; all GPUs", 1),
-    Setting("hardware.dtype", str, None, "",
-            "of the matrix products; bfloat16 where it is fast, float16 on older GPUs",
-            choices=("float32", "bfloat16", "float16")),
-    Setting("hardware.fp8", bool, False, "",
-            "products of the blocks' matrices in 8 bits, on a GPU that supports it"),
-    Setting("hardware.compile", bool, None, "", "use torch.compile; on a GPU"),
-    Setting("hardware.peak_flops", float, None, "FLOP/s",
-            "peak of each device, of which MFU is the share; from the table, or measured"),
-    Setting("hardware.tracker", str, "none", "", "where metrics go besides metrics.jsonl",
-            choices=("none", *TRACKERS)),
+    _Setting("hardware.device", str, None, "", "where to compute; the best device that is found",
+             choices=("cpu", "cuda", "mps")),
+    _Setting("hardware.nproc", int, None, "", "processes, one for each device; all GPUs", 1),
+    _Setting("hardware.dtype", str, None, "",
+             "of the matrix products; bfloat16 where it is fast, float16 on older GPUs",
+             choices=("float32", "bfloat16", "float16")),
+    _Setting("hardware.fp8", bool, False, "",
+             "products of the blocks' matrices in 8 bits, on a GPU that supports it"),
+    _Setting("hardware.compile", bool, None, "", "use torch.compile; on a GPU"),
+    _Setting("hardware.peak_flops", float, None, "FLOP/s",
+             "peak of each device, of which MFU is the share; from the table, or measured"),
+    _Setting("hardware.tracker", str, "none", "", "where metrics go besides metrics.jsonl",
+             choices=("none", *TRACKERS)),
 ]
 _TEXT = [
-    Setting("data.source", str, "world", "",
-            f"one of {', '.join(SOURCES)}, or a folder or file of your own"),
-    Setting("data.characters", int, None, "characters",
-            "text to prepare; five for each training token, so that none is read twice", 1),
-    Setting("identity.card", str, "none", "",
-            "who the model is: a YAML or JSON file with its name and maker; none: Pico"),
-    Setting("tokenizer.vocab_size", int, 32768, "tokens",
-            "size of the vocabulary, including the nine special tokens", 265),
-    Setting("tokenizer.max_characters", int, None, "characters",
-            "text that the tokenizer is trained on; at most two billion", 1),
-    Setting("tokenizer.max_doc_characters", int, 10_000, "characters",
-            "longest part of a document that the tokenizer is trained on", 1),
+    _Setting("data.source", str, "world", "",
+             f"one of {', '.join(SOURCES)}, or a folder or file of your own"),
+    _Setting("data.characters", int, None, "characters",
+             "text to prepare; five for each training token, so that none is read twice", 1),
+    _Setting("identity.card", str, "none", "",
+             "who the model is: a YAML or JSON file with its name and maker; none: Pico"),
+    _Setting("tokenizer.vocab_size", int, 32768, "tokens",
+             "size of the vocabulary, including the nine special tokens", 265),
+    _Setting("tokenizer.max_characters", int, None, "characters",
+             "text that the tokenizer is trained on; at most two billion", 1),
+    _Setting("tokenizer.max_doc_characters", int, 10_000, "characters",
+             "longest part of a document that the tokenizer is trained on", 1),
 ]
 
 # %% ../../nbs/train/21_settings.ipynb #7fc4d160
 _MODEL = [
-    Setting("model.sequence_len", int, 2048, "tokens", "context, and length of a training row", 2),
-    Setting("model.n_head", int, None, "heads", "attention heads; from the dial", 1),
-    Setting("model.n_kv_head", int, None, "heads",
-            "key and value heads, a divisor of the heads; the same number", 1),
-    Setting("model.n_embd", int, None, "channels",
-            "width of the residual stream; from the dial", 24),
-    Setting("model.window_pattern", str, "SSSL", "",
-            "attention windows, tiled over the layers: S a quarter of the context, L all of it"),
-    Setting("model.rope_base", float, 100_000.0, "", "base of the rotary frequencies", 1),
-    Setting("model.qk_scale", float, 1.2, "", "factor of queries and keys after their norm"),
-    Setting("model.value_embeds", bool, True, "", "value embeddings in every other layer"),
-    Setting("model.resid_lambdas", bool, True, "",
-            "learned scales of the stream and of the embedding in every layer"),
-    Setting("model.smear", bool, True, "", "add a gated share of the previous token's embedding"),
-    Setting("model.backout", bool, True, "",
-            "subtract a share of the middle of the stream at its end"),
-    Setting("model.softcap", float, 15.0, "", "logits are squashed to within ± this", 0.001),
+    _Setting("model.sequence_len", int, 2048, "tokens", "context, and length of a training row", 2),
+    _Setting("model.n_head", int, None, "heads", "attention heads; from the dial", 1),
+    _Setting("model.n_kv_head", int, None, "heads",
+             "key and value heads, a divisor of the heads; the same number", 1),
+    _Setting("model.n_embd", int, None, "channels",
+             "width of the residual stream; from the dial", 24),
+    _Setting("model.window_pattern", str, "SSSL", "",
+             "attention windows, tiled over the layers: S a quarter of the context, L all of it"),
+    _Setting("model.rope_base", float, 100_000.0, "", "base of the rotary frequencies", 1),
+    _Setting("model.qk_scale", float, 1.2, "", "factor of queries and keys after their norm"),
+    _Setting("model.value_embeds", bool, True, "", "value embeddings in every other layer"),
+    _Setting("model.resid_lambdas", bool, True, "",
+             "learned scales of the stream and of the embedding in every layer"),
+    _Setting("model.smear", bool, True, "", "add a gated share of the previous token's embedding"),
+    _Setting("model.backout", bool, True, "",
+             "subtract a share of the middle of the stream at its end"),
+    _Setting("model.softcap", float, 15.0, "", "logits are squashed to within ± this", 0.001),
 ]
 
 # %% ../../nbs/train/21_settings.ipynb #95379d81
 _BASE = [
-    Setting("base.tokens", int, None, "tokens",
-            "training tokens, in whole steps; tokens_per_param times the scaling parameters", 1),
-    Setting("base.steps", int, None, "steps", "optimizer steps; tokens over batch", 1),
-    Setting("base.batch_tokens", int, None, "tokens",
-            "tokens in an optimizer step over all devices; by the batch law", 1),
-    Setting("base.device_batch", int, None, "rows",
-            "rows on a device at a time; as many as fit and divide the batch", 1),
-    Setting("base.crop", bool, False, "",
-            "discard what does not fit a row, instead of reading it in a later one"),
-    Setting("base.matrix_lr", float, None, "", "Muon's learning rate; 0.02 × √(B/2^19)"),
-    Setting("base.embedding_lr", float, None, "", "AdamW's for the embedding; 0.3 × √(B/2^19)"),
-    Setting("base.head_lr", float, None, "", "AdamW's for the head; 0.008 × √(B/2^19)"),
-    Setting("base.scalar_lr", float, None, "", "AdamW's for the scalars; 0.5 × √(B/2^19)"),
-    Setting("base.weight_decay", float, None, "",
-            "Muon's weight decay; 0.28 × √(B/2^19) × D_12/D"),
-    Setting("base.warmup_steps", int, None, "steps",
-            "linear warm-up; 40, at most a tenth of the run"),
-    Setting("base.warmdown_ratio", float, 0.65, "",
-            "share of the run in which learning rates fall", 0, 1),
-    Setting("base.final_lr_frac", float, 0.05, "",
-            "share of the learning rates that is left at the end", 0, 1),
-    Setting("base.eval_every", int, None, "steps",
-            "steps between evaluations; a tenth of the run, at most 250", 1),
-    Setting("base.eval_tokens", int, None, "tokens",
-            "tokens in an evaluation; a hundredth of the run, at most 10.5 million", 1),
-    Setting("base.keep_checkpoints", int, 2, "checkpoints",
-            "latest checkpoints to keep, besides the best one", 1),
-    Setting("base.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
+    _Setting("base.tokens", int, None, "tokens",
+             "training tokens, in whole steps; tokens_per_param times the scaling parameters", 1),
+    _Setting("base.steps", int, None, "steps", "optimizer steps; tokens over batch", 1),
+    _Setting("base.batch_tokens", int, None, "tokens",
+             "tokens in an optimizer step over all devices; by the batch law", 1),
+    _Setting("base.device_batch", int, None, "rows",
+             "rows on a device at a time; as many as fit and divide the batch", 1),
+    _Setting("base.crop", bool, False, "",
+             "discard what does not fit a row, instead of reading it in a later one"),
+    _Setting("base.matrix_lr", float, None, "", "Muon's learning rate; 0.02 × √(B/2^19)"),
+    _Setting("base.embedding_lr", float, None, "", "AdamW's for the embedding; 0.3 × √(B/2^19)"),
+    _Setting("base.head_lr", float, None, "", "AdamW's for the head; 0.008 × √(B/2^19)"),
+    _Setting("base.scalar_lr", float, None, "", "AdamW's for the scalars; 0.5 × √(B/2^19)"),
+    _Setting("base.weight_decay", float, None, "",
+             "Muon's weight decay; 0.28 × √(B/2^19) × D_12/D"),
+    _Setting("base.warmup_steps", int, None, "steps",
+             "linear warm-up; 40, at most a tenth of the run"),
+    _Setting("base.warmdown_ratio", float, 0.65, "",
+             "share of the run in which learning rates fall", 0, 1),
+    _Setting("base.final_lr_frac", float, 0.05, "",
+             "share of the learning rates that is left at the end", 0, 1),
+    _Setting("base.eval_every", int, None, "steps",
+             "steps between evaluations; a tenth of the run, at most 250", 1),
+    _Setting("base.eval_tokens", int, None, "tokens",
+             "tokens in an evaluation; a hundredth of the run, at most 10.5 million", 1),
+    _Setting("base.keep_checkpoints", int, 2, "checkpoints",
+             "latest checkpoints to keep, besides the best one", 1),
+    _Setting("base.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
 ]
 
 # %% ../../nbs/train/21_settings.ipynb #ced1b9f1
-def _mixture_setting(name: str) -> Setting:
+def _mixture_setting(name: str) -> _Setting:
     "The setting of one task in a mixture."
     task = name.split(".", 2)[2]
-    return Setting(name, Weight, 0, "conversations", f"of {task}; or 4x: four times all of them")
+    return _Setting(name, Weight, 0, "conversations", f"of {task}; or 4x: four times all of them")
 
 # %% ../../nbs/train/21_settings.ipynb #5d571562
 def _training(
     stage: str, # mid or sft
     lr_scale: float, # default
-) -> list[Setting]:
+) -> list[_Setting]:
     "The settings of a stage that trains on conversations."
     return [
         *(_mixture_setting(f"{stage}.mixture.{task}") for task in MIXTURE_TASKS),
-        Setting(f"{stage}.replay", int, 0, "documents",
-                "documents of the pretraining text among the conversations, against forgetting"),
-        Setting(f"{stage}.epochs", int, 1, "", "passes over the mixture", 1),
-        Setting(f"{stage}.batch_tokens", int, None, "tokens",
-                "tokens in an optimizer step; as in pretraining", 1),
-        Setting(f"{stage}.device_batch", int, None, "rows",
-                "rows on a device at a time; as many as fit and divide the batch", 1),
-        Setting(f"{stage}.lr_scale", float, lr_scale, "",
-                "learning rates as a share of those of pretraining"),
-        Setting(f"{stage}.eval_every", int, None, "steps",
-                "steps between evaluations; a fifth of the stage, at most 200", 1),
-        Setting(f"{stage}.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
+        _Setting(f"{stage}.replay", int, 0, "documents",
+                 "documents of the pretraining text among the conversations, against forgetting"),
+        _Setting(f"{stage}.epochs", int, 1, "", "passes over the mixture", 1),
+        _Setting(f"{stage}.batch_tokens", int, None, "tokens",
+                 "tokens in an optimizer step; as in pretraining", 1),
+        _Setting(f"{stage}.device_batch", int, None, "rows",
+                 "rows on a device at a time; as many as fit and divide the batch", 1),
+        _Setting(f"{stage}.lr_scale", float, lr_scale, "",
+                 "learning rates as a share of those of pretraining"),
+        _Setting(f"{stage}.eval_every", int, None, "steps",
+                 "steps between evaluations; a fifth of the stage, at most 200", 1),
+        _Setting(f"{stage}.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
     ]
 
 # %% ../../nbs/train/21_settings.ipynb #dba1a600
 _RL = [
-    Setting("rl.task", str, "problems", "", "tasks with a verifiable reward, separated by commas, "
-            f"in equal shares: {', '.join(REWARDED)}"),
-    Setting("rl.steps", int, 400, "steps", "optimizer steps", 1),
-    Setting("rl.prompts_per_step", int, 16, "prompts", "problems in a step", 1),
-    Setting("rl.samples_per_prompt", int, 16, "samples",
-            "answers to each problem, which are compared with each other", 2),
-    Setting("rl.max_new_tokens", int, 256, "tokens", "longest answer", 1),
-    Setting("rl.temperature", float, 1.0, "", "of the samples", 0.01),
-    Setting("rl.top_k", int, 50, "tokens", "likeliest tokens to sample from; 0: all"),
-    Setting("rl.updates", int, 1, "steps", "optimizer steps on each batch of answers; "
-            "from the second on they are stale, and a ratio corrects for it", 1),
-    Setting("rl.clip", float, 0.0, "", "bound of that ratio, which counts within 1 ± this; 0: none",
-            0, 1),
-    Setting("rl.kl", float, 0.0, "",
-            "weight of the distance to the SFT model in the loss; 0: only measured"),
-    Setting("rl.sigma_norm", bool, False, "",
-            "divide advantages by the standard deviation of their group"),
-    Setting("rl.lr_scale", float, 0.05, "", "learning rates as a share of those of pretraining"),
-    Setting("rl.eval_every", int, None, "steps",
-            "steps between evaluations; a sixth of the stage", 1),
-    Setting("rl.eval_problems", int, 200, "problems", "held-out problems in an evaluation", 1),
-    Setting("rl.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
+    _Setting("rl.task", str, "problems", "", "tasks with a verifiable reward, separated by commas, "
+             f"in equal shares: {', '.join(REWARDED)}"),
+    _Setting("rl.steps", int, 400, "steps", "optimizer steps", 1),
+    _Setting("rl.prompts_per_step", int, 16, "prompts", "problems in a step", 1),
+    _Setting("rl.samples_per_prompt", int, 16, "samples",
+             "answers to each problem, which are compared with each other", 2),
+    _Setting("rl.max_new_tokens", int, 256, "tokens", "longest answer", 1),
+    _Setting("rl.temperature", float, 1.0, "", "of the samples", 0.01),
+    _Setting("rl.top_k", int, 50, "tokens", "likeliest tokens to sample from; 0: all"),
+    _Setting("rl.updates", int, 1, "steps", "optimizer steps on each batch of answers; "
+             "from the second on they are stale, and a ratio corrects for it", 1),
+    _Setting("rl.clip", float, 0.0, "", "bound of that ratio, which counts within 1 ± this; 0: none",
+             0, 1),
+    _Setting("rl.kl", float, 0.0, "",
+             "weight of the distance to the SFT model in the loss; 0: only measured"),
+    _Setting("rl.sigma_norm", bool, False, "",
+             "divide advantages by the standard deviation of their group"),
+    _Setting("rl.lr_scale", float, 0.05, "", "learning rates as a share of those of pretraining"),
+    _Setting("rl.eval_every", int, None, "steps",
+             "steps between evaluations; a sixth of the stage", 1),
+    _Setting("rl.eval_problems", int, 200, "problems", "held-out problems in an evaluation", 1),
+    _Setting("rl.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
 ]
 
 # %% ../../nbs/train/21_settings.ipynb #c031574a
 _DPO = [
-    Setting("dpo.beta", float, 0.1, "", "how near to its start preference training keeps the "
-            "model; 0.5 to 5 where lengths are normalised", 0.001),
-    Setting("dpo.length_normalised", bool, False, "",
-            "divide log-probabilities by the answer's tokens"),
-    Setting("dpo.epochs", int, 3, "", "passes over the pairs", 1),
-    Setting("dpo.pairs_per_step", int, 16, "pairs", "pairs of answers in an optimizer step", 1),
-    Setting("dpo.lr_scale", float, 0.01, "", "learning rates as a share of those of pretraining"),
-    Setting("dpo.eval_share", float, 0.25, "", "share of the pairs that is held out", 0.01, 0.9),
-    Setting("dpo.eval_every", int, 5, "steps", "steps between evaluations", 1),
-    Setting("dpo.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
+    _Setting("dpo.beta", float, 0.1, "", "how near to its start preference training keeps the "
+             "model; 0.5 to 5 where lengths are normalised", 0.001),
+    _Setting("dpo.length_normalised", bool, False, "",
+             "divide log-probabilities by the answer's tokens"),
+    _Setting("dpo.epochs", int, 3, "", "passes over the pairs", 1),
+    _Setting("dpo.pairs_per_step", int, 16, "pairs", "pairs of answers in an optimizer step", 1),
+    _Setting("dpo.lr_scale", float, 0.01, "", "learning rates as a share of those of pretraining"),
+    _Setting("dpo.eval_share", float, 0.25, "", "share of the pairs that is held out", 0.01, 0.9),
+    _Setting("dpo.eval_every", int, 5, "steps", "steps between evaluations", 1),
+    _Setting("dpo.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
 ]
 
 # %% ../../nbs/train/21_settings.ipynb #13ff7192
 _EVAL = [
-    Setting("eval.core_questions", int, None, "questions", "of each CORE task after pretraining, "
-            "more than ten; 0: no CORE; -1: all; 500 for text from a hub", -1),
-    Setting("eval.tasks", str, None, "", "tasks of a chat model's exam, separated by commas: "
-            f"{', '.join(['world', *ANSWER_TOKENS])}; all for text from a hub"),
-    Setting("eval.questions", int, 200, "questions", "held-out questions of each task", 1),
-    Setting("eval.max_new_tokens", int, 64, "tokens", "longest answer", 1),
-    Setting("eval.batch", int, 64, "rows", "answers that are generated at a time", 1),
+    _Setting("eval.core_questions", int, None, "questions", "of each CORE task after pretraining, "
+             "more than ten; 0: no CORE; -1: all; 500 for text from a hub", -1),
+    _Setting("eval.tasks", str, None, "", "tasks of a chat model's exam, separated by commas: "
+             f"{', '.join(['world', *ANSWER_TOKENS])}; all for text from a hub"),
+    _Setting("eval.questions", int, 200, "questions", "held-out questions of each task", 1),
+    _Setting("eval.max_new_tokens", int, 64, "tokens", "longest answer", 1),
+    _Setting("eval.batch", int, 64, "rows", "answers that are generated at a time", 1),
 ]
 
 # %% ../../nbs/train/21_settings.ipynb #092fabc0
@@ -310,7 +310,7 @@ _MIXTURE_HELP = [
 ]
 
 # %% ../../nbs/train/21_settings.ipynb #153594de
-def _default_text(setting: Setting) -> str:
+def _default_text(setting: _Setting) -> str:
     "The default of a setting, and its unit."
     default = "derived" if setting.default is None else str(setting.default)
     if setting.kind is bool: default = default.lower()
@@ -325,12 +325,12 @@ def describe_settings() -> str:
     return "\n".join([*lines, "", *_MIXTURE_HELP])
 
 # %% ../../nbs/train/21_settings.ipynb #293f3165
-def _wrong(setting: Setting, value, what: str) -> UserError:
+def _wrong(setting: _Setting, value, what: str) -> UserError:
     "The error for a value."
     return UserError(f"{setting.name} is {value!r}, but it must be {what}.")
 
 # %% ../../nbs/train/21_settings.ipynb #6d0195ef
-def _parse_number(setting: Setting, value) -> int | float:
+def _parse_number(setting: _Setting, value) -> int | float:
     "Read a number. Raises `UserError` if it is none, or out of range."
     low, high = f"{setting.low:,}", f"{setting.high:,}"
     bounds = f"of at least {low}" if setting.high == math.inf else f"from {low} to {high}"
@@ -343,7 +343,7 @@ def _parse_number(setting: Setting, value) -> int | float:
     return setting.kind(number)
 
 # %% ../../nbs/train/21_settings.ipynb #502cd4ef
-def _parse(setting: Setting, value) -> int | float | bool | str:
+def _parse(setting: _Setting, value) -> int | float | bool | str:
     "Read a value as the kind of its setting. Raises `UserError` for a wrong kind, or out of range."
     if setting.kind is str:
         if not isinstance(value, str) or not value: raise _wrong(setting, value, "a name")

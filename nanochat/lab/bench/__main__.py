@@ -47,7 +47,7 @@ class Benchmarks(click.Group):
 
     def get_command(self, ctx, name):
         if name == "measure": return _measure
-        return _exported(_COMMANDS[name], f"{name}_command") if name in _COMMANDS else None
+        return _exported(_COMMANDS[name], f"_{name}_command") if name in _COMMANDS else None
 
 # %% ../../../nbs/lab/bench/69_command.ipynb #be000108
 @click.command(cls=Benchmarks, context_settings={
