@@ -495,6 +495,7 @@ def _plan_of(self: PackedLoader, epoch: int, block: int) -> PackingPlan:
         self._plan = (epoch, block), plan
     return self._plan[1]
 
+# %% ../../nbs/core/09_dataloader.ipynb #90b371a3
 @patch
 def _after(self: PackedLoader, epoch: int, block: int) -> tuple[int, int]:
     "Epoch and number of the next block."
@@ -587,11 +588,13 @@ def epoch_plans(self: PackedLoader) -> Iterator[PackingPlan]:
     "The plans of this epoch's blocks: a second for about a hundred million tokens."
     return (self._plan_of(self.position[0], b) for b in range(_n_blocks(len(self.shards))))
 
+# %% ../../nbs/core/09_dataloader.ipynb #17e8da94
 @patch(as_prop=True)
 def epoch_rows(self: PackedLoader) -> int:
     "The number of rows of this epoch. Plans all of it."
     return sum(map(len, self.epoch_plans()))
 
+# %% ../../nbs/core/09_dataloader.ipynb #6636b707
 @patch
 def seek(self: PackedLoader, row: int):
     "Go to a row of the endless sequence, counted from 0. Plans all rows before it, reads no token."
@@ -606,6 +609,7 @@ def state(self: PackedLoader) -> dict: # JSON-able, the same on all ranks
     "Where the next batch begins."
     return dict(zip(("epoch", "block", "row"), self.position)) | {"rows_id": self.rows_id}
 
+# %% ../../nbs/core/09_dataloader.ipynb #433afd8b
 @patch
 def load_state(self: PackedLoader, state: dict):
     "Resume from a `state()`, with any number of ranks. Raises `UserError` if it is of other rows."

@@ -117,6 +117,7 @@ _ARC = dict(
     revision="210d026faf9955653af8916fad021475a3f00453",
     columns=("id", "question", "choices", "answerKey"))
 
+# %% ../../nbs/core/08_dataset.ipynb #ca4f6cea
 SETS |= {
     "arc-easy": Source(
         "ARC, school science, the easier part",
@@ -149,6 +150,7 @@ def _entry(
     if name not in table: raise UserError(f"there is no set {name!r}: {_suggestion(name, table)}")
     return table[name]
 
+# %% ../../nbs/core/08_dataset.ipynb #f5b79695
 def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, 1)
     return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}."
@@ -168,6 +170,7 @@ def _in_data_root(name: str) -> Path | None:
 _WORLD_SHARD = 8192 # documents in a shard
 _WORLD_VAL = range(10**9, 10**9 + _WORLD_SHARD) # the documents of validation
 
+# %% ../../nbs/core/08_dataset.ipynb #6bbb3640
 def _write_world_shard(
     path: Path, # the parquet file to make
     seed: int, # the world's
@@ -190,6 +193,7 @@ def _world_folder(seed: int) -> Path:
     sample = [*world.documents(0, 64), *world.documents(start, start + 8)]
     return base_dir()/"data"/f"world-{seed}-{sha256_json(sample)[:8]}"
 
+# %% ../../nbs/core/08_dataset.ipynb #b5d2dfb2
 def _make_wave(folder: Path, seed: int, wave: range) -> int: # characters in all shards of the wave
     "Generate the missing shards of a range, with two processes where there are two cores."
     from pyarrow.parquet import read_schema
@@ -227,6 +231,7 @@ _PARQUET, _JSONL, _PLAIN = (".parquet",), (".jsonl", ".jsonl.gz"), (".txt", ".md
 def _is_kind(file: Path, endings: tuple[str, ...]) -> bool:
     return file.name.lower().endswith(endings)
 
+# %% ../../nbs/core/08_dataset.ipynb #b8653e24
 def text_files(
     path: Path, # a folder or a file
 ) -> list[Path]: # sorted by name
@@ -247,6 +252,7 @@ def text_files(
             f"skipping {skipped} of other kinds.", once=True)
     return chosen
 
+# %% ../../nbs/core/08_dataset.ipynb #ddd9bb68
 def _is_hidden(path: Path) -> bool:
     "Does the path, or a folder in it, begin with a dot?"
     return any(part.startswith(".") for part in path.parts)
@@ -278,6 +284,7 @@ def _record_batches(
         raise UserError(f"{file} is damaged ({str(e).splitlines()[0]}): "
                         "fetch or write it again, or remove it.") from None
 
+# %% ../../nbs/core/08_dataset.ipynb #ab686fce
 def _parquet_texts(file: Path) -> Iterator[str]:
     "Read the column `text`."
     import pyarrow as pa
@@ -306,6 +313,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]: # line number, row
         raise UserError(f"{file}, line {n}: not readable as JSON lines ({e}): "
                         "correct or remove it.") from None
 
+# %% ../../nbs/core/08_dataset.ipynb #dd173a61
 def _jsonl_texts(file: Path) -> Iterator[str]:
     "Read the key `text` of every line."
     for n, row in _jsonl_rows(file):
@@ -332,6 +340,7 @@ def _cut_text(
         yield text[start:end]
         start = end
 
+# %% ../../nbs/core/08_dataset.ipynb #355a5b44
 def _cut_at(text: str, end: int, reach: int) -> int:
     "Where to cut: after the best mark from `end` on and within reach, or as early as possible."
     for mark in ("\n\n", "\n", " "):
@@ -359,6 +368,7 @@ def _documents(files: list[Path]) -> Iterator[str]: # without those that are onl
     else: parts = (_plain_texts(f, cut=len(files) < 20) for f in files)
     return (text for text in chain.from_iterable(parts) if text.strip())
 
+# %% ../../nbs/core/08_dataset.ipynb #02c555d6
 @lru_cache
 def _count(state: _FileState) -> int:
     "Count the documents of some files."
@@ -393,6 +403,7 @@ def take_characters(
         total += len(text)
         yield text
 
+# %% ../../nbs/core/08_dataset.ipynb #3cc2661a
 def iter_texts(
     path: Path, # a folder or file
     split: str = "train", # "train" or "val"
@@ -430,6 +441,7 @@ def _own_splits(source: Source) -> dict[str, Path]: # split → file
     found = {split: _in_data_root(source.local.format(split=split)) for split in source.splits}
     return {split: path for split, path in found.items() if path}
 
+# %% ../../nbs/core/08_dataset.ipynb #6daacb1c
 def set_files(
     name: str, # a key of `SETS`
     split: str, # "train", "test", …
@@ -446,6 +458,7 @@ def set_files(
     folder = download(source.repo, list(files), base_dir()/"data"/name, source.revision)
     return [folder/file for file in files]
 
+# %% ../../nbs/core/08_dataset.ipynb #7fb1dc46
 def set_rows(
     name: str, # a key of `SETS`
     split: str, # "train", "test", …
@@ -472,6 +485,7 @@ def conversation_files(
     path = _in_data_root(str(name)) or Path(name).expanduser()
     return text_files(path) if must or path.exists() else []
 
+# %% ../../nbs/core/08_dataset.ipynb #446410f1
 def _refuse_empty(messages: list[dict]):
     "Raise `UserError` if a message has no text."
     for i, message in enumerate(messages):
@@ -481,6 +495,7 @@ def _refuse_empty(messages: list[dict]):
             raise UserError(f"message {i}, by the {message['role']}, is empty: "
                             "write something, or leave the conversation out.")
 
+# %% ../../nbs/core/08_dataset.ipynb #6a64fde4
 def conversations(
     source: str | Path, # a key of `SETS`, or a folder or file of your own, jsonl or parquet
     split: str = "train", # of a named set
@@ -500,6 +515,7 @@ def val_characters(characters: int | None) -> int | None:
     "How many characters of validation text go with those of training text; None: all."
     return None if characters is None else max(500_000, characters // 20)
 
+# %% ../../nbs/core/08_dataset.ipynb #cd6aaf9a
 def text_path(name: str) -> Path | None:
     "The path of your own text; None: to generate or download. Raises `UserError` if absent."
     if name == "world": return None
@@ -511,6 +527,7 @@ def text_path(name: str) -> Path | None:
                         f"a known name: {_suggestion(name, SOURCES)}")
     return path
 
+# %% ../../nbs/core/08_dataset.ipynb #2c289821
 def hub_files(
     config: dict, # a run's configuration; reads data
     first: int | None = None, # characters that are needed now; None: all
@@ -537,6 +554,7 @@ def prepare_text(
     *train, val = [file.name for file in hub_files(config, first)]
     return download(source.repo, [val, *train], base_dir()/"data"/name, source.revision)
 
+# %% ../../nbs/core/08_dataset.ipynb #67a80cc8
 def sample_texts(
     config: dict, # a run's configuration
     n: int, # how many
@@ -573,6 +591,7 @@ def _count_texts(
         raise UserError(f"{str(path)!r} has no documents for {split}: add text to it.")
     return count
 
+# %% ../../nbs/core/08_dataset.ipynb #1df1e4a5
 def _count_rows(files: list[Path]) -> dict: # documents
     "Count the rows of parquet files without reading them."
     from pyarrow.parquet import read_metadata
@@ -604,6 +623,7 @@ def _known(name: str) -> Source | None:
     if _in_data_root(name) or Path(name).expanduser().exists(): return None
     return _entry(name, known)
 
+# %% ../../nbs/core/08_dataset.ipynb #f5fb4733
 def get_set(
     name: str, # a key of `SOURCES` or `SETS`
     shards: int = 8, # of training text
@@ -649,6 +669,7 @@ def _describe(name: str, source: Source | None) -> list[str]:
     if source.size: lines.append(f"size: about {_format_bytes(source.size)}{shards}")
     return lines
 
+# %% ../../nbs/core/08_dataset.ipynb #66419dba
 def _show_rows(name: str) -> tuple[list[str], list[str]]: # lines about its files, the first rows
     "The files of a set of `SETS` that are here."
     source, folder = SETS[name], base_dir()/"data"/name
@@ -673,6 +694,7 @@ def _show_text(name: str) -> tuple[list[str], list[str]]: # lines about its file
     if len(files) > 1: count, val = f"{len(files)} files", files[-1].name
     return [f"here: {count} in {folder} ({size}); validation: {val}"], _preview(files[0])
 
+# %% ../../nbs/core/08_dataset.ipynb #56022a9d
 def show_set(
     name: str, # a key of `SOURCES` or `SETS`, or a path
 ) -> str:

@@ -34,6 +34,7 @@ def _is_permanent(error: Exception) -> bool:
         return status < 500 and status not in (408, 416, 425, 429)
     return isinstance(error, (UserError, OfflineModeIsEnabled)) or no_space(error)
 
+# %% ../../nbs/core/07_download.ipynb #9c0bec7e
 def _status(error) -> int:
     "The HTTP status of a `HfHubHTTPError`; 500 if there was no response."
     return getattr(error.response, "status_code", 500)
@@ -46,6 +47,7 @@ def _pause(failures: int):
     wait = min(30, RETRY_SECONDS * 2**max(0, failures - 1))
     time.sleep(wait * random.uniform(0.5, 1))
 
+# %% ../../nbs/core/07_download.ipynb #f9e65d92
 def _retry(work: Callable): # what `work()` returns
     "Call `work` until it succeeds. Raises its error if it is permanent, or after the last attempt."
     for failures in range(1, _ATTEMPTS + 1):
@@ -65,6 +67,7 @@ def _reporter(arrived: Callable[[int], None]) -> type: # `arrived` is called wit
         def close(self): pass
     return Reporter
 
+# %% ../../nbs/core/07_download.ipynb #1663196f
 def _part(path: Path, sha256: str) -> Path:
     "Where a file grows until it is complete."
     return path.with_name(f".{path.name}.{sha256[:12]}.part")
@@ -135,6 +138,7 @@ class _Remote:
     size: int # bytes
     cached: str | None = None # its path in the user's cache
 
+# %% ../../nbs/core/07_download.ipynb #1a1cb21b
 def _is_hex(text: str | None, digits: int) -> bool:
     return re.fullmatch(f"[0-9a-f]{{{digits}}}", text or "") is not None
 
@@ -163,6 +167,7 @@ def hub_record(folder: Path) -> dict: # repo, revision, commit, and files: name 
     file = Path(folder)/"hub.json"
     return read_json(file, "delete it, and the files are fetched again.") if file.exists() else {}
 
+# %% ../../nbs/core/07_download.ipynb #3b24de80
 def missing_files(
     repo: str, # dataset repository on the hub
     names: list[str], # files in it
@@ -335,6 +340,7 @@ def altered(
     def same(name, sha256): return (folder/name).exists() and sha256_file(folder/name) == sha256
     return [name for name, sha256 in hashes.items() if not same(name, sha256)]
 
+# %% ../../nbs/core/07_download.ipynb #5c7be8fd
 def damaged(folder: Path) -> list[str]: # names of files that are missing or changed
     "Compare the files of a folder with what `download` recorded."
     files = hub_record(folder).get("files", {})

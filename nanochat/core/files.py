@@ -22,10 +22,12 @@ def project_root() -> Path:
     import nanochat
     return Path(nanochat.__file__).resolve().parent.parent
 
+# %% ../../nbs/core/00_files.ipynb #ad946547
 class UserError(Exception):
     "What was wrong, the value, and what to do: one sentence that the command line prints without a traceback."
     def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]
 
+# %% ../../nbs/core/00_files.ipynb #ec30eb08
 def run_command(
     command, # a click command or group
     name: str = "nanochat", # printed before the sentence
@@ -66,10 +68,12 @@ def no_space(error: BaseException) -> bool:
     "Does an error mean that the disk is full?"
     return isinstance(error, OSError) and error.errno in _NO_SPACE
 
+# %% ../../nbs/core/00_files.ipynb #1638a835
 def fsync_file(path: Path):
     "Flush a file's content to the disk."
     with open(path, "rb+") as f: os.fsync(f.fileno())
 
+# %% ../../nbs/core/00_files.ipynb #a32aaf0c
 def fsync_dir(path: Path):
     "Flush a folder's list of names to the disk, so that a rename inside it survives a power cut."
     if os.name == "nt": return # Windows has no such call
@@ -101,6 +105,7 @@ def atomic_file(
                         "NANOCHAT_BASE_DIR to a larger one; what was finished is kept.") from None
     finally: beside.unlink(missing_ok=True)
 
+# %% ../../nbs/core/00_files.ipynb #e6c1c2fd
 def atomic_write(
     path: Path, # the file to make or replace
     data: str | bytes, # its complete content
@@ -132,6 +137,7 @@ def sha256_file(path: Path) -> str: # 64 hexadecimal digits
     "Hash a file's bytes, read in pieces."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../../nbs/core/00_files.ipynb #5414ffec
 def sha256_json(value) -> str: # 64 hexadecimal digits
     "Hash a JSON-able value; the order of keys does not matter."
     text = json.dumps(value, sort_keys=True, default=str)

@@ -60,6 +60,7 @@ class _Slot(str):
 
 _MARKS = re.compile(r"(\{[\w.]+\}|[\[\]|])")
 
+# %% ../../nbs/core/04_grammar.ipynb #4844bf9c
 def compile_template(text: str) -> tuple: # such as "{N} [likes|loves] {food}."
     "Compile a template to its parts: `str`, `_Slot`, or for a choice a `list` of templates."
     unmatched = ValueError(f"the brackets of the template {text!r} do not match.")
@@ -81,6 +82,7 @@ def compile_templates(texts) -> list[tuple]: # any number of templates
     "Compile a list of templates."
     return [compile_template(text) for text in texts]
 
+# %% ../../nbs/core/04_grammar.ipynb #b81c2121
 def compile_prose(text: str) -> list[tuple]: # paragraphs with an empty line between them
     "Compile paragraphs, a template each; the lines of a paragraph are joined by a space."
     return compile_templates(" ".join(lines.split()) for lines in text.split("\n\n"))
@@ -135,6 +137,7 @@ def expand(
     _fill(template, slots, draw, out)
     return "".join(out)
 
+# %% ../../nbs/core/04_grammar.ipynb #ddfae1b1
 def expand_one(
     templates: list[tuple], # compiled templates
     slots: dict, # as in `expand`
@@ -163,6 +166,7 @@ def article(noun: str) -> str: # singular
     "Return a noun with *a* or *an*."
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
+# %% ../../nbs/core/04_grammar.ipynb #6522ab2b
 def count(
     n: int, # how many
     noun: str, # singular, with a regular plural
@@ -170,11 +174,13 @@ def count(
     "Return a number with its noun: 1 coin, 2 coins."
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
+# %% ../../nbs/core/04_grammar.ipynb #626ae999
 def join_words(words: list[str]) -> str: # at least one
     "Return a list in words: a, b and c."
     if len(words) == 1: return words[0]
     return ", ".join(words[:-1]) + " and " + words[-1]
 
+# %% ../../nbs/core/04_grammar.ipynb #5e631238
 def spell(word: str) -> str: # such as "bread"
     "Return the letters of a word: b-r-e-a-d."
     return "-".join(word)
@@ -190,6 +196,8 @@ THINGS = """
     cup lamp basket kite bicycle key book coat box ball bag chair letter picture
     bottle blanket spoon boat clock bell
     """.split()
+
+# %% ../../nbs/core/04_grammar.ipynb #109f98ad
 NUMBER_WORDS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen
     fourteen fifteen sixteen seventeen eighteen nineteen twenty
@@ -245,6 +253,7 @@ _PAST = {
     "build": "built", "drink": "drank", "clean": "cleaned", "walk": "walked", "turn": "turned",
     "wait": "waited", "work": "worked", "go": "went", "take": "took"}
 
+# %% ../../nbs/core/04_grammar.ipynb #fb73bd37
 def past_tense(doing: str) -> str: # beginning with a verb of `WEATHER`, such as "fly kites"
     "Return an activity in the past tense."
     verb, space, rest = doing.partition(" ")
@@ -387,6 +396,7 @@ STATEMENTS: dict[str, list] = {} # attribute to its compiled templates
 QUESTIONS: dict[str, list] = {}
 ANSWERS: dict[str, list] = {}
 
+# %% ../../nbs/core/04_grammar.ipynb #d3af2a48
 def _add_wordings(
     attribute: str, # key of ATTRIBUTES
     statements: list[str],
@@ -510,6 +520,8 @@ _add_wordings(
 
 # %% ../../nbs/core/04_grammar.ipynb #56d4bc08
 add_rules(pet=["dog", "cat", "pony", "goat", "rabbit"], street=ATTRIBUTES["street"])
+
+# %% ../../nbs/core/04_grammar.ipynb #3b683577
 HOWTOS = compile_prose("""
 How to make tea. [First|To begin], [boil some water|put water on the stove and wait until it
 boils]. [Take a {colour} cup|Find a clean cup] and put [a bag of tea|some tea leaves] into

@@ -229,6 +229,7 @@ def topics(card: Card) -> list[str]:
         if asked: known.append(f"line {i}")
     return known
 
+# %% ../../nbs/core/06_identity.ipynb #e016d539
 def _line_of(card: Card, topic: str) -> tuple[str, str] | None:
     "Return question and answer of a line's topic, or None for another topic."
     kind, _, index = topic.partition(" ")
@@ -306,6 +307,7 @@ def _exchange(asked: str, said: str) -> list[dict]:
     "Return a user's message and its answer."
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
 
+# %% ../../nbs/core/06_identity.ipynb #cccc608f
 def _ask(
     card: Card,
     left: list[str], # topics that were not asked yet; the one that is asked is removed

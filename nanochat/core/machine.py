@@ -88,6 +88,7 @@ def barrier():
     import torch.distributed as dist
     if dist.is_available() and dist.is_initialized(): dist.barrier()
 
+# %% ../../nbs/core/01_machine.ipynb #99e0f3b2
 def group_rank_and_world() -> tuple[int, int]: # rank, world size
     "This process's place in its group; (0, 1) if it has joined none, despite the environment."
     import torch.distributed as dist
@@ -104,6 +105,7 @@ def gather(mine: list) -> list: # of items that can be pickled
     dist.all_gather_object(parts, mine)
     return [item for part in parts for item in part]
 
+# %% ../../nbs/core/01_machine.ipynb #fca4b68c
 def on_every_rank(work: Callable): # what `work()` returns on this rank
     "Do work that may fail. A `UserError` of one rank is raised on all, so that none waits for it."
     try: found, error = work(), None
@@ -141,6 +143,7 @@ def cpu_name() -> str:
         return line.split(":", 1)[1].strip()
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
+# %% ../../nbs/core/01_machine.ipynb #3ae21f28
 def n_cores() -> int:
     "The number of cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -129,6 +129,7 @@ def _wandb(module, dir, stage, config, resume_step):
     run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
     return lambda step, values: run.log({f"{stage}/step": step, **values})
 
+# %% ../../nbs/core/02_run.ipynb #a58f6457
 def _trackio(module, dir, stage, config, resume_step):
     "A new run of Trackio, or one that is resumed by its name."
     run = module.init(
@@ -140,6 +141,7 @@ def base_dir() -> Path:
     "The folder for data and runs: `$NANOCHAT_BASE_DIR`, or `~/.cache/nanochat`."
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
 
+# %% ../../nbs/core/02_run.ipynb #76191fb7
 def runs_dir() -> Path:
     "The folder of all run folders."
     return base_dir()/"runs"
@@ -255,6 +257,7 @@ def stage_dir(self: Run, stage: str) -> Path:
     fingerprint(self.config, stage)
     return self.dir/stage
 
+# %% ../../nbs/core/02_run.ipynb #69b530a7
 @patch
 def manifest(self: Run, stage: str) -> dict | None:
     "What a finished stage recorded; None if it is not done with this configuration."
@@ -272,6 +275,7 @@ def needs(self: Run, stage: str) -> dict:
     else: remedy = f"run {STAGES[stage][0]}.ipynb first, or `nanochat speedrun --run {self.name}`."
     raise UserError(f"stage {stage!r} of run {self.name!r} has not finished: {remedy}")
 
+# %% ../../nbs/core/02_run.ipynb #73d6167c
 @patch
 def latest(self: Run) -> str | None:
     "The stage with the newest model: the last one, or an extra stage that started from it."
@@ -304,6 +308,7 @@ def metrics(self: Run, stage: str, resume_step: int = 0) -> Metrics:
     if tracker == "none": tracker = ""
     return Metrics(self.dir/"metrics.jsonl", stage, resume_step, tracker, self.config)
 
+# %% ../../nbs/core/02_run.ipynb #c1a50cfb
 @patch
 def rows(self: Run, stage: str | None = None) -> list[dict]:
     "The lines of metrics that this run has written."

@@ -32,6 +32,7 @@ SPECIAL_TOKENS = (
 # %% ../../nbs/core/03_tokenizer.ipynb #914e2433
 _PART_TYPES = ("text", "python", "python_output") # parts of an assistant's message
 
+# %% ../../nbs/core/03_tokenizer.ipynb #072b9d40
 def _check_content(i: int, message: dict):
     "Raise `UserError` if message `i` has a content that its role cannot have."
     role, content, where = message["role"], message.get("content"), f"message {i} of a conversation"
@@ -131,12 +132,14 @@ def _not_unicode(e: UnicodeEncodeError) -> UserError:
         f"a text holds half of a surrogate pair ({e.object[e.start]!r} at character {e.start}), "
         "which is no Unicode text: decode its source again.")
 
+# %% ../../nbs/core/03_tokenizer.ipynb #789d71cb
 @patch
 def encode(self: Tokenizer, text: str) -> list[int]:
     "Return the ids of a text. Names of special tokens in it are text like any other."
     try: return self.bpe.encode(text)
     except UnicodeEncodeError as e: raise _not_unicode(e) from None
 
+# %% ../../nbs/core/03_tokenizer.ipynb #654b71cf
 @patch
 def encode_batch(
     self: Tokenizer,
@@ -155,16 +158,19 @@ def decode_bytes(self: Tokenizer, ids: Iterable[int]) -> bytes: # a numpy array 
     "Return the bytes of ids; a special token is its name. Raises `ValueError` for an unknown id."
     return self.bpe.decode_bytes(ids)
 
+# %% ../../nbs/core/03_tokenizer.ipynb #90d01f9c
 @patch
 def decode(self: Tokenizer, ids: Iterable[int]) -> str:
     "Return the text of ids; bytes that form no character become U+FFFD."
     return self.bpe.decode(ids)
 
+# %% ../../nbs/core/03_tokenizer.ipynb #869c475d
 @patch
 def decode_batch(self: Tokenizer, rows: Iterable[Iterable[int]]) -> list[str]:
     "Return the texts of several rows of ids."
     return self.bpe.decode_batch(rows)
 
+# %% ../../nbs/core/03_tokenizer.ipynb #fe890ffe
 @patch
 def token_bytes(self: Tokenizer) -> np.ndarray: # (vocab_size,) int32
     "Return the number of bytes of each token, 0 for special tokens, for bits per byte."
@@ -225,6 +231,7 @@ def _file(path: Path) -> Path:
     path = Path(path)
     return path if path.suffix == ".json" else path/"tokenizer.json"
 
+# %% ../../nbs/core/03_tokenizer.ipynb #b7761cf6
 def _read(
     path: Path,
     parse: Callable[[bytes], RustBPE], # raises ValueError if the bytes are wrong
@@ -246,6 +253,7 @@ def save(self: Tokenizer, path: Path) -> Path: # a folder, or a file that ends i
     atomic_write(path, self.bpe.to_json())
     return path
 
+# %% ../../nbs/core/03_tokenizer.ipynb #869490f4
 @patch(cls_method=True)
 def load(cls: Tokenizer, path: Path) -> Tokenizer: # a folder, or a file that ends in .json
     "Read `tokenizer.json`. Raises `UserError` if it is missing, damaged, or not made by nanochat."
@@ -262,6 +270,7 @@ def save_ranks(self: Tokenizer, path: Path) -> Path: # by custom *.tiktoken; the
     atomic_write(path, self.bpe.to_ranks())
     return Path(path)
 
+# %% ../../nbs/core/03_tokenizer.ipynb #5c7ab917
 @patch(cls_method=True)
 def load_ranks(
     cls: Tokenizer,
@@ -299,6 +308,7 @@ def _download(
         raise UserError(f"{url} cannot be downloaded ({e}): connect to the network, or put the "
                         f"file at {path}.") from None
 
+# %% ../../nbs/core/03_tokenizer.ipynb #9ed5841b
 def rank_file(name: str) -> Path: # "gpt2" or "gpt4"
     "Download the rank file of a published vocabulary if it is missing, and return its path."
     if name not in RANK_FILES:
@@ -315,6 +325,7 @@ def rank_file(name: str) -> Path: # "gpt2" or "gpt4"
     if missing: atomic_write(path, data)
     return path
 
+# %% ../../nbs/core/03_tokenizer.ipynb #a8fcce1c
 @patch(cls_method=True)
 def pretrained(cls: Tokenizer, name: str) -> Tokenizer: # "gpt2" or "gpt4"
     "Return a published vocabulary with `SPECIAL_TOKENS`. Raises `UserError` without a network."
@@ -365,6 +376,7 @@ _COLOURS = ("#cfe8ff", "#ffe3c2", "#d9f2d0", "#f3d6ee", "#fff3b0")
 _SPAN = ("color:#111;border-radius:3px;padding:1px 0;margin-right:1px;white-space:pre-wrap;"
          "background:")
 
+# %% ../../nbs/core/03_tokenizer.ipynb #c737cf19
 def _spans(
     tokenizer: Tokenizer,
     ids: list[int],
@@ -386,6 +398,7 @@ def show_tokens(tokenizer: Tokenizer, text: str): # -> IPython.display.HTML
     from IPython.display import HTML
     return HTML(_spans(tokenizer, tokenizer.encode(text)))
 
+# %% ../../nbs/core/03_tokenizer.ipynb #c661ac0f
 def show_conversation(
     tokenizer: Tokenizer,
     conversation: dict, # see `check_conversation`
@@ -400,6 +413,7 @@ def show_conversation(
 # %% ../../nbs/core/03_tokenizer.ipynb #2cf124e7
 _MAX_SHOWN = 5000 # characters; a page has to stay responsive
 
+# %% ../../nbs/core/03_tokenizer.ipynb #f558b595
 class TokenExplorer:
     "A text box, and its tokens in colour while one types. In a notebook it shows itself."
 
@@ -421,6 +435,7 @@ class TokenExplorer:
 
     def __repr__(self): return f"TokenExplorer({self.box.value!r})"
 
+# %% ../../nbs/core/03_tokenizer.ipynb #bbabe59a
 @patch
 def update(self: TokenExplorer):
     "Show the tokens of the text in the box."

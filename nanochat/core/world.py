@@ -30,6 +30,7 @@ _TOWNS = ["Millbrook", "Ashford", "Stonebridge", "Fernhill", "Seaview"]
 _SHE_WORDS = {"she": "she", "her": "her", "him": "her", "She": "She", "Her": "Her"}
 _HE_WORDS = {"she": "he", "her": "his", "him": "him", "She": "He", "Her": "His"}
 
+# %% ../../nbs/core/05_world.ipynb #4ce4de29
 @dataclass(frozen=True)
 class Resident:
     "A person of the town; the fields after `she` are the seven attributes."
@@ -58,6 +59,7 @@ def _words(person: Resident) -> dict:
     slots |= {"a_job": article(person.job), "a_pet": article(person.pet)}
     return {**(_SHE_WORDS if person.she else _HE_WORDS), **slots}
 
+# %% ../../nbs/core/05_world.ipynb #f26673e9
 @patch
 def subject(self: Resident, form: str) -> dict: # "first", "full" or "pronoun"
     "Return the slots of a sentence about this person."
@@ -95,6 +97,7 @@ def _draw_residents(
 # %% ../../nbs/core/05_world.ipynb #7a98f782
 _HELD_OUT_SHARE = 0.2 # of the facts of each attribute, and of the words
 
+# %% ../../nbs/core/05_world.ipynb #4d0ac87a
 class World:
     "A town drawn from `seed`, and its endless documents."
 
@@ -127,6 +130,7 @@ _LAST = compile_templates([
     " If you meet {o}, say hello.", " {N} likes {weather} days best.",
     " {N} is often seen at the {place}."])
 
+# %% ../../nbs/core/05_world.ipynb #89e95c08
 def _biography(world: World, draw: Draw) -> str:
     "State facts about one resident."
     person = draw.pick(world.residents)
@@ -302,6 +306,7 @@ def _story(world: World, draw: Draw) -> str:
     slots = a.role("a") | b.role("b") | c.role("c") | {"town": world.town}
     return expand_one(_STORIES, slots, draw)
 
+# %% ../../nbs/core/05_world.ipynb #2e583990
 def _howto(world: World, draw: Draw) -> str:
     "Write instructions, step by step."
     return expand_one(HOWTOS, {"town": world.town}, draw)
@@ -365,6 +370,7 @@ def _askable(world: World, draw: Draw) -> tuple[Resident, str]:
     index, attribute = draw.pick(world.asked)
     return world.residents[index], attribute
 
+# %% ../../nbs/core/05_world.ipynb #80d4368c
 def question_and_answer(
     person: Resident, # whom it is about
     attribute: str, # key of ATTRIBUTES
@@ -384,6 +390,8 @@ _HELLO = compile_templates([
      "on|For you, always], {a}."),
     ("{a}: What a {weather} {daytime}!\n{b}: Yes, {a}, [and I must go to the {b.work}|and "
      "{b.petname} wants to go out].")])
+
+# %% ../../nbs/core/05_world.ipynb #e301707e
 _BYE = compile_templates([
     ("{a}: [Thank you|Thanks], {b}. [I have to go now|I must feed {a.petname}].\n{b}: "
      "[Goodbye|See you soon|Take care], {a}!"),
@@ -416,6 +424,7 @@ def _ask_fact(
     slots.update(person.role("x"), q=question, r=reply)
     return [expand_one(_ASK, slots, draw), expand_one(_REPLY, slots, draw)]
 
+# %% ../../nbs/core/05_world.ipynb #2be90bef
 def _tell_fact(
     world: World,
     slots: dict, # of the dialogue; the new person is added
@@ -428,6 +437,7 @@ def _tell_fact(
     slots.update(person.role("x"), s=statement)
     return [expand_one(_NEWS, slots, draw), expand(_REACT, slots, draw)]
 
+# %% ../../nbs/core/05_world.ipynb #9a98dfd2
 def _dialogue(world: World, draw: Draw) -> str:
     "Let two residents talk about others."
     a, b = draw.sample(world.residents, 2)
@@ -449,6 +459,7 @@ def wrong_values(
     others = [value for value in world.used[attribute] if value != right]
     return draw.sample(others, 3)
 
+# %% ../../nbs/core/05_world.ipynb #a2e8df27
 def option_lines(options: list[str]) -> list[str]: # in the order of their letters
     "Return the options of a multiple-choice question, a line each: - Oak Street=A."
     return [f"- {option}={letter}" for option, letter in zip(options, string.ascii_uppercase)]
@@ -501,6 +512,8 @@ _ENTRY = {
         ("{key} is the month number {number}[| of the year]. [It comes after {before} and "
          "before {after}|After {key} comes {after}, and before it comes {before}]. In {town}, "
          "the people who were born in {key} are {people}.")}
+
+# %% ../../nbs/core/05_world.ipynb #3eac6c78
 _ENTRY = {kind: compile_template(text) for kind, text in _ENTRY.items()}
 
 # %% ../../nbs/core/05_world.ipynb #a3d2b51f
@@ -510,6 +523,7 @@ _PLACE = compile_template(
     "it is the {place2}|From there you can walk to the {place2}]. {work}[On a {weather} day, "
     "it is full|On a {weather} day, it is quiet].")
 
+# %% ../../nbs/core/05_world.ipynb #d34bc60b
 def _place_entry(world: World, draw: Draw) -> str:
     "Write an entry about a place, with the people who work there."
     place, work = draw.pick(list(PLACES)), ""
@@ -559,6 +573,8 @@ def _encyclopedia(world: World, draw: Draw) -> str:
 _SUMS_INTRO = compile_templates([
     "", "Numbers. ", "{a} and {b} practise numbers at the {place}. ", "Let us count. ",
     "On {day}, {a} learns to count. ", "A lesson about numbers. "])
+
+# %% ../../nbs/core/05_world.ipynb #680da8f9
 _SUMS = { # operation: its sentences; z is the result, except of a division, which begins with z
     "+": compile_templates([
         "{x} plus {y} is {z}.", "If you add {x} and {y}, you get {z}.",
@@ -587,6 +603,7 @@ def _count_on(draw: Draw) -> str:
     row = ", ".join(str(start + step * k) for k in range(6))
     return f"Count from {start} in steps of {step}: {row}."
 
+# %% ../../nbs/core/05_world.ipynb #66d01359
 def _sum_in_words(draw: Draw) -> str:
     "Write a sum of two small numbers in words."
     x, y = draw.number(1, 10), draw.number(1, 10)
@@ -668,11 +685,13 @@ def document_with_kind(self: World, i: int) -> tuple[str, float, str]: # text, b
     kind = draw.weighted(_SHARES)
     return _KINDS[kind](self, draw), draw.bits, kind
 
+# %% ../../nbs/core/05_world.ipynb #e0ddab88
 @patch
 def document(self: World, i: int) -> str: # 0, 1, 2, ...
     "Return document `i`. Raises `IndexError` for a negative number."
     return self.document_with_kind(i)[0]
 
+# %% ../../nbs/core/05_world.ipynb #b0dc42a5
 @patch
 def documents(self: World, start: int, stop: int) -> Iterator[str]:
     "Yield the documents from `start` to before `stop`."

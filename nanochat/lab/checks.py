@@ -102,6 +102,8 @@ def _policy_gradient_loss(answer):
 # %% ../../nbs/lab/73_checks.ipynb #89d6f68f
 _RIGHT_TEXTS = [ # text, the right number
     ("12", 12), (" 12\n", 12), ("12.", 12), ("-3", -3), ("0", 0), ("-3. ", -3), ("7", 7)]
+
+# %% ../../nbs/lab/73_checks.ipynb #253058e2
 _ATTACKS = [ # text, the right number, what the text is
     ("", 0, "nothing at all"), ("13", 12, "another number"),
     ("112", 12, "a longer number with the right one in it"),
@@ -166,6 +168,8 @@ def _record(prompt: str, answer: str, rating: int, *instead_of: str) -> dict:
 
 # %% ../../nbs/lab/73_checks.ipynb #916278df
 _UP, _DOWN, _NONE = 1, -1, 0
+
+# %% ../../nbs/lab/73_checks.ipynb #688fa5fb
 _FEEDBACK = [ # prompt, answer, rating, the answers that it replaced; and what happens
     ([], "there is no feedback at all"),
     ([("Q", "a", _UP), ("Q", "b", _DOWN), ("Q", "c", _DOWN)],
@@ -348,6 +352,7 @@ _STAGES_OF_ZERO = (
     "nothing is shared yet", "only the optimizer's state is shared",
     "gradients and state are shared, and the weights are not", "everything is shared")
 
+# %% ../../nbs/lab/73_checks.ipynb #892c5d1b
 def _zero_bytes(params: int, ranks: int, stage: int) -> int:
     "Return the bytes of weights and gradients in 2 bytes, and of state in 12, on a rank."
     share = -(-params // ranks) # rounded up
@@ -517,6 +522,8 @@ _LOGS = [ # lines, seconds left, hint
      "There was a night between two lines: is it the median?"),
     (_log_lines(_STEADY, steps=10), 0.0, "All steps are done."),
 ]
+
+# %% ../../nbs/lab/73_checks.ipynb #b1acfd8b
 _SHORT_LOGS = [[], _log_lines(_STEADY[:1]), _log_lines(_STEADY[:1], evaluations=(1,)),
                [_BEFORE, *_log_lines(_STEADY[:1])]]
 
@@ -570,6 +577,7 @@ _COUNTS = [ # both right, only the first, only the second, neither
     (100, 400, 500, 100)]
 _APART = "not told apart"
 
+# %% ../../nbs/lab/73_checks.ipynb #50e3ae64
 def _chance_of_split(first: int, second: int) -> float:
     "Return the probability that equal models differ at least as unevenly."
     n, fewer = first + second, min(first, second)

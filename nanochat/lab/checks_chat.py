@@ -44,6 +44,7 @@ def _gradients(model: GPT) -> dict[str, torch.Tensor]:
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return {name: grad.clone() for name, grad in gradients.items() if grad is not None}
 
+# %% ../../nbs/lab/72_checks_chat.ipynb #84320e80
 def _relative_distance(got: torch.Tensor, want: torch.Tensor) -> float:
     "Return the norm of a difference, in norms of what is right."
     return (got - want).norm().item() / want.norm().item()
@@ -81,6 +82,8 @@ _ALL_EQUAL = torch.full((2, 2), math.log(256)) # nats, if all 256 tokens are equ
 _PLAIN = torch.tensor([[0, 1], [2, 2]])
 _NATS = torch.tensor([[1.0, 2.0, 4.0], [0.5, 8.0, 3.0]])
 _TOKEN_BYTES = torch.tensor([1, 3, 2, 0]) # the last token is a special one
+
+# %% ../../nbs/lab/72_checks_chat.ipynb #d7e589e6
 _BITS = [ # nats, targets, bytes of each token, bits per byte, case, hint
     (_ALL_EQUAL, _PLAIN, torch.ones(4, dtype=torch.int64), 8.0,
      "with one byte a token and all 256 equally likely", "What turns nats into bits?"),
@@ -186,6 +189,7 @@ _ACCURACIES = [ # accuracies, chance levels, hint
     ([0.1, 0.5], [0.25, 0.0], "Worse than chance is negative, and stays so."),
 ]
 
+# %% ../../nbs/lab/72_checks_chat.ipynb #21871813
 def _mean_centred(accuracies: list[float], chances: list[float]) -> float:
     "Return the mean of centred accuracies."
     return sum(map(centred, accuracies, chances)) / len(chances)
@@ -265,6 +269,7 @@ _SAMPLES = [ # samples, right ones, k, hint
     (1000, 7, 100, "Large numbers: use whole ones as long as you can."),
 ]
 
+# %% ../../nbs/lab/72_checks_chat.ipynb #ce577108
 @exercise("6.5", "pass@k")
 def _pass_at(answer):
     what = "pass@{2} from {0} samples of which {1} are right"
@@ -285,6 +290,7 @@ _SPECIAL_IDS = {name: 1000 + i for i, name in enumerate(SPECIAL_TOKENS)}
 # %% ../../nbs/lab/72_checks_chat.ipynb #9cf071fe
 def _bytes_of(text: str) -> list[int]: return list(text.encode())
 
+# %% ../../nbs/lab/72_checks_chat.ipynb #2e5ebf96
 def _special_id(name: str) -> int:
     "Return the id of a special token. Raises `NotYet` if there is none of this name."
     known = " ".join(_SPECIAL_IDS)
@@ -344,6 +350,7 @@ def _losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor: # (B, T)
     log_p = logits.log_softmax(-1)
     return -log_p.gather(-1, ids[..., None])[..., 0]
 
+# %% ../../nbs/lab/72_checks_chat.ipynb #26d10efe
 def _next_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor: # (B, T - 1)
     "Return the loss of each token under the logits at the place before it."
     return _losses(logits[:, :-1], ids[:, 1:])

@@ -165,6 +165,8 @@ def _bytes_per_token(bytes_per_token):
 
 # %% ../../nbs/lab/71_checks_model.ipynb #29ab814e
 _CAT, _EAST, _CAPITAL = "🐈".encode(), "東".encode(), "京".encode()
+
+# %% ../../nbs/lab/71_checks_model.ipynb #20d92c69
 _UNFINISHED = [ # tokens, places, hint
     ([b"a", b"bc"], [],
      "for plain letters {got} came out, where no character is ever unfinished."),
@@ -288,6 +290,7 @@ _PACKINGS = [ # lengths, capacity
     ([6, 2, 5, 5, 3, 3], 8),
 ]
 
+# %% ../../nbs/lab/71_checks_model.ipynb #b1b92a42
 def _random_packings():
     "Yield eighty lengths with a mean, none above the capacity, and the capacity."
     draw = random.Random(4)

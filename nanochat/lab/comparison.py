@@ -81,6 +81,7 @@ def _signed(x: float, digits: int) -> str:
     "A number with its sign."
     return f"{x:+.{digits}f}".replace("-", "−")
 
+# %% ../../nbs/lab/53_comparison.ipynb #973f3a13
 def _verdict(low: float, high: float) -> str:
     "The interval of a difference in words."
     return "better" if low > 0 else "worse" if high < 0 else "not told apart"
@@ -137,6 +138,7 @@ _FINAL = { # a figure that a stage may end with: its name
     "bits_per_byte": "bits per byte", "bits_per_byte_of_beginnings": "bits per byte of beginnings",
     "reward": "reward", "heldout_accuracy": "held-out accuracy", "world_score": "world score"}
 
+# %% ../../nbs/lab/53_comparison.ipynb #234ac7b8
 def _final_figures(
     records: list, # of `Record`
 ) -> Table:

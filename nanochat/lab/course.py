@@ -159,6 +159,7 @@ def _wrong_type(got, what: str, expected: str) -> str:
     end = ": is there a `return`?" if got is None else "."
     return f"{what} is a {type(got).__name__}, where {expected} expected{end}"
 
+# %% ../../nbs/lab/70_course.ipynb #ac550e9f
 def expect_type(
     got, # what the learner's code returned
     kinds: type | tuple[type, ...],
@@ -175,6 +176,7 @@ def _plain(got):
     if isinstance(got, one) and math.prod(got.shape) == 1: return got.item()
     return got
 
+# %% ../../nbs/lab/70_course.ipynb #7a552c2f
 def as_number(got, what: str) -> int | float:
     "Return an answer as a number of Python's. Raises `NotYet` if it is none."
     number = _plain(got)
@@ -403,6 +405,7 @@ def _said(notebook: dict) -> list[str]: # lines, in order
     text = "".join("".join(output.get("text", "")) for output in outputs)
     return [line for line in text.splitlines() if re.match(r"[○✗✓] \d+\.\d+ ", line)]
 
+# %% ../../nbs/lab/70_course.ipynb #60486090
 _SOLVED_HELP = ("Run copies with the solutions, and show what the checks say; "
                 "the files stay as they are.")
 

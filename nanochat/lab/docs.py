@@ -116,6 +116,7 @@ SKIP = r"^[_.]|^(nanochat|tests|target)$" # folders without pages
 def _last_line(done: subprocess.CompletedProcess) -> str: # of a program that failed
     return (done.stderr.strip().splitlines() or ["no message"])[-1]
 
+# %% ../../nbs/lab/54_docs.ipynb #a16830bc
 def _process_notebooks(root: Path, force: bool):
     "Run nbdev's first step in a process of its own."
     workers = min(8, os.cpu_count() or 1)
@@ -246,6 +247,7 @@ def _number_lines(text: str) -> str: # HTML of a page of source code
         return f'{m[1]}<span id="L1"></span>{lines}'
     return re.sub(r"(<code class=\"sourceCode[^>]*>)(.*?)(?=</code>)", number, text, count=1, flags=re.S)
 
+# %% ../../nbs/lab/54_docs.ipynb #b1ae4d19
 def _repair_page(
     text: str, # HTML
     page: str, # its path in the site
@@ -298,6 +300,7 @@ def _loaded_by(css: str) -> list[str]: # the addresses in a style sheet
 
 HTTPS = r"https://[\w-]+(\.[\w-]+)+(:\d+)?([/?#]|$)|http://(127\.0\.0\.1|localhost)\b"
 
+# %% ../../nbs/lab/54_docs.ipynb #ad6793a0
 def _fault(
     site: Path,
     pages: dict[Path, _Page],
@@ -344,6 +347,7 @@ def _copy_katex(site: Path):
         copy = shutil.copytree if (katex/part).is_dir() else shutil.copyfile
         copy(katex/part, target)
 
+# %% ../../nbs/lab/54_docs.ipynb #02066001
 def _site_links(root: Path, texts: dict[str, str]) -> _Links:
     "Collect the anchors of all pages and the lines of all definitions."
     settings = configparser.ConfigParser()
@@ -397,6 +401,7 @@ def build_docs(
 class _Handler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
 
+# %% ../../nbs/lab/54_docs.ipynb #066ec76e
 def docs_server(
     port: int = 8001, # 0: any free port
 ) -> socket.socket: # listening
@@ -405,6 +410,7 @@ def docs_server(
     except OSError as e:
         raise UserError(f"port {port} is not available ({e.strerror}): choose another with --port, or 0 for any free one.") from None
 
+# %% ../../nbs/lab/54_docs.ipynb #98039fb1
 def serve_docs(
     site: Path, # returned by `build_docs`
     sock: socket.socket, # returned by `docs_server`

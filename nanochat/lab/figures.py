@@ -265,6 +265,7 @@ def score_picture(
 _CORE_TYPES = { # as in core.json: in words
     "multiple_choice": "multiple choice", "schema": "schema", "language_modeling": "completion"}
 
+# %% ../../nbs/lab/51_figures.ipynb #d67435a4
 def core_order(
     cores: dict, # name: core.json
 ) -> dict: # task: its type in words

@@ -152,8 +152,15 @@ def number(
     if isinstance(x, bool) or not isinstance(x, (int, float)): return None
     return x if -1e100 < x < 1e100 else None # False for NaN too
 
+# %% ../../nbs/lab/50_reading.ipynb #14ffdf6e
+def _interval(
+    x, # anything that a file held
+) -> tuple | None: # low, high
+    "Two finite numbers in order, `None` for everything else."
+    if not isinstance(x, list) or len(x) != 2 or None in map(number, x): return None
+    return tuple(x) if x[0] <= x[1] else None
 
-#| exporti
+# %% ../../nbs/lab/50_reading.ipynb #14ffdf6e
 def _interval(
     x, # anything that a file held
 ) -> tuple | None: # low, high
@@ -172,6 +179,7 @@ def cut(
     "The beginning of a text."
     return text if len(text) <= limit else text[:limit - 1] + "…"
 
+# %% ../../nbs/lab/50_reading.ipynb #784a93f2
 def clean(text) -> str:
     "Text in which every character can be written and seen."
     return _INVISIBLE.sub("\ufffd", str(text).replace("\r\n", "\n").replace("\r", "\n"))
@@ -249,6 +257,7 @@ def show_number(
     if isinstance(x, int) or abs(x) >= 1000: return f"{x:,.0f}"
     return f"{x:.{digits}g}"
 
+# %% ../../nbs/lab/50_reading.ipynb #6237e36c
 def show_money(dollars: float | None) -> str:
     "Dollars and cents."
     return "–" if dollars is None else f"${dollars:,.2f}"
@@ -446,6 +455,7 @@ def _sound_numbers(values) -> dict:
     if not isinstance(values, dict): return {}
     return {k: v for k, v in values.items() if number(v) is not None}
 
+# %% ../../nbs/lab/50_reading.ipynb #5554ed41
 def _sound_plan(found: dict) -> dict:
     "The figures of a plan."
     figures = {k: found.get(k) for k in ("minutes", "dollars", "memory_bytes")}
@@ -456,12 +466,14 @@ _NUMERIC = { # figures of a manifest that the report computes with
     "seconds", "world_size", "parameters", "step", "tokens", "memory_mb", "world_score", "core",
     "loss", "reward", "bits_per_byte", "bits_per_byte_of_beginnings", "entropy_bits_per_byte"}
 
+# %% ../../nbs/lab/50_reading.ipynb #c047bf14
 def _sound_manifest(manifest: dict) -> dict:
     "A manifest without invalid figures."
     bad = {k for k in _NUMERIC if number(manifest.get(k)) is None}
     if not isinstance(manifest.get("environment"), dict): bad.add("environment")
     return {k: v for k, v in manifest.items() if k not in bad}
 
+# %% ../../nbs/lab/50_reading.ipynb #9a82254a
 def _read_error(path: Path) -> str:
     "Read why a stage failed, on one line; empty if it did not fail."
     if not path.is_file(): return ""

@@ -31,12 +31,14 @@ class Heading:
     "A heading of the second level."
     text: str
 
+# %% ../../nbs/lab/52_report.ipynb #edd6c00d
 @dataclass
 class Table:
     "A table of texts."
     header: list # of str
     rows: list # of lists of str
 
+# %% ../../nbs/lab/52_report.ipynb #3fd994db
 @dataclass
 class _Sample:
     "A question, and the answers of the stages."
@@ -367,6 +369,7 @@ _SCORE_NOTE = (
     "score is the mean over the world's tasks of what is above chance, (share − "
     "chance) / (1 − chance).")
 
+# %% ../../nbs/lab/52_report.ipynb #559f368e
 def _scores(record: Record) -> list: # of blocks
     "Held-out scores of every evaluated stage, with intervals."
     if not record.task_names(): return [Heading("Scores"), "No stage has been evaluated."]
@@ -399,6 +402,7 @@ def _few(
     "A line that says that a mean is over fewer tasks."
     return f"\n{n} task{'s' if n != 1 else ''}" if n < of else ""
 
+# %% ../../nbs/lab/52_report.ipynb #10798d9c
 def _own_figure(
     found: StageRecord,
     name: str, # of a measure, as in `PUBLISHED`
@@ -601,6 +605,7 @@ _TITLES = {
     "base": "Base: pretraining", "mid": "Mid-training", "sft": "Supervised fine-tuning",
     "rl": "Reinforcement learning", "dpo": "Preference training"}
 
+# %% ../../nbs/lab/52_report.ipynb #4e76ec42
 def _training(record: Record) -> list: # of blocks
     "A picture for each stage that logged figures, and what its figures say."
     blocks = []

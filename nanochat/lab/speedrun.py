@@ -44,6 +44,7 @@ def _use_data_root(context, option, value):
     # in the environment, where the processes of the stages find it
     os.environ["NANOCHAT_DATA_ROOT"] = str(Path(value).expanduser().resolve())
 
+# %% ../../nbs/lab/56_speedrun.ipynb #2fa6b539
 _data_root_option = click.option(
     "--data-root", expose_value=False, callback=_use_data_root,
     help="Your own folder of data sets, used before any download.")
@@ -82,6 +83,7 @@ _SETTING = { # of each option in `_plan_options`
     "data": "data.source", "depth": "dial.depth", "minutes": "dial.minutes",
     "dollars": "dial.dollars", "until": "dial.until", "nproc": "hardware.nproc"}
 
+# %% ../../nbs/lab/56_speedrun.ipynb #fe8d6617
 _plan_options = _options(
     click.option("--data",
                  help="A named source (world, climbmix, fineweb-edu), or a folder or file of "

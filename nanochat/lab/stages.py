@@ -73,6 +73,7 @@ def _fetch_training_sets(run: Run):
 def _since(started: float) -> float: # seconds
     return round(time.perf_counter() - started, 1)
 
+# %% ../../nbs/lab/55_stages.ipynb #aa4b2ea2
 def _data_stage(run: Run) -> dict: # the manifest
     "Prepare the run's text, and fetch the sets that it is trained and evaluated on."
     from nanochat.core.dataset import prepare_data

@@ -110,6 +110,7 @@ def _additive_mask(T: int, window: int | None, dtype: torch.dtype) -> torch.Tens
         hidden = ~_visible_keys(torch.arange(T), 0, T, window)
         return torch.zeros(1, T, T, dtype=dtype).masked_fill_(hidden, -math.inf)
 
+# %% ../../nbs/model/11_attention.ipynb #49b2adc4
 def _products_attention(q, k, v, *, window=None, scale=None):
     "Causal attention on a CPU as matrix products, with all T×T weights in memory."
     B, T, n_head, head_dim = q.shape
@@ -146,6 +147,7 @@ def _visible_tiles(
     every &= (tile[:, None] + 1) * _TILE <= T
     return some & ~every, every
 
+# %% ../../nbs/model/11_attention.ipynb #87d98eb1
 def _tile_lists(tiles: torch.Tensor) -> list[torch.Tensor]: # (1, 1, tiles), (1, 1, tiles, tiles)
     "FlexAttention's format: the number of tiles in each row, and their columns in front."
     counts = tiles.sum(1, dtype=torch.int32)
@@ -155,6 +157,7 @@ def _tile_lists(tiles: torch.Tensor) -> list[torch.Tensor]: # (1, 1, tiles), (1,
 # %% ../../nbs/model/11_attention.ipynb #55e98356
 _flex_masks = {} # (T, window, device) -> BlockMask
 
+# %% ../../nbs/model/11_attention.ipynb #afa9d33b
 def _flex_mask(
     T: int, # tokens of a row
     window: int, # how many tokens back a query sees
@@ -181,6 +184,7 @@ def _compiled_flex():
     config.recompile_limit = max(64, config.recompile_limit)
     return torch.compile(kernel, fullgraph=True)
 
+# %% ../../nbs/model/11_attention.ipynb #a065d244
 def _flex_attention(q, k, v, *, window, scale=None):
     "Windowed causal attention by FlexAttention; compiled on CUDA."
     # imported late, because it imports the compiler
@@ -485,6 +489,7 @@ def _visible(self: KVCache, window):
     if one_token and self.shortest == self.longest: return first, None # all rows are alike
     return first, _visible_keys(self.positions, first, self._extremes[1], window)
 
+# %% ../../nbs/model/11_attention.ipynb #fa3de52d
 @patch
 def advance(self: KVCache):
     "End the pass: the new tokens now count."
@@ -601,6 +606,7 @@ def _plan(self: RowCache, size: int, k: torch.Tensor):
     slots = torch.arange(end, device=k.device)
     return slot, end, slots <= self.positions[:, :, None] # (live, 1, end)
 
+# %% ../../nbs/model/11_attention.ipynb #ca8cd9c3
 @patch
 def advance(self: RowCache):
     "End the step: the new tokens now count."

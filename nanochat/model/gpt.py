@@ -140,6 +140,7 @@ class Linear(nn.Linear):
         if self.fp8 is not None and self.training: return self.fp8(x, self.weight)
         return F.linear(x, self.weight)
 
+# %% ../../nbs/model/14_gpt.ipynb #90c099aa
 class Embedding(nn.Embedding):
     "A table of vectors, not initialized."
     def reset_parameters(self): pass
@@ -220,6 +221,7 @@ class _ReluSquared(torch.autograd.Function):
         a, = ctx.saved_tensors
         return a.sqrt().mul_(grad).mul_(2)
 
+# %% ../../nbs/model/14_gpt.ipynb #361c7fec
 def _relu_squared(
     h: torch.Tensor, # any shape; may be overwritten
 ) -> torch.Tensor: # the same shape and dtype
@@ -330,6 +332,7 @@ def _check_length(self: GPT, length: int, what: str, cure: str):
         raise UserError(f"a {what} of {length} tokens is beyond the {len(self.rope_cos)} positions "
                         f"of this model: {cure}.")
 
+# %% ../../nbs/model/14_gpt.ipynb #7fa777eb
 @patch
 def new_cache(
     self: GPT,

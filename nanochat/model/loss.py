@@ -103,6 +103,7 @@ def _triton_softcap_loss(logits, targets, softcap, weights):
                                      HAS_GRAD=has_grad, BLOCK=1024)
     return losses
 
+# %% ../../nbs/model/12_loss.ipynb #91ad5348
 def _use_triton(logits: torch.Tensor) -> bool:
     "Are there a GPU and Triton, and has the user not switched it off?"
     if not logits.is_cuda or _triton_kernel() is None: return False

@@ -74,6 +74,7 @@ def variance_shape(
     "The shape of a matrix' variances: one per row if tall or square, one per column if wide."
     return (rows, 1) if rows >= cols else (1, cols)
 
+# %% ../../nbs/model/15_optim.ipynb #e632741c
 @torch.no_grad()
 def _normuon(
     update: torch.Tensor, # (n, rows, cols), orthogonalized
@@ -149,6 +150,7 @@ def _pack(
     if missing: parts.append(parts[0].new_zeros(missing, *unit))
     return torch.cat(parts)
 
+# %% ../../nbs/model/15_optim.ipynb #724c1c98
 def _unpack(
     packed: torch.Tensor, # (n, *unit)
     counts: list[int], # units of each tensor
@@ -197,6 +199,7 @@ def _gradient(p: torch.Tensor) -> torch.Tensor:
     "A parameter's gradient, or zeros."
     return torch.zeros_like(p) if p.grad is None else p.grad
 
+# %% ../../nbs/model/15_optim.ipynb #ff390c1d
 @patch
 def _mine(
     self: MuonAdamW,
@@ -362,6 +365,7 @@ def _state_shapes(group: dict, key: str) -> list[tuple]:
     if key == "variance": return [variance_shape(*p.shape) for p in group["params"]]
     return [tuple(p.shape) for p in group["params"]]
 
+# %% ../../nbs/model/15_optim.ipynb #cfc0eadf
 @patch
 def full_state(self: MuonAdamW) -> dict[str, torch.Tensor]: # on the CPU; empty on ranks above 0
     "Collect the state under its parameters' names (`name/key`). Every rank must call it."
@@ -446,6 +450,7 @@ class _Rule(NamedTuple):
     eps: float
     weight_decay: float
 
+# %% ../../nbs/model/15_optim.ipynb #1ef9eab6
 _ADAMW = (
     _Rule(r"transformer\.wte\.", "embedding", "embedding", 1.0, True, (0.8, 0.995), 1e-10, 0.001),
     _Rule(r"value_embeds\.", "value embeddings",
@@ -511,6 +516,7 @@ def _warmdown(
     "The fraction of the warm-down that is left."
     return min(1.0, (steps - step) / max(1, round(warmdown_ratio * steps)))
 
+# %% ../../nbs/model/15_optim.ipynb #c24a1b11
 def lr_multiplier(
     step: int, # 0 for the first
     steps: int, # of the complete stage

@@ -90,6 +90,7 @@ class _QuantizedWeight(NamedTuple):
     transposed: torch.Tensor # (in, out)
     scale: torch.Tensor # () float32
 
+# %% ../../nbs/model/13_precision.ipynb #62405bd6
 @torch.no_grad()
 def quantize_weight(
     weight: torch.Tensor, # (out, in)
@@ -235,6 +236,7 @@ def quantize_int8(
     scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12)
     return (weight.float() / scale[:, None]).round().to(torch.int8), scale.to(weight.dtype)
 
+# %% ../../nbs/model/13_precision.ipynb #6530feae
 def int8_linear(
     x: torch.Tensor, # (..., n_in)
     weight: torch.Tensor, # (n_out, n_in) int8

@@ -40,6 +40,7 @@ _MAX_NUMBER = 10**18
 _MAX_EXPONENT = 64
 _MAX_NESTING = 20 # brackets within brackets
 
+# %% ../../nbs/model/16_sandbox.ipynb #1600abbe
 _OPERATORS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,

@@ -73,6 +73,7 @@ def _might_turn(
     # 2e-6: log-probabilities of thousands of equal tokens are no finer
     return (lead < ROUNDING[dtype] * distance + 2e-6).tolist()
 
+# %% ../../nbs/post/36_chat_eval.ipynb #6ad45dad
 def _exact(engine: Engine) -> Engine:
     "Return an engine that computes in float32: this one, or another on the same model."
     if engine.dtype == torch.float32: return engine
@@ -193,6 +194,7 @@ def _item(index: int, conversation: dict) -> dict:
         "index": index, "prompt": _plain_text(question["content"]), "answer": "", "right": False,
         "passed": 0, "tokens": 0, "finished": 0, "chance": 1 / len(letters) if letters else 0.0}
 
+# %% ../../nbs/post/36_chat_eval.ipynb #99b49ada
 def _answer(engine, task, n, batch, max_new_tokens, **how):
     "Return this rank's items of a task's first n."
     if hasattr(task, "prepare"): task.prepare()
@@ -223,6 +225,7 @@ def _check_samples(samples: int, temperature: float):
         raise UserError(f"{samples} samples at temperature {temperature:g} make no sense: draw at "
                         "least 1, and more than 1 only at a temperature above 0.")
 
+# %% ../../nbs/post/36_chat_eval.ipynb #51a88fe9
 def evaluate_task(
     engine: Engine,
     task, # from `nanochat.post.mixture.open_task`
@@ -274,6 +277,7 @@ def world_score(
     "Mean over tasks of the accuracy above chance level."
     return sum(centred(r["accuracy"], r["chance"]) for r in results) / len(results)
 
+# %% ../../nbs/post/36_chat_eval.ipynb #77cc2370
 def chat_core(
     results: list[dict], # from `evaluate_task`; tasks outside `CHAT_CORE` do not count
 ) -> float | None: # None if there is none of them
@@ -322,6 +326,7 @@ def _summarize(
         "chat_core": chat_core(list(results.values())),
         "chat_core_of": len(set(results) & set(CHAT_CORE)), "missing": missing}
 
+# %% ../../nbs/post/36_chat_eval.ipynb #a264d1a6
 def evaluate_chat(
     engine: Engine,
     names: list[str], # tasks, see `read_task_names`
@@ -355,6 +360,7 @@ def evaluate_chat(
 # %% ../../nbs/post/36_chat_eval.ipynb #e77f5bac
 SAMPLES = 20 # answers of each task that eval.json keeps
 
+# %% ../../nbs/post/36_chat_eval.ipynb #74f4d812
 def save_evaluation(
     run: Run,
     stage: str, # whose model it is

@@ -50,6 +50,7 @@ class CoreTask:
 _KNOW, _REASON, _LANGUAGE = "world_knowledge", "commonsense_reasoning", "language_understanding"
 _SYMBOLS, _READ, _ANSWER = "symbolic_problem_solving", "reading_comprehension", "\nAnswer: "
 
+# %% ../../nbs/post/35_core_eval.ipynb #31ad5b11
 CORE = [CoreTask(label, f"{folder}/{file}.jsonl", *rest) for label, folder, file, *rest in (
     ("hellaswag_zeroshot", _LANGUAGE, "hellaswag", CHOICE, 0, " ", 25.0),
     ("jeopardy", _KNOW, "jeopardy_all", LM, 10, _ANSWER, 0.0),
@@ -116,6 +117,7 @@ def sample_rows(
     random.Random(1337).shuffle(rows)
     return rows[:most]
 
+# %% ../../nbs/post/35_core_eval.ipynb #9eaa1877
 def examples_for(
     rows: list, # as `sample_rows` gives them
     index: int, # of the question
@@ -162,6 +164,7 @@ class Question:
     def __len__(self): # tokens to read
         return len(self.prefix) + max(map(len, self.tails)) - 1
 
+# %% ../../nbs/post/35_core_eval.ipynb #37f72649
 def _common_length(
     sequences: list[np.ndarray], # of token ids
 ) -> int:
@@ -309,6 +312,7 @@ def read(self: TransformersReader,
         past_key_values=self.new_cache(), use_cache=True, logits_to_keep=1)
     return out.past_key_values, real
 
+# %% ../../nbs/post/35_core_eval.ipynb #81b66654
 @patch
 def follow(self: TransformersReader,
     state: tuple, # of `read`
@@ -406,6 +410,7 @@ def passes(
 _BATCH_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 65536}
 _BATCH_LOGITS = 2**26 # float32, 256 MB
 
+# %% ../../nbs/post/35_core_eval.ipynb #61fb1991
 def batches(
     questions: list[Question],
     tokens: int, # of a batch at most, padding included; a longer question is a batch by itself
@@ -429,6 +434,7 @@ def batches(
 # %% ../../nbs/post/35_core_eval.ipynb #fca1b810
 WINDOW = 1024 # questions whose tokens are in memory at a time
 
+# %% ../../nbs/post/35_core_eval.ipynb #9329835c
 def ask(
     reader, # a `GPTReader` or `TransformersReader`
     task: CoreTask,
@@ -478,6 +484,7 @@ KEYS = {
     SCHEMA: ("context_options", "continuation", "gold"),
     LM: ("context", "continuation")}
 
+# %% ../../nbs/post/35_core_eval.ipynb #f809451f
 def core_file(
     task: CoreTask,
     folders: list[Path], # that hold `eval_data`, as `core_folders` gives them
@@ -488,6 +495,7 @@ def core_file(
     candidates = [Path(folder)/name for folder in folders for name in names]
     return next(filter(Path.is_file, candidates), None)
 
+# %% ../../nbs/post/35_core_eval.ipynb #3b6c97fb
 def core_rows(
     task: CoreTask,
     file: Path, # jsonl or jsonl.gz
@@ -593,6 +601,7 @@ def evaluate_core_stage(
         run.metrics(stage, resume_step=sys.maxsize).log(step, core=result["score"])
     return result
 
+# %% ../../nbs/post/35_core_eval.ipynb #c31a226f
 def core_examiner(run: Run) -> Callable[..., dict]: # for `pretrain`
     "Return a function that measures the model's CORE after pretraining, or says why there is none."
     def examine(model, tokenizer, step, dtype):

@@ -52,6 +52,7 @@ def implicit_rewards(
     change = logprobs - reference
     return beta * (change / lengths if length_normalised else change)
 
+# %% ../../nbs/post/39_dpo.ipynb #7fe78622
 def preference_loss(
     chosen: torch.Tensor,  # implicit rewards of the preferred answers
     rejected: torch.Tensor,  # and of the others
@@ -62,6 +63,7 @@ def preference_loss(
 # %% ../../nbs/post/39_dpo.ipynb #0e6ca88c
 FEEDBACK = "feedback.jsonl" # in a run's folder
 
+# %% ../../nbs/post/39_dpo.ipynb #2fe1dfd8
 def save_feedback(
     path: Path,  # feedback.jsonl of a run
     messages: list,  # of the conversation, the answer last
@@ -79,6 +81,7 @@ def save_feedback(
     with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+# %% ../../nbs/post/39_dpo.ipynb #972ae325
 def _sound(record) -> bool:
     "Can a line of feedback be used?"
     try:
@@ -88,6 +91,7 @@ def _sound(record) -> bool:
         return answer["role"] == "assistant" and record["rating"] in (1, 0, -1)
     except (KeyError, TypeError, ValueError, AttributeError, UserError): return False
 
+# %% ../../nbs/post/39_dpo.ipynb #5abbf915
 def read_feedback(
     path: Path,  # feedback.jsonl of a run; need not exist
 ) -> tuple[list[dict], int]:  # the valid lines, in order, and the number of the others
@@ -112,10 +116,12 @@ class Preference:
     rejected_ended: bool = True
     group: str = ""  # pairs of a group are all trained on or all held out; empty: those of one prompt
 
+# %% ../../nbs/post/39_dpo.ipynb #11ae494e
 def _note(answers: dict, content, ended: bool) -> list:
     "The entry of an answer: [rating, content, ended]."
     return answers.setdefault(json.dumps(content, sort_keys=True), [None, content, ended])
 
+# %% ../../nbs/post/39_dpo.ipynb #7c270f92
 def preferences_from(
     records: list[dict],  # lines of feedback, in order
 ) -> list[Preference]:
@@ -145,6 +151,7 @@ class _AnswerRow:
     ids: list[int]
     mask: list[int]  # 1 where a token is the model's choice in this answer
 
+# %% ../../nbs/post/39_dpo.ipynb #99446df7
 def answer_row(
     tokenizer: Tokenizer,
     prompt: list[dict],  # messages, the last one the user's
@@ -162,6 +169,7 @@ def answer_row(
                         f"{max_tokens}: shorten the conversation, or leave this pair out.")
     return _AnswerRow(ids, [0] * start + mask[start:])
 
+# %% ../../nbs/post/39_dpo.ipynb #b7b6afa6
 def pair_rows(
     preferences: list[Preference],
     tokenizer: Tokenizer,
@@ -190,6 +198,7 @@ def _pair_batch(
         y[k, :len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], -1)
     return x, y
 
+# %% ../../nbs/post/39_dpo.ipynb #034524b7
 def preference_batches(
     rows: list[tuple[_AnswerRow, _AnswerRow]],
     micro_tokens: int,  # limit of the tokens in a micro-batch, padding included
@@ -215,6 +224,7 @@ def _answer_logprobs(
         nll = model(x, y, loss_reduction="none")  # (B, T), 0 where y is -1
     return -nll.float().sum(1), (y >= 0).sum(1)
 
+# %% ../../nbs/post/39_dpo.ipynb #01ed814c
 @torch.no_grad()
 def score_pairs(
     model: GPT,
@@ -254,10 +264,12 @@ def preference_gradient(
         rewards[:, which] = found.detach()
     return total.item(), rewards
 
+# %% ../../nbs/post/39_dpo.ipynb #504a8922
 def _accuracy_of(margins: torch.Tensor) -> float:
     "Share of positive margins; ties count half."
     return ((margins > 0).float() + 0.5 * (margins == 0).float()).mean().item()
 
+# %% ../../nbs/post/39_dpo.ipynb #e0c0e2da
 def _reward_figures(rewards: torch.Tensor) -> dict: # (2, pairs) implicit rewards
     "Their means, as they are logged."
     chosen, rejected = rewards
@@ -268,6 +280,7 @@ def _reward_figures(rewards: torch.Tensor) -> dict: # (2, pairs) implicit reward
 # %% ../../nbs/post/39_dpo.ipynb #4876c145
 MIN_PAIRS = 8 # with fewer there is too little to learn from and to hold out
 
+# %% ../../nbs/post/39_dpo.ipynb #ca3c31ff
 def _hold_out_pairs(
     preferences: list[Preference],
     share: float,  # of the pairs
@@ -300,6 +313,7 @@ class PreferenceSettings:
     length_normalised: bool = False  # divide each Δ by the answer's tokens
     seed: int = 0  # the run's
 
+# %% ../../nbs/post/39_dpo.ipynb #c554a3e4
 class _HeldOutPairs:
     "Pairs to measure on, with their log-probabilities under the reference."
     def __init__(
@@ -323,6 +337,7 @@ class _HeldOutPairs:
             "likelihood_accuracy": _accuracy_of(likelihood[0] - likelihood[1]),
             "drift": ((self.reference - logprobs) / self.lengths).mean().item()}
 
+# %% ../../nbs/post/39_dpo.ipynb #999a3ffa
 @lru_cache(2)
 def _order(n: int, seed: int, epoch: int) -> list[int]:
     "The order in which an epoch takes the pairs."
@@ -330,6 +345,7 @@ def _order(n: int, seed: int, epoch: int) -> list[int]:
     random.Random(derive_seed(seed, "dpo order", epoch)).shuffle(order)
     return order
 
+# %% ../../nbs/post/39_dpo.ipynb #f015bc13
 def _pairs_of(step: int, n: int, settings: PreferenceSettings) -> Iterator[int]: # n pairs in total
     "The pairs of a step."
     per = settings.pairs_per_step
@@ -385,6 +401,7 @@ def longer(a: str, b: str) -> int: # 1: the first is better, -1: the second, 0: 
     "The taste of a judge who prefers the longer answer."
     return (len(a) > len(b)) - (len(a) < len(b))
 
+# %% ../../nbs/post/39_dpo.ipynb #0e5c61cb
 def _question(number: int, seed: int, world: World): # question, all right answers, group
     "A question to answer twice: about a fact that may be asked in training, or about the model itself."
     draw = Draw(f"dpo {seed} {number}")
@@ -399,6 +416,7 @@ def _question(number: int, seed: int, world: World): # question, all right answe
         for template in ANSWERS[attribute]: right |= set(expansions(template, subject))
     return question_and_answer(person, attribute, draw)[0], right, f"resident {index}"
 
+# %% ../../nbs/post/39_dpo.ipynb #4bc441a0
 @dataclass
 class _Asked:
     "A question of the simulated judge."
@@ -407,6 +425,7 @@ class _Asked:
     right: set  # all right answers
     group: str
 
+# %% ../../nbs/post/39_dpo.ipynb #ea2a2fbc
 def _judged(
     asked: _Asked,
     both: list, # two completions
@@ -431,6 +450,7 @@ def _answers_twice(engine: Engine, asked: list[_Asked], seed: int, max_new_token
         done = engine.generate(twice, Sampling(max_new_tokens), seed=seeds)
         for i, a, b in zip(some, done[::2], done[1::2]): yield asked[i], [a, b]
 
+# %% ../../nbs/post/39_dpo.ipynb #a569c7b4
 def _simulate_preferences(
     engine: Engine,  # the model that answers
     world: World,  # that it was trained on
@@ -480,6 +500,7 @@ def dpo_settings(
 
 NOT_LEARNED = ("eval_every", "save_minutes") # settings that do not change what is learned
 
+# %% ../../nbs/post/39_dpo.ipynb #077e1d66
 def _gather_preferences(run, start, engine, simulate, kept) -> list[Preference]:
     "The pairs to train on: simulated ones, which are drawn once, or those of the run's feedback."
     if simulate:
@@ -496,6 +517,7 @@ def _gather_preferences(run, start, engine, simulate, kept) -> list[Preference]:
                         "and come back; or add --simulate 200 to try it with a simulated judge.")
     return preferences_from(records)
 
+# %% ../../nbs/post/39_dpo.ipynb #d37461be
 def _fitting(
     preferences: list[Preference],
     tokenizer: Tokenizer,
@@ -518,6 +540,7 @@ def _start_over(folder: Path):
     for path in (folder/"manifest.json", folder/"eval.json"): path.unlink(missing_ok=True)
     shutil.rmtree(folder/"checkpoints", ignore_errors=True)
 
+# %% ../../nbs/post/39_dpo.ipynb #46fd33c0
 def train_dpo(
     run: Run,  # a run with a finished chat model
     simulate: int = 0,  # train on so many preferences of a simulated judge; 0: on the run's feedback
@@ -586,6 +609,7 @@ def _task_changes(
     before, after = accuracies(start), accuracies("dpo")
     return [(name, before[name], after[name]) for name in after if name in before]
 
+# %% ../../nbs/post/39_dpo.ipynb #09a7cc66
 def show_dpo(
     run: Run,
     manifest: dict,  # of the stage

@@ -95,6 +95,7 @@ class Rendered:
         before = np.r_[0, np.cumsum(self.learned)]
         return before[self.starts + self.lengths] - before[self.starts]
 
+# %% ../../nbs/post/37_finetune.ipynb #8ef0cdcd
 def fit_conversations(
     name: str, # the task
     conversations: Iterable[dict], # the different ones
@@ -145,6 +146,7 @@ def _counts(task: Rendered, chosen: np.ndarray) -> dict[str, int]:
             "left_out": task.asked - packed, "tokens": int(lengths.sum()),
             "learned": int(task.learned_tokens()[chosen].sum())}
 
+# %% ../../nbs/post/37_finetune.ipynb #4729c685
 def _new_arrays(shape, dtype, folder: Path | None) -> tuple[np.ndarray, np.ndarray]: # tokens, mask
     "Arrays for the rows, in memory or mapped to files."
     if not folder: return np.empty(shape, dtype), np.empty(shape, bool)
@@ -152,6 +154,7 @@ def _new_arrays(shape, dtype, folder: Path | None) -> tuple[np.ndarray, np.ndarr
         return np.lib.format.open_memmap(folder/f"{name}.npy", "w+", kind, shape)
     return mapped("tokens", dtype), mapped("mask", bool)
 
+# %% ../../nbs/post/37_finetune.ipynb #426e7c3a
 def _choose(
     tasks: list[Rendered],
     seed: int | None, # of the order
@@ -235,6 +238,7 @@ def _fit_mixture(
         fitted["train"].append(replayed_documents(shards, replay, capacity))
     return fitted
 
+# %% ../../nbs/post/37_finetune.ipynb #6e85c117
 def _load_rows(folder: Path, key: str) -> dict[str, PackedConversations] | None:
     "The rows that a folder holds, if they were made for the same key."
     if not (folder/"manifest.json").exists(): return None
@@ -308,6 +312,7 @@ class ConversationLoader:
 # %% ../../nbs/post/37_finetune.ipynb #429e7895
 BEFORE = {"mid": "base", "sft": "mid"} # the stage whose model a stage starts from
 
+# %% ../../nbs/post/37_finetune.ipynb #d285a93b
 def finetune(
     run: Run, # a run whose stage before this one is done
     stage: str, # "mid" or "sft"

@@ -79,6 +79,7 @@ def _user_key(row: dict) -> int:
     texts = [text if isinstance(text, str) else "" for text in said]
     return zlib.crc32("\n".join(texts).lower().encode("utf-8", "replace"))
 
+# %% ../../nbs/post/34_mixture.ipynb #a5b5ee15
 def _split_held_out(
     conversations: list[dict],
     name: str = "a set", # for the error message
@@ -109,6 +110,7 @@ class _Entry(NamedTuple):
     asked_held_out: int # conversations to measure the loss on
     held_out: object # conversations that training never shows
 
+# %% ../../nbs/post/34_mixture.ipynb #65ebca6a
 class _Subset:
     "Some of a set's conversations."
     def __init__(self, rows, indices): self.rows, self.indices = rows, indices
@@ -179,6 +181,7 @@ def trained_splits(
     def own_name(name, split): return REAL_TASKS[name].set_splits.get(split, split)
     return [(name, own_name(name, weight.split)) for name, weight in wanted.items() if weight.n]
 
+# %% ../../nbs/post/34_mixture.ipynb #19a58e01
 def card_of(
     config: dict, # a run's configuration
 ) -> str:
@@ -221,6 +224,7 @@ def describe_conversations(
 def cli():
     """Conversations to learn from: write some to read them, check your own."""
 
+# %% ../../nbs/post/34_mixture.ipynb #e00e25b6
 @cli.command("write")
 @click.argument("task")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
@@ -243,6 +247,7 @@ def _check_command(path):
     """Read a file or folder of conversations of your own; say what is in it or what is wrong."""
     say(describe_conversations(path))
 
+# %% ../../nbs/post/34_mixture.ipynb #1aa9f197
 def main():
     "Run the command `python -m nanochat.post.mixture`."
     run_command(cli)

@@ -21,10 +21,12 @@ def _within(*ranges: tuple[int, int]):
     "Return a function that draws a number from each range."
     return lambda draw: tuple(draw.number(low, high) for low, high in ranges)
 
+# %% ../../nbs/post/31_problems.ipynb #f473cd0c
 def _minuend(draw):
     y = draw.number(2, 40)
     return y + draw.number(1, 40), y
 
+# %% ../../nbs/post/31_problems.ipynb #5173614a
 def _dividend(draw):
     y = draw.number(2, 9)
     return y * draw.number(2, 12), y
@@ -86,11 +88,13 @@ def _change(draw):
 
 def _passengers(draw): return *_minuend(draw), draw.number(2, 20)
 
+# %% ../../nbs/post/31_problems.ipynb #13ec666e
 def _shared(draw):
     w, each = draw.number(2, 6), draw.number(4, 9)
     x = draw.number(2, w * each - 2)
     return x, w * each - x, w
 
+# %% ../../nbs/post/31_problems.ipynb #50eb46ac
 def _come_and_go(draw):
     x, y = draw.number(2, 40), draw.number(2, 40)
     return x, y, draw.number(2, min(30, x + y - 1))
@@ -100,10 +104,12 @@ def _shopping(draw):
     x, y, v = draw.number(2, 9), draw.number(2, 9), draw.number(2, 20)
     return x, y, x * y + v + draw.number(1, 18), v
 
+# %% ../../nbs/post/31_problems.ipynb #50eb9441
 def _stall(draw):
     x, y, w = draw.number(2, 9), draw.number(2, 9), draw.number(2, 20)
     return x, y, w, draw.number(2, min(30, x * y + w - 1))
 
+# %% ../../nbs/post/31_problems.ipynb #d6aa28e2
 def _big_shopping(draw):
     x, y, v, u = _within((2, 5), (2, 9), (2, 5), (2, 9))(draw)
     return x, y, x * y + v * u + draw.number(1, 18), v, u
@@ -167,6 +173,8 @@ def _compile_families(families: dict) -> dict:
     return {name: (*rest, compile_pairs(texts)) for name, (*rest, texts) in families.items()}
 
 SUMS, PROBLEMS = _compile_families(SUMS), _compile_families(PROBLEMS)
+
+# %% ../../nbs/post/31_problems.ipynb #f239a6db
 _BEFORE = compile_template(
     "[It is a {weather} day. |It is {hour} o'clock. |It is {day} in {town}. |"
     "{a} is at the {place2}. ]")
@@ -211,6 +219,7 @@ class Sums(Task):
     def is_right(self, reference, completion):
         return final_number(closing_text(completion)) == final_number(closing_text(reference))
 
+# %% ../../nbs/post/31_problems.ipynb #47f462e3
 class Problems(Sums):
     "Word problems of two to four steps for the calculator."
     families = PROBLEMS
@@ -228,6 +237,8 @@ _COUNT = compile_templates([
     'How many times does the letter {c} occur in the word "{w}"?',
     'How often is the letter {c} in "{w}"?', 'Count the letter {c} in "{w}".',
     'How many times is the letter {c} in the word "{w}"?'])
+
+# %% ../../nbs/post/31_problems.ipynb #42990124
 _NAMED = [*SHE, *HE, *FAMILIES, *ATTRIBUTES["petname"]]
 
 # %% ../../nbs/post/31_problems.ipynb #46768cfd

@@ -108,6 +108,7 @@ class _Arc(RealTask):
     def evaluate(self, conversation, completion):
         return same_letter(visible_text(conversation["messages"][-1]), completion)
 
+# %% ../../nbs/post/33_public.ipynb #13be27ef
 class _Mmlu(RealTask):
     "Exam questions of 57 subjects with four options."
     splits = ("train", "dev", "validation", "test")
@@ -133,6 +134,7 @@ def _solution_parts(
         elif piece: parts.append({"type": "text", "text": piece})
     return parts
 
+# %% ../../nbs/post/33_public.ipynb #024fde74
 def answer_number(
     completion: str, # visible text of an assistant's message
 ) -> float | None:
@@ -165,6 +167,7 @@ def _parses(code: str) -> bool:
     except (SyntaxError, ValueError, RecursionError, MemoryError): return False
     return True
 
+# %% ../../nbs/post/33_public.ipynb #47b7fe14
 def code_of(
     completion: str, # visible text of a model's answer
     prompt: str, # the problem: imports, helpers, and at its end the function's head
@@ -237,6 +240,7 @@ REAL_TASKS = { # read from public sets
     "arc-easy": _Arc, "arc-challenge": _Arc, "mmlu": _Mmlu, "gsm8k": _Gsm8k,
     "humaneval": HumanEval, "smoltalk": SmolTalk}
 
+# %% ../../nbs/post/33_public.ipynb #75e5ef50
 def make_task(
     name: str, # one of TASKS or of REAL_TASKS
     split: str = "train", # word problems also have "rl", some public sets "validation" or "dev"

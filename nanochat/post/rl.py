@@ -56,6 +56,7 @@ def k3(
     log_r = nll - reference
     return log_r.expm1() - log_r
 
+# %% ../../nbs/post/38_rl.ipynb #e436875c
 def _beyond_clip(
     nll: torch.Tensor,  # (B, T) −log π
     old: torch.Tensor,  # (B, T) −log π_old
@@ -96,6 +97,7 @@ class SampledAnswer:
     advantage: float = 0.0
     task: str = ""  # name of the problem's task
 
+# %% ../../nbs/post/38_rl.ipynb #c812c99c
 @dataclass
 class _MicroBatch:
     "Answers side by side, and the log-probabilities of their tokens under two models."
@@ -114,6 +116,7 @@ def _length(answer: SampledAnswer) -> int:
     "Tokens of an answer's row in `x`."
     return len(answer.prompt) + len(answer.completion.tokens) - 1
 
+# %% ../../nbs/post/38_rl.ipynb #1fe5c9cd
 def _micro_batch(group: list[SampledAnswer], device: torch.device) -> _MicroBatch:
     "Lay out some answers, the longest first, as one micro-batch."
     x = torch.zeros(len(group), _length(group[0]), dtype=torch.long)
@@ -126,6 +129,7 @@ def _micro_batch(group: list[SampledAnswer], device: torch.device) -> _MicroBatc
     advantage = torch.tensor([a.advantage for a in group], device=device)
     return _MicroBatch(x.to(device), y.to(device), advantage)
 
+# %% ../../nbs/post/38_rl.ipynb #94c016f0
 def policy_batches(
     answers: list[SampledAnswer],
     micro_tokens: int,  # limit of the tokens in a micro-batch, padding included
@@ -181,6 +185,7 @@ class RolloutSettings:
     sampling: Sampling
     seed: int = 0  # the run's
 
+# %% ../../nbs/post/38_rl.ipynb #aee22ece
 def _problem(
     tasks: list,  # take turns
     settings: RolloutSettings,
@@ -259,6 +264,7 @@ def _rollout_sums(
     totals = torch.tensor(list(sums.values()), dtype=torch.float32, device=device)
     return dict(zip(sums, all_reduce_sum(totals).tolist()))
 
+# %% ../../nbs/post/38_rl.ipynb #1c434ada
 def _figures(
     sums: dict[str, float],
     names: list[str],  # of the tasks
@@ -287,6 +293,7 @@ def lay_out(
     others = [a for a in answers if not all_train and a.advantage == 0]
     return policy_batches(chosen, micro_tokens, device), policy_batches(others, micro_tokens, device)
 
+# %% ../../nbs/post/38_rl.ipynb #2bdd3b82
 @torch.no_grad()
 def note_distance(
     model: GPT,
@@ -299,6 +306,7 @@ def note_distance(
     for b in [*batches, *others]: b.reference = b.nll(reference, dtype)
     for b in others: b.old = b.nll(model, dtype)
 
+# %% ../../nbs/post/38_rl.ipynb #de5c0609
 def _mean_distance(batches: list[_MicroBatch], n_sampled: float, device: torch.device) -> float:
     "KL to the reference before the update, mean over the sampled tokens of all ranks."
     total = sum(k3(b.old, b.reference).sum() for b in batches)
@@ -314,6 +322,7 @@ class PolicySettings:
     kl: float = 0.0  # β, weight of the distance to the reference
     updates: int = 1  # optimizer steps on each batch of answers
 
+# %% ../../nbs/post/38_rl.ipynb #26e36431
 @dataclass
 class HeldOutTasks:
     "What an evaluation asks."
@@ -418,6 +427,7 @@ class _TaskSlice:
     def __len__(self): return len(self.numbers)
     def __getitem__(self, i): return self.task[self.numbers[i]]
 
+# %% ../../nbs/post/38_rl.ipynb #a2de1bf8
 def rl_tasks(
     names: str,  # of `rl.task`, separated by commas
     seed: int,  # the run's
@@ -446,6 +456,7 @@ def _rollout_settings(section: dict, seed: int) -> RolloutSettings: # `rl` of a 
     return RolloutSettings(
         section["prompts_per_step"], section["samples_per_prompt"], sampling, seed)
 
+# %% ../../nbs/post/38_rl.ipynb #069d6dae
 def train_rl(
     run: Run,  # a run whose stage "sft" is done
 ) -> dict:  # the stage's manifest
@@ -486,6 +497,7 @@ def _token_html(text: str, p: float, forced: bool) -> str:
     text = html.escape(text).replace("\n", "↵\n")
     return f'<span title="{tip}" style="unicode-bidi:isolate;{look}">{text}</span>'
 
+# %% ../../nbs/post/38_rl.ipynb #ecbaa6ba
 def _legend_html() -> str:
     "The scale of colours."
     steps = (("1", 1), ("½", 0.5), ("1/10", 0.1), ("1/100", 0.01), ("1/1000 or less", 1e-3))
@@ -493,11 +505,13 @@ def _legend_html() -> str:
     forced = _token_html("written by the calculator", 1, True)
     return f'<div style="font-size:.85em">probability of a token: {scale}; {forced}</div>'
 
+# %% ../../nbs/post/38_rl.ipynb #0bf6f36b
 def _prompt_html(task: str, prompt: str) -> str:
     "A prompt and the name of its task."
     return (f'<div style="margin:.8em 0 .3em"><span style="{_GREY}">{html.escape(task)}</span>'
             f'<div style="white-space:pre-wrap;unicode-bidi:isolate">{html.escape(prompt)}</div></div>')
 
+# %% ../../nbs/post/38_rl.ipynb #1853f883
 def _answer_html(a: SampledAnswer, pieces: list[tuple[str, float, bool]]) -> str:
     "An answer, as its `Rollouts.pieces`, beside its reward."
     sign = "#2e8b57" if a.advantage > 0 else "#c0392b" if a.advantage < 0 else "#888"

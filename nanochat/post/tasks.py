@@ -21,12 +21,14 @@ def user(text: str) -> dict:
     "Return a message of the user."
     return {"role": "user", "content": text}
 
+# %% ../../nbs/post/30_tasks.ipynb #8d1b6871
 def assistant(
     content: str | list, # text, or parts
 ) -> dict:
     "Return a message of the assistant."
     return {"role": "assistant", "content": content}
 
+# %% ../../nbs/post/30_tasks.ipynb #147e09ca
 def with_tool(
     expression: str, # the calculator's input
     output: str, # the calculator's output
@@ -44,6 +46,7 @@ _MARKERS = { # type of a part: (special token before it, special token after it)
     "python": ("<|python_start|>", "<|python_end|>"),
     "python_output": ("<|output_start|>", "<|output_end|>")}
 
+# %% ../../nbs/post/30_tasks.ipynb #e2960458
 def visible_text(
     message: dict, # an assistant's message
 ) -> str:
@@ -65,6 +68,7 @@ def spoken_text(
         completion = re.sub(call, "", completion, flags=re.DOTALL)
     return re.sub(r"<\|\w+\|>", "", completion)
 
+# %% ../../nbs/post/30_tasks.ipynb #706594c1
 def closing_text(
     completion: str, # the visible text of an assistant's message
 ) -> str:
@@ -82,6 +86,7 @@ def numbers_in(
     found = re.findall(r"(?:(?<![\w)])-)?(?:\d+(?:\.\d+)?|(?<!\d)\.\d+)", text)
     return [float(number) for number in found]
 
+# %% ../../nbs/post/30_tasks.ipynb #a3206481
 def final_number(
     text: str, # such as "So she pays 1,200 coins."
 ) -> float | None:
@@ -95,6 +100,7 @@ def normal(text: str) -> str:
     "Remove case, punctuation and extra spaces, in which equal questions may differ."
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
+# %% ../../nbs/post/30_tasks.ipynb #77d5434c
 def part_of(
     key: str, # what makes a question different from others
 ) -> str: # "train", "rl" or "test"
@@ -112,6 +118,7 @@ def check_task_split(
     if split in splits: return
     raise UserError(f"task {name!r} has no split {split!r}: use one of {', '.join(splits)}.")
 
+# %% ../../nbs/post/30_tasks.ipynb #11625e12
 def _rename(
     content: str | list, # of a message
     name: str,
@@ -197,6 +204,7 @@ def choice_prompt(
     "Return a question of multiple choice, as the user asks it."
     return "\n".join([question, *option_lines(options), wanted])
 
+# %% ../../nbs/post/30_tasks.ipynb #3d034102
 def same_letter(
     reference: str, # the right letter
     completion: str, # visible text of a model's answer

@@ -56,6 +56,8 @@ _TALK = { # kind: (what the user says, possible replies)
      ["You are welcome!", "You are welcome. Is there anything else?"]),
     "bye": (["[Bye|Goodbye|Good night|See you|See you soon|See you tomorrow|I have to go][!|.|]"],
      ["Goodbye!", "Goodbye! See you soon."])}
+
+# %% ../../nbs/post/32_town.ipynb #0be51f8a
 _TALK_SAID = {kind: _all_texts(said) for kind, (said, _) in _TALK.items()}
 
 # %% ../../nbs/post/32_town.ipynb #10c2d841
@@ -94,6 +96,8 @@ _ABOUT = { # kind: (what the user says, the reply)
         ("{a} has a {thing} and {b} has a {thing2}. What does {b} have?", "{b} has a {thing2}."),
         ("{a} has a {thing} and {b} has a {thing2}. Who has the {thing}?",
          "{a} has the {thing}.")]}
+
+# %% ../../nbs/post/32_town.ipynb #822d83b0
 _ABOUT = {kind: compile_pairs(pairs) for kind, pairs in _ABOUT.items()}
 
 # %% ../../nbs/post/32_town.ipynb #1a9781af
@@ -103,6 +107,7 @@ def _talk_part(
     "Return the part of small talk that a message belongs to."
     return "test" if part_of(text) == "test" and len(normal(text).split()) > 1 else "train"
 
+# %% ../../nbs/post/32_town.ipynb #3d26d528
 def _greeting(draw: Draw) -> list[dict]:
     "Return a greeting of the training part, and its reply."
     said = draw.pick([text for text in _TALK_SAID["hello"] if _talk_part(text) == "train"])
@@ -190,6 +195,7 @@ def _careless(question: str) -> str:
     "Return a question as people type it: lower case, without the mark at the end."
     return question.lower().rstrip("?.!")
 
+# %% ../../nbs/post/32_town.ipynb #fdaa3b8a
 class Identity(Task):
     "Who the model is and who made it."
 
@@ -301,6 +307,8 @@ _SAME = {
         "Do {N} and {M} have the same hobby?", "Is the hobby of {N} the same as that of {M}?"],
     "birthday": ["Were {N} and {M} born in the same month?",
                  "Are the birthdays of {N} and {M} in one month?"]}
+
+# %% ../../nbs/post/32_town.ipynb #986b86e6
 _SAME = {attribute: compile_templates(texts) for attribute, texts in _SAME.items()} # asked of two people
 _SAYS = {
     "job": "{N} is {a_job}",
@@ -324,6 +332,8 @@ _ONWARD = {
          "{N} is {a_job}, and {a_job} works at the {work}."),
         ("[Where can I find {N} at work|Where is {Ns} place of work]?",
          "{N} is {a_job}, and {a_job} works at the {work}.")]}
+
+# %% ../../nbs/post/32_town.ipynb #d03cdea0
 # from a fact to what is true of all such things
 _ONWARD = {attribute: compile_pairs(pairs) for attribute, pairs in _ONWARD.items()}
 _LATER = {place for place, _ in JOBS.values()} | {text for pair in PETS.values() for text in pair}
@@ -378,6 +388,7 @@ def _same(self: TwoFacts, draw):
     question = expand(draw.pick(_SAME[attribute]), {**a, "M": b["N"]}, draw)
     return [user(question), assistant(f"{says}, so {'yes' if yes else 'no'}.")]
 
+# %% ../../nbs/post/32_town.ipynb #6ee4c7e3
 @patch
 def _onward(self: TwoFacts, draw):
     "From a person to what such people or animals do."
@@ -417,6 +428,8 @@ _TOLD = {
                  "{goods}].", "I will remember that: {n} {goods}.",
                  "[How many {goods} do I need|How many {goods} must I buy]?",
                  "You need {n} {goods}.")}
+
+# %% ../../nbs/post/32_town.ipynb #525cb155
 # kind: (what makes it new, what the user tells, reply, question, answer)
 _TOLD = {kind: compile_templates(texts) for kind, texts in _TOLD.items()}
 
@@ -498,6 +511,8 @@ _OUTSIDE = _all_texts([
     "How much does a [house|car|horse|ship] cost?", "Where did I put my [key|bag|hat]?",
     "What is in the [news|paper] today?", "Where are you now?",
     "Who is [at the door|on the phone|behind me]?"])
+
+# %% ../../nbs/post/32_town.ipynb #db8620d2
 _OUTSIDE_ANSWERS = compile_templates([
     "I do not know that.", "I do not know that, because I only know {town}.",
     "I am sorry, I do not know that."])
@@ -538,6 +553,7 @@ def _stranger(self: Unknown, draw):
     question = expand(draw.pick(questions), slots, draw)
     return question, expand(draw.pick(_STRANGER_ANSWERS), slots, draw)
 
+# %% ../../nbs/post/32_town.ipynb #a3b16764
 @patch
 def _hidden(self: Unknown, draw):
     while True:
@@ -545,6 +561,7 @@ def _hidden(self: Unknown, draw):
         question = expand(template, person.subject(draw.pick(("first", "full"))), draw)
         if self._is_mine(question): return question, draw.pick(_HIDDEN_ANSWERS)
 
+# %% ../../nbs/post/32_town.ipynb #fcbf4331
 @patch
 def _outside(self: Unknown, draw):
     question, answer = draw.pick(self.outsides), draw.pick(_OUTSIDE_ANSWERS)

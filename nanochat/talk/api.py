@@ -26,10 +26,12 @@ _ERROR_TYPES = {
     404: "not_found_error", 405: "invalid_request_error", 408: "timeout_error",
     413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error"}
 
+# %% ../../nbs/talk/43_api.ipynb #2636a4e6
 def without_surrogates(text: str) -> str:
     "Replace half a surrogate pair, which JSON can hold and UTF-8 cannot, by a question mark."
     return text.encode("utf-8", "replace").decode()
 
+# %% ../../nbs/talk/43_api.ipynb #4a706d8c
 class ApiError(Exception):
     "A refusal: the HTTP status, and a sentence that says what to do."
     def __init__(
@@ -55,6 +57,7 @@ class ApiError(Exception):
         "Return the error as a response."
         return JSONResponse(self.body(), self.status, self.headers)
 
+# %% ../../nbs/talk/43_api.ipynb #9b16fdb6
 def restarting() -> ApiError:
     "Return the error for the time in which no process holds the model."
     return ApiError(503, "the process that holds the model has died and is being started again: "
@@ -80,15 +83,18 @@ _Text = Annotated[str, Field(max_length=1 << 20)]
 _StopText = Annotated[str, Field(min_length=1, max_length=200)]
 _Nothing = Annotated[list[Any], Field(max_length=0)]
 
+# %% ../../nbs/talk/43_api.ipynb #f062dd98
 class _Strict(BaseModel):
     "Fields of exactly these types and names."
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+# %% ../../nbs/talk/43_api.ipynb #cc05ff06
 class ContentPart(_Strict):
     "A piece of a message."
     type: Literal["text", "python", "python_output"]
     text: _Text
 
+# %% ../../nbs/talk/43_api.ipynb #51b820f9
 class Message(_Strict):
     "A turn of a conversation."
     role: Literal["system", "developer", "user", "assistant"]
@@ -107,10 +113,12 @@ class StreamOptions(_Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
+# %% ../../nbs/talk/43_api.ipynb #447aebea
 class PlainText(_Strict):
     "The only format that an answer can have."
     type: Literal["text"]
 
+# %% ../../nbs/talk/43_api.ipynb #74822abc
 class _Request(_Strict):
     "What both endpoints have in common."
     model: Annotated[str, Field(max_length=500)] | None = None
@@ -156,6 +164,7 @@ class ChatRequest(_Request):
 
 _Tokens = Annotated[list[Annotated[int, Field(ge=0, le=1 << 31)]], Field(min_length=1)]
 
+# %% ../../nbs/talk/43_api.ipynb #7be208e4
 class CompletionRequest(_Request):
     "A text to continue, or its tokens."
     prompt: _Text | _Tokens
@@ -170,12 +179,14 @@ _UNSUPPORTED = {
     "modalities", "audio", "prediction", "reasoning_effort", "logit_bias", "presence_penalty",
     "frequency_penalty", "echo", "suffix", "best_of"}
 
+# %% ../../nbs/talk/43_api.ipynb #08aeb6d7
 def _place(loc: tuple) -> list[str]:
     "Return where an error is, without the names that pydantic gives to alternatives."
     def of_pydantic(part):
         return isinstance(part, str) and ("[" in part or part in ("str", "bool", "ContentPart"))
     return [str(part) for part in loc if part != "body" and not of_pydantic(part)]
 
+# %% ../../nbs/talk/43_api.ipynb #6b327dfe
 def explain(
     errors: list[dict], # as pydantic found them
 ) -> ApiError:
@@ -221,6 +232,7 @@ class Prompt:
         if not self.left_out: return {}
         return {"left_out": self.left_out, "note": left_out_note(self.left_out)}
 
+# %% ../../nbs/talk/43_api.ipynb #93d8c3bd
 def _answer_tokens(limits: ServerLimits, requested: int | None) -> int:
     "Return the most tokens of an answer. Raises `ApiError` if more are requested than allowed."
     if requested is not None and requested > limits.tokens:
@@ -228,6 +240,7 @@ def _answer_tokens(limits: ServerLimits, requested: int | None) -> int:
                        "most: lower max_tokens.", "max_tokens", "too_large")
     return requested or limits.default_tokens
 
+# %% ../../nbs/talk/43_api.ipynb #9da11b07
 def _as_conversation(message: Message) -> dict:
     "Return a message in the form of nanochat's conversations. Raises `ApiError` for wrong parts."
     role, content = message.role, message.content
@@ -240,6 +253,7 @@ def _as_conversation(message: Message) -> dict:
     if not with_tools: return {"role": role, "content": "".join(part.text for part in content)}
     return {"role": role, "content": [{"type": p.type, "text": p.text} for p in content]}
 
+# %% ../../nbs/talk/43_api.ipynb #81d01f2b
 def _characters(message: dict) -> int:
     "Count the characters of a message."
     content = message["content"]
@@ -279,6 +293,7 @@ def chat_prompt(
         tokens = tokenizer.render_for_completion(conversation)
     return Prompt(tokens, min(requested, context - len(tokens)), left_out)
 
+# %% ../../nbs/talk/43_api.ipynb #72c5413d
 def completion_prompt(
     service, # has `limits`, `tokenizer` and `context`
     request: CompletionRequest,
@@ -308,17 +323,20 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
 
+# %% ../../nbs/talk/43_api.ipynb #1ff6a1b3
 class Notes(BaseModel):
     "What this server tells beyond OpenAI's API."
     left_out: int
     note: str
 
+# %% ../../nbs/talk/43_api.ipynb #7244382b
 class ChatMessage(BaseModel):
     "An answer."
     role: Literal["assistant"]
     content: str
     refusal: None = None
 
+# %% ../../nbs/talk/43_api.ipynb #2bbc220b
 class _ResponseChoice(BaseModel):
     "What an answer and a continuation have in common."
     index: int
@@ -326,10 +344,12 @@ class _ResponseChoice(BaseModel):
     finish_reason: Literal["stop", "length"]
     parts: list[dict[str, Any]] | None = None
 
+# %% ../../nbs/talk/43_api.ipynb #cd65ab9d
 class ChatChoice(_ResponseChoice):
     "One of `n` answers."
     message: ChatMessage
 
+# %% ../../nbs/talk/43_api.ipynb #86e8839e
 class TextChoice(_ResponseChoice):
     "One of `n` continuations."
     text: str
@@ -343,16 +363,19 @@ class _Response(BaseModel):
     usage: Usage
     nanochat: Notes | None = None
 
+# %% ../../nbs/talk/43_api.ipynb #11671162
 class ChatAnswer(_Response):
     "The answer to a conversation."
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
 
+# %% ../../nbs/talk/43_api.ipynb #725d5fca
 class TextAnswer(_Response):
     "The continuation of a text."
     object: Literal["text_completion"]
     choices: list[TextChoice]
 
+# %% ../../nbs/talk/43_api.ipynb #bbb23868
 class ErrorDetail(BaseModel):
     "What was wrong, and what to do."
     message: str
@@ -360,6 +383,7 @@ class ErrorDetail(BaseModel):
     param: str | None
     code: str | None
 
+# %% ../../nbs/talk/43_api.ipynb #993a80fd
 class ErrorBody(BaseModel):
     "An error."
     error: ErrorDetail

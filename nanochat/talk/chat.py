@@ -26,6 +26,7 @@ from ..train.checkpoint import load_model
 # %% ../../nbs/talk/41_chat.ipynb #f735964b
 TEMPERATURE = 0.3 # the default of a chat
 
+# %% ../../nbs/talk/41_chat.ipynb #ba606298
 @dataclass
 class _Setting:
     "A sampling setting that a person may change during a chat."
@@ -64,10 +65,12 @@ class Piece:
     alternatives: list = field(default_factory=list) # (text, probability) of the likeliest tokens
     finish: str | None = None # on the last piece: "stop" if the model ended the answer
 
+# %% ../../nbs/talk/41_chat.ipynb #ff72be9f
 # marks around the kinds where there is only text
 OPENING = {"python": "[", "python_output": " = "}
 CLOSING = {"python_output": "] "}
 
+# %% ../../nbs/talk/41_chat.ipynb #750cdfab
 def kinds_after(
     tokenizer: Tokenizer,
 ) -> dict[int, str]: # special token: the kind of the text after it
@@ -76,6 +79,7 @@ def kinds_after(
              "<|python_end|>": "text", "<|output_end|>": "text"}
     return {tokenizer.special(name): kind for name, kind in kinds.items()}
 
+# %% ../../nbs/talk/41_chat.ipynb #b263209b
 def left_out_note(
     left_out: int, # messages
 ) -> str:
@@ -120,6 +124,7 @@ def content_of(
     if any(part["type"] != "text" for part in parts): return parts
     return "".join(part["text"] for part in parts)
 
+# %% ../../nbs/talk/41_chat.ipynb #2c1d64b3
 def readable(
     content: str | list, # a message's "content"
 ) -> str:
@@ -143,6 +148,7 @@ def chosen_stage(
         raise UserError(f"stage {stage!r} has no model: use base, mid, sft, rl, dpo or latest.")
     return stage
 
+# %% ../../nbs/talk/41_chat.ipynb #c9f8f2a5
 def open_engine(
     run_name: str, # the run's name
     stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or the newest finished one
@@ -251,6 +257,7 @@ def save_talk(talk: Talk, path: Path):
     conversation = {"messages": talk.messages}
     atomic_write(path, json.dumps(conversation, ensure_ascii=False, indent=1))
 
+# %% ../../nbs/talk/41_chat.ipynb #1f279753
 def resume_talk(talk: Talk, conversation: dict):
     "Continue a conversation. Raises `UserError` if its messages are out of order or not Unicode."
     talk.engine.tokenizer.render_conversation(conversation)
@@ -262,6 +269,7 @@ CONSENT = ("thumbs and regenerated answers, with the conversation up to there, a
            "runs/{}/feedback.jsonl on this machine, for `nanochat dpo` to train on. "
            "Nothing is sent anywhere.")
 
+# %% ../../nbs/talk/41_chat.ipynb #0090c3be
 class FeedbackKeeper:
     "Writes a person's feedback on a run's answers into the run's folder."
     def __init__(self, run: Run, stage: str):
@@ -299,12 +307,14 @@ _COMMANDS = {
     "/help": "this list",
     "/quit": "leave (so does Ctrl-D); Ctrl-C stops an answer"}
 
+# %% ../../nbs/talk/41_chat.ipynb #01454ba9
 _HELP = "\n".join(
     ["Commands:", *(f"  {command:<15} {about}" for command, about in _COMMANDS.items())])
 
 # a model might draw with control characters, or change the terminal's title
 _CONTROLS = {code: "�" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
+# %% ../../nbs/talk/41_chat.ipynb #71fccd2e
 def _write_stream(
     stream: Iterator[Piece],
     write, # called with each bit of text
@@ -349,6 +359,7 @@ def _obey(
         write(f"({name} is {getattr(talk, name)})\n")
     else: raise UserError(f"{command[:40]} is not a command: /help lists them.")
 
+# %% ../../nbs/talk/41_chat.ipynb #5aff8934
 def converse(
     talk: Talk,
     read, # called for a line; raises `EOFError` at the end
@@ -373,6 +384,7 @@ def _piped_line() -> str:
     if not (line := sys.stdin.readline()): raise EOFError
     return line
 
+# %% ../../nbs/talk/41_chat.ipynb #fab3bee3
 def terminal_chat(
     run_name: str, # the run's name
     stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or the newest finished one

@@ -25,6 +25,7 @@ _BLOCK = { # ours → theirs, inside a block
     "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
     "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
+# %% ../../nbs/talk/48_export.ipynb #a8d0e8bd
 def transformers_names(
     n_layer: int, # blocks
 ) -> dict[str, str]: # ours → theirs
@@ -47,6 +48,7 @@ def _additions(config: GPTConfig) -> list[str]:
         extra.append(f"window_pattern={config.window_pattern}")
     return extra
 
+# %% ../../nbs/talk/48_export.ipynb #26ea9aff
 def _transformers_config(c: GPTConfig, tokenizer: Tokenizer) -> dict:
     "Describe a model as transformers' config.json does."
     return {
@@ -93,11 +95,13 @@ def to_transformers(
 def _is_table(name: str) -> bool:
     return "wte" in name or name.startswith(("lm_head", "value_embeds"))
 
+# %% ../../nbs/talk/48_export.ipynb #a6fec92a
 def _fit_rows(table: torch.Tensor, n: int) -> torch.Tensor:
     "Pad or cut a table to n rows."
     padding = table.new_zeros(max(0, n - len(table)), *table.shape[1:])
     return torch.cat([table, padding])[:n]
 
+# %% ../../nbs/talk/48_export.ipynb #82cb6041
 def _load_tables(model: GPT, state: dict[str, torch.Tensor], source: Path) -> GPT:
     "Put weights into a model, whose tables may be padded. Raises `UserError` if they do not fit."
     wanted = model.state_dict()
@@ -138,6 +142,7 @@ def _from_transformers_config(folder: Path) -> GPTConfig:
                         "that model cannot be ours.")
     return c
 
+# %% ../../nbs/talk/48_export.ipynb #a8d6fee0
 def from_transformers(
     folder: Path, # with config.json, model.safetensors and perhaps tokenizer.json
 ) -> tuple[GPT, Tokenizer | None]: # the model, ready for inference; its tokenizer if there is one
@@ -169,6 +174,7 @@ def _nanochat_config(shape: dict, state: dict[str, torch.Tensor]) -> GPTConfig:
         resid_lambdas="resid_lambdas" in state,
         smear="smear_lambda" in state, backout="backout_lambda" in state)
 
+# %% ../../nbs/talk/48_export.ipynb #fd6157da
 def _checkpoint_file(folder: Path, step: int | None) -> Path:
     "Find the weights of a step, or of the last one. Raises `UserError` if they are missing."
     steps = {}

@@ -48,12 +48,14 @@ _OPEN = {"/", "/health"} # without a key
 _ENDPOINTS = ("/", "/health", "/metrics", "/openapi.json", "/v1/models", # as requests are counted
               "/v1/chat/completions", "/v1/completions")
 
+# %% ../../nbs/talk/46_serve.ipynb #787fa65a
 def _check_host(host: str, hosts: set[str] | None):
     "Raise an `ApiError` if a request is for another host."
     if hosts is not None and (urllib.parse.urlsplit(f"//{host}").hostname or "") not in hosts:
         raise ApiError(403, f"this server is not called {host[:100]!r}: use http://127.0.0.1 with "
                        "its port, or start it with --host and a key.", code="wrong_host")
 
+# %% ../../nbs/talk/46_serve.ipynb #b37b655d
 def _check_origin(origin: str | None, host: str, origins: set[str]):
     "Raise an `ApiError` if a request is from the page of another site."
     if origin is None or origins & {origin, "*"}: return
@@ -61,6 +63,7 @@ def _check_origin(origin: str | None, host: str, origins: set[str]):
         raise ApiError(403, f"pages of {origin[:100]!r} may not use this server: start it with "
                        f"--allow-origin {origin[:100]}.", code="wrong_origin")
 
+# %% ../../nbs/talk/46_serve.ipynb #e3e3375d
 def _check_key(given: str, key: str):
     "Raise an `ApiError` if the Authorization header does not have the key."
     scheme, _, token = given.partition(" ")
@@ -70,6 +73,7 @@ def _check_key(given: str, key: str):
                        "send it as Authorization: Bearer KEY.",
                        code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
+# %% ../../nbs/talk/46_serve.ipynb #51d17cfa
 def _check_content_type(content_type: str):
     "Raise an `ApiError` if a body is not marked as JSON."
     if content_type.partition(";")[0].strip().lower() != "application/json":
@@ -107,6 +111,7 @@ async def _read_body(
                        code="too_large", headers={"Connection": "close"})
     return bytes(data)
 
+# %% ../../nbs/talk/46_serve.ipynb #e7866064
 def _received(body: bytes, receive: Callable) -> Callable:
     "Return ASGI's receive with a body that was read already."
     messages = [{"type": "http.request", "body": body, "more_body": False}]
@@ -173,6 +178,7 @@ def _sha(text: str) -> str:
     "Return a text's hash as a Content-Security-Policy names it."
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
+# %% ../../nbs/talk/46_serve.ipynb #42f9c195
 @functools.cache
 def _make_page() -> tuple[str, dict[str, str]]: # HTML, headers
     "Return the page, and the headers that allow its own style and script and nothing else."
@@ -195,6 +201,7 @@ def _check_model(service: Service, name: str | None):
     raise ApiError(404, f"there is no model {name[:100]!r} here: use {service.name!r}.",
                    "model", "model_not_found")
 
+# %% ../../nbs/talk/46_serve.ipynb #a88e9d85
 async def _answered(service: Service, request: Request, asked, shape, make_prompt, tools: bool):
     "Answer a request of one of the two endpoints."
     _check_model(service, asked.model)
@@ -211,6 +218,7 @@ async def _answered(service: Service, request: Request, asked, shape, make_promp
         rows.close()
         raise
 
+# %% ../../nbs/talk/46_serve.ipynb #b8bc797f
 def _add_errors(app: FastAPI):
     "Give every error the shape that OpenAI's clients expect."
     @app.exception_handler(ApiError)
@@ -237,6 +245,7 @@ _ERRORS = {
     "4XX": {"model": ErrorBody, "description": "The request is refused, and why."},
     "5XX": {"model": ErrorBody, "description": "The server cannot answer now, and why."}}
 
+# %% ../../nbs/talk/46_serve.ipynb #4f1c251c
 def _answers(model) -> dict:
     "Describe the responses of an endpoint: an object, or a stream."
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
@@ -245,6 +254,8 @@ def _answers(model) -> dict:
     return _ERRORS | {200: answer}
 
 _HEALTH = _ERRORS | {503: {"model": dict[str, Any], "description": "Not ready."}}
+
+# %% ../../nbs/talk/46_serve.ipynb #80b452ea
 _COUNTERS = _ERRORS | {200: {"content": {"text/plain": {"schema": {"type": "string"}}},
                              "description": "The counters."}}
 
@@ -260,6 +271,7 @@ def _health(service: Service) -> tuple[dict, int]: # the body, the status
     if workers: body["workers"] = workers
     return body, 200 if state in ("ready", "degraded") else 503
 
+# %% ../../nbs/talk/46_serve.ipynb #cc9c2801
 def _card(service: Service) -> dict:
     "Describe the model as OpenAI's API does."
     return {"id": service.name, "object": "model", "created": service.created,
@@ -302,6 +314,7 @@ def _add_endpoints(app: FastAPI, service: Service, secured: list):
         html, headers = _make_page()
         return HTMLResponse(html, headers=headers)
 
+# %% ../../nbs/talk/46_serve.ipynb #ab19607c
 def _create_app(
     service: Service,
     key: str | None = None, # that callers must have
@@ -327,6 +340,7 @@ def _is_loopback(host: str) -> bool:
     "Can an address be reached from this machine alone?"
     return host in ("localhost", "::1") or host.startswith("127.")
 
+# %% ../../nbs/talk/46_serve.ipynb #9b6cee03
 def _pick_devices(
     devices: str, # "auto", "cpu", "cuda:0,cuda:1", or a number of CPU processes
 ) -> list[str]: # one for each process
@@ -371,6 +385,7 @@ def _make_server(
                             h11_max_incomplete_event_size=1 << 16)
     return Server(config)
 
+# %% ../../nbs/talk/46_serve.ipynb #85a35b65
 @contextlib.contextmanager
 def in_thread(
     service: Service,
@@ -400,6 +415,7 @@ def _check_access(host: str, api_key: str | None):
         raise UserError("the API key has less than 8 characters, or others than visible ASCII: "
                         f"choose another {make_one}.")
 
+# %% ../../nbs/talk/46_serve.ipynb #21eacf3a
 def _listen(host: str, port: int) -> socket.socket:
     "Open a socket. Raises `UserError` if that is not possible."
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -408,6 +424,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"nothing can listen at {host}, port {port} ({e.strerror or e}): "
                         "choose another --port or --host.") from None
 
+# %% ../../nbs/talk/46_serve.ipynb #bfd811b3
 def _load(service: Service, run_name: str, devices: list[str]):
     "Load a service's model: in this process for one device, in a process each for several."
     rows, stage, name = service.limits.rows, service.stage, service.name

@@ -42,6 +42,7 @@ class _TextPart:
     kind: str # "text", "python", "python_output"; "mark": brackets around the latter two
     token: dict | None = None # the token that it came with, as `_token_entry` makes it
 
+# %% ../../nbs/talk/44_stream.ipynb #bcef9a48
 def _token_entry(tokenizer: Tokenizer, event: TokenEvent) -> dict:
     "Return a token and its likeliest alternatives with log-probabilities, as OpenAI writes them."
     def entry(text, data, prob):
@@ -62,6 +63,7 @@ def _find_stop(
     found = [(at + len(s), at) for s in stops if (at := text.find(s)) >= 0]
     return min(found)[1] if found else None
 
+# %% ../../nbs/talk/44_stream.ipynb #8a8f59d2
 def _held_back(
     text: str,
     stops: list[str],
@@ -125,6 +127,7 @@ def _push(self: AnswerText, text, kind, entry=None):
     self.parts.append(_TextPart(text, kind, entry))
     self.held += text
 
+# %% ../../nbs/talk/44_stream.ipynb #19a6f1be
 @patch
 def _release(self: AnswerText, n, everything=False):
     "Return the first `n` held characters, and the tokens that begin among them."
@@ -144,6 +147,7 @@ def _release(self: AnswerText, n, everything=False):
 # %% ../../nbs/talk/44_stream.ipynb #d81176a3
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
+# %% ../../nbs/talk/44_stream.ipynb #8ae10fe0
 class _Histogram:
     "Counts values by the smallest bound that they do not exceed."
     def __init__(self, bounds: tuple = _SECONDS):
@@ -162,6 +166,7 @@ class _Histogram:
             lines.append(f'{name}_bucket{{le="{bound}"}} {total}')
         return [*lines, f"{name}_sum {self.sum:.6f}", f"{name}_count {total}"]
 
+# %% ../../nbs/talk/44_stream.ipynb #da36d5b7
 class _ServerMetrics:
     "What the server counts."
     def __init__(self):
@@ -279,6 +284,7 @@ class Rows:
             self.absent -= 1
             self.rows.append(row)
 
+# %% ../../nbs/talk/44_stream.ipynb #fe7034f9
 def _raise_failure(event: TokenEvent | Exception):
     "Raise an `ApiError` for an event that tells of a failure."
     if isinstance(event, UserError): raise ApiError(400, str(event))
@@ -298,6 +304,7 @@ def _on_event(self: Rows, i, event): # in the scheduler's thread
     with contextlib.suppress(RuntimeError): # the loop may have ended
         self.loop.call_soon_threadsafe(self._ring)
 
+# %% ../../nbs/talk/44_stream.ipynb #cf8cff43
 @patch
 def _ring(self: Rows):
     self.rung = False # before the events are looked at: one that comes now rings again
@@ -308,6 +315,7 @@ def _ring(self: Rows):
         self._cancel_all()
     self.bell.set()
 
+# %% ../../nbs/talk/44_stream.ipynb #7dfe2865
 @patch
 def _cancel_all(self: Rows):
     for row in self.rows: self.service.backend.cancel(row)
@@ -323,6 +331,7 @@ def _count(self: Rows) -> list:
     self.service.dismiss(ended)
     return taken
 
+# %% ../../nbs/talk/44_stream.ipynb #03a0344c
 @patch
 async def take(self: Rows) -> list[tuple[int, TokenEvent]]: # (row, event)
     "Wait for events. Raises `ApiError` if a row failed, or if the reader was too slow."
@@ -337,12 +346,14 @@ async def take(self: Rows) -> list[tuple[int, TokenEvent]]: # (row, event)
     for _, event in taken: _raise_failure(event)
     return taken
 
+# %% ../../nbs/talk/44_stream.ipynb #51021856
 @patch
 def cancel(self: Rows, i: int): # which row
     "End a row early and ignore its further events."
     self.cancelled.add(i)
     self.service.backend.cancel(self.rows[i])
 
+# %% ../../nbs/talk/44_stream.ipynb #2e152f43
 @patch
 def close(self: Rows):
     "Stop reading and end the running rows. Places become free as the last events come."
@@ -368,6 +379,7 @@ class ChatShape:
     def full(self, text: str) -> dict:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
+# %% ../../nbs/talk/44_stream.ipynb #413689b2
 class TextShape:
     "How /v1/completions writes continuations."
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
@@ -392,6 +404,7 @@ def _sse(data: dict) -> bytes:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return b"data: " + text.encode() + b"\n\n"
 
+# %% ../../nbs/talk/44_stream.ipynb #bbbdde15
 def _merged(parts: list[_TextPart]) -> list[_TextPart]:
     "Merge neighbours of one kind."
     out = []
@@ -400,6 +413,7 @@ def _merged(parts: list[_TextPart]) -> list[_TextPart]:
         else: out.append(_TextPart(part.text, part.kind))
     return out
 
+# %% ../../nbs/talk/44_stream.ipynb #329f97b6
 def _part_entry(part: _TextPart) -> dict:
     "Write a part of text as our page reads it, with its token's probabilities."
     entry = {"type": part.kind, "text": part.text}
@@ -472,11 +486,13 @@ def _usage(self: Answering) -> dict:
     return {"prompt_tokens": read, "completion_tokens": written,
             "total_tokens": read + written}
 
+# %% ../../nbs/talk/44_stream.ipynb #c51e93c9
 @patch
 def _notes(self: Answering) -> dict:
     notes = self.prompt.notes()
     return {"nanochat": notes} if notes else {}
 
+# %% ../../nbs/talk/44_stream.ipynb #87718c08
 @patch
 def _choice(
     self: Answering,
@@ -520,6 +536,7 @@ def _opening(self: Answering) -> list[bytes]:
     if not opening and not notes: return []
     return [self._event(i, opening or self.shape.delta(""), extra=notes) for i in range(self.n)]
 
+# %% ../../nbs/talk/44_stream.ipynb #9a782784
 @patch
 def _event(
     self: Answering,
@@ -532,6 +549,7 @@ def _event(
     choice = {"index": i, **body, "logprobs": None, "finish_reason": finish}
     return _sse(self.chunk_head | {"choices": [choice]} | (extra or {}))
 
+# %% ../../nbs/talk/44_stream.ipynb #6bfe9a13
 @patch
 async def lines(self: Answering) -> AsyncIterator[bytes]:
     "Yield the answer as server-sent events."
@@ -560,6 +578,7 @@ async def lines(self: Answering) -> AsyncIterator[bytes]:
 class Gone(Exception):
     "The caller went away."
 
+# %% ../../nbs/talk/44_stream.ipynb #6bfa22cf
 async def unless_gone(
     work: Awaitable,
     receive: Callable, # of ASGI
@@ -576,6 +595,7 @@ async def unless_gone(
         for task in tasks: task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+# %% ../../nbs/talk/44_stream.ipynb #ab84a4c7
 def unexpected(error: Exception) -> ApiError:
     "Log a bug of the server, and return what the caller is told."
     logging.getLogger("uvicorn.error").error("a request failed", exc_info=error)

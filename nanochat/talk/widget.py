@@ -72,6 +72,7 @@ def _render_piece(
 # %% ../../nbs/talk/42_widget.ipynb #b4d981ee
 def _div(kind: str, text: str) -> str: return f'<div class="{kind}">{html.escape(text)}</div>'
 
+# %% ../../nbs/talk/42_widget.ipynb #a819f0ba
 def _render_message(
     message: dict, # "role" and "content"
     pieces: list | None = None, # the `Piece`s of the content, where they are known
@@ -109,6 +110,7 @@ def _render_transcript(
     chat = f'<div class="nc-chat"><div class="turns">{"".join(turns)}</div></div>'
     return f'<div class="nc-column">{heading}{chat}</div>'
 
+# %% ../../nbs/talk/42_widget.ipynb #39682409
 def _render_columns(
     transcripts: list, # of HTML, as `_render_transcript` makes it
 ) -> str: # HTML
@@ -179,6 +181,7 @@ class Chat:
 # %% ../../nbs/talk/42_widget.ipynb #e0c0e17f
 _FIT = {"width": "auto"} # as wide as its text
 
+# %% ../../nbs/talk/42_widget.ipynb #d52f9471
 @patch
 def _make_inputs(self: Chat):
     "Make the widgets that take text, numbers and files."
@@ -223,6 +226,7 @@ def _button(
     made.on_click(clicked)
     return made
 
+# %% ../../nbs/talk/42_widget.ipynb #306d0646
 @patch
 def _make_buttons(self: Chat):
     "Make the buttons."
@@ -238,6 +242,7 @@ def _make_buttons(self: Chat):
         self._button("Good", "Thumb up: a good answer", up, False, "thumbs-up"),
         self._button("Bad", "Thumb down: a bad answer", down, False, "thumbs-down")]
 
+# %% ../../nbs/talk/42_widget.ipynb #83328fa4
 @patch
 def _lay_out(self: Chat):
     "Arrange the widgets in rows: feedback and files only where there is a run to keep them."
@@ -255,6 +260,7 @@ def _lay_out(self: Chat):
         rows.append(ipywidgets.HTML(f'<div style="{style}">{agreed}</div>'))
     self.widget = ipywidgets.VBox(rows)
 
+# %% ../../nbs/talk/42_widget.ipynb #22cb58c1
 @patch
 def _draw(self: Chat):
     "Bring the screen up to date."
@@ -290,6 +296,7 @@ def _answer(
     side.busy = False
     self._draw()
 
+# %% ../../nbs/talk/42_widget.ipynb #5c0d5061
 @patch
 def _each(
     self: Chat,
@@ -307,6 +314,7 @@ def _each(
             if side.busy: side.thread.start()
     return self
 
+# %% ../../nbs/talk/42_widget.ipynb #33800ec5
 @patch
 def _start(
     self: Chat,
@@ -330,6 +338,7 @@ def _entered(self: Chat):
     self._enter = threading.Timer(seconds, self._submit)
     self._enter.start()
 
+# %% ../../nbs/talk/42_widget.ipynb #823ef6f9
 @patch
 def _submit(self: Chat):
     "Send the text in the box, if Enter was pressed since the last time."
@@ -348,12 +357,14 @@ def send(self: Chat, text: str | None = None) -> "Chat":
     self.box.value = ""
     return self._start(lambda talk: talk.ask(text, self._stop))
 
+# %% ../../nbs/talk/42_widget.ipynb #4d94d0d3
 @patch
 def regenerate(self: Chat) -> "Chat":
     "Answer the last question again, and keep both answers with consent; returns at once."
     kept = self.keeper is not None and self.consent.value
     return self._start(lambda talk: talk.retry(self._stop), kept)
 
+# %% ../../nbs/talk/42_widget.ipynb #bb005228
 @patch
 def wait(self: Chat, timeout: float | None = None) -> "Chat": # seconds
     "Wait for the answer to end: `chat.send(\"Hello\").wait()` in a notebook that runs by itself."
@@ -361,6 +372,7 @@ def wait(self: Chat, timeout: float | None = None) -> "Chat": # seconds
         if side.thread: side.thread.join(timeout)
     return self
 
+# %% ../../nbs/talk/42_widget.ipynb #9bc345fa
 @patch
 def stop(self: Chat):
     "End the answer; the text so far stays."
@@ -373,11 +385,13 @@ def edit(self: Chat):
     def take(side): self.box.value = side.talk.take_back()
     self._each(take)
 
+# %% ../../nbs/talk/42_widget.ipynb #cf04a647
 @patch
 def clear(self: Chat):
     "Start again."
     self._each(lambda side: side.talk.clear())
 
+# %% ../../nbs/talk/42_widget.ipynb #4d09849f
 @patch
 def rate(self: Chat, rating: int):
     "Keep a thumb up (1) or down (-1) for the last answer, with consent."
@@ -406,11 +420,13 @@ def save(self: Chat, path: Path | None = None):
         return f"Saved as {target.name}."
     self._each(write)
 
+# %% ../../nbs/talk/42_widget.ipynb #4e7a2829
 @patch
 def load(self: Chat, path: Path):
     "Continue a saved conversation."
     self._load(lambda: read_json(path, "choose another file."))
 
+# %% ../../nbs/talk/42_widget.ipynb #9eb54167
 @patch
 def _uploaded(self: Chat):
     "Load the file that the file button received."
@@ -420,6 +436,7 @@ def _uploaded(self: Chat):
             raise UserError("this file is not JSON: choose one that Save wrote.") from None
     if self.upload.value: self._load(read)
 
+# %% ../../nbs/talk/42_widget.ipynb #481c049a
 @patch
 def _load(
     self: Chat,
@@ -440,6 +457,7 @@ def open_chat(
     "Open a chat cell with the model of a run. It offers to keep feedback."
     return Chat(*open_engine(run_name, stage), **settings)
 
+# %% ../../nbs/talk/42_widget.ipynb #dd849637
 def compare(
     model: str, # a run's name, or run/stage, such as "laptop/base"; without a stage, the newest
     *others: str, # the same

@@ -39,14 +39,17 @@ def load_on(
     "Load a run's model on a device, which may be one of several GPUs."
     return open_engine(run_name, stage, device)[0]
 
+# %% ../../nbs/talk/45_workers.ipynb #c37a8b70
 def _portable(event):
     "Return an event that can go through a pipe: an error as its text."
     if not isinstance(event, Exception): return event
     if type(event) is UserError: return UserError(str(event))
     return RuntimeError(f"{type(event).__name__}: {event}")
 
+# %% ../../nbs/talk/45_workers.ipynb #5104c752
 def _is_last(event) -> bool: return isinstance(event, Exception) or event.finish is not None
 
+# %% ../../nbs/talk/45_workers.ipynb #c3fb198e
 def _post(pipe, outbox: queue.SimpleQueue, scheduler: Scheduler):
     "Send all events that have gathered, and the load, again and again."
     while True:
@@ -100,6 +103,7 @@ class _PoolRow:
     worker: "_Worker"
     number: int
 
+# %% ../../nbs/talk/45_workers.ipynb #edb1261b
 class _Worker:
     "A process with a model, seen from the front."
     def __init__(self, pool: "WorkerPool", device: str):
@@ -160,6 +164,7 @@ def _hear(self: _Worker, what, *rest):
         if is_users: self.pool.refused = self.error
     self.pool.changed.set()
 
+# %% ../../nbs/talk/45_workers.ipynb #5411d72e
 @patch
 def _pass_on(self: _Worker, number, event):
     with self.lock:
@@ -167,6 +172,7 @@ def _pass_on(self: _Worker, number, event):
         if _is_last(event): self.rows.pop(number, None)
     if on_event: on_event(event)
 
+# %% ../../nbs/talk/45_workers.ipynb #7a51523a
 @patch
 def send(self: _Worker, *message) -> bool: # False if the worker could not be reached
     "Write into the pipe."
@@ -244,6 +250,7 @@ def wait(self: WorkerPool) -> tuple[Tokenizer, int]: # the tokenizer, the contex
     bpe, context = self.described
     return Tokenizer(RustBPE.from_json(bpe)), context
 
+# %% ../../nbs/talk/45_workers.ipynb #843b770b
 @patch
 def close(self: WorkerPool):
     "End all workers; their rows end with an error."

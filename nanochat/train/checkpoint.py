@@ -40,6 +40,7 @@ def _checkpoints(dir: Path) -> list[Path]:
         if name and path.is_dir(): found[int(name[1])] = path
     return [found[step] for step in sorted(found)]
 
+# %% ../../nbs/train/25_checkpoint.ipynb #05f08e6e
 def latest_checkpoint(
     dir: Path, # a stage's `checkpoints` folder; need not exist
 ) -> Path | None:
@@ -61,12 +62,14 @@ def _best(
         raise UserError(f"{file} is damaged (entries are missing): {remedy}") from None
     return (path, score) if path.is_dir() else (None, math.inf)
 
+# %% ../../nbs/train/25_checkpoint.ipynb #24ee5ed6
 def best_checkpoint(
     dir: Path, # a stage's `checkpoints` folder; need not exist
 ) -> Path | None:
     "The checkpoint with the lowest score given to `mark_best`, if any. Raises `UserError` if `best.json` is damaged."
     return _best(dir)[0]
 
+# %% ../../nbs/train/25_checkpoint.ipynb #5b291f01
 def mark_best(
     dir: Path, # a stage's `checkpoints` folder
     step: int, # the checkpoint that was evaluated; it must be there
@@ -87,6 +90,7 @@ def _discard(path: Path):
     os.rename(path, away)
     shutil.rmtree(away, ignore_errors=True)
 
+# %% ../../nbs/train/25_checkpoint.ipynb #35bedf42
 def _make_room(dir: Path, states: list[dict]):
     "Remove what a killed process left. Raises `UserError` if the tensors do not fit on the disk."
     dir.mkdir(parents=True, exist_ok=True)
@@ -99,12 +103,14 @@ def _make_room(dir: Path, states: list[dict]):
             f"a checkpoint of {need / 1e9:.1f} GB does not fit into the {free / 1e9:.1f} GB "
             f"that are free in {dir}: make room and start again.")
 
+# %% ../../nbs/train/25_checkpoint.ipynb #3cade072
 def _write_tensors(path: Path, state: dict) -> dict: # size and SHA-256
     "Write and flush one safetensors file."
     save_file({k: t.detach().contiguous() for k, t in state.items()}, path)
     fsync_file(path)
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
+# %% ../../nbs/train/25_checkpoint.ipynb #751ac5f0
 def _write_meta(path: Path, files: dict, meta: dict):
     "Write and flush `meta.json`, with its own checksum."
     # through JSON and back: the checksum is of what a reader will see (JSON turns the key 1 into "1")
@@ -157,6 +163,7 @@ def _damaged(path: Path, what: str) -> UserError:
     return UserError(f"{path} {what}: delete the folder {path.parent} "
                      "to resume from the checkpoint before it.")
 
+# %% ../../nbs/train/25_checkpoint.ipynb #9cd646bf
 def _is_sound(body: dict) -> bool:
     "Has a `meta.json` all its entries?"
     files, meta = body.get("files"), body.get("meta")
@@ -164,6 +171,7 @@ def _is_sound(body: dict) -> bool:
     if not isinstance(meta, dict) or not isinstance(meta.get("step"), int): return False
     return all(isinstance(f, dict) and {"bytes", "sha256"} <= set(f) for f in files.values())
 
+# %% ../../nbs/train/25_checkpoint.ipynb #58a0d5d7
 def _read_meta(
     path: Path # a checkpoint folder
 ) -> dict: # format, files, meta
@@ -180,6 +188,7 @@ def _read_meta(
     if not _is_sound(body): raise _damaged(file, "is damaged (entries are missing)")
     return body
 
+# %% ../../nbs/train/25_checkpoint.ipynb #69b4707a
 def _read_tensors(
     path: Path, # a safetensors file
     entry: dict, # its size and SHA-256
@@ -216,6 +225,7 @@ def _to_text(data) -> str:
     "Bytes of an array as base64."
     return base64.b64encode(np.asarray(data).tobytes()).decode()
 
+# %% ../../nbs/train/25_checkpoint.ipynb #db8924df
 def rng_state() -> dict: # JSON-able
     "States of the random number generators of torch (CPU, and CUDA if it is in use), numpy and `random`."
     version, numbers, gauss = random.getstate()
@@ -227,6 +237,7 @@ def rng_state() -> dict: # JSON-able
         state["cuda"] = _to_text(torch.cuda.get_rng_state())
     return state
 
+# %% ../../nbs/train/25_checkpoint.ipynb #f59a627a
 def set_rng_state(
     state: dict, # from `rng_state`
 ):
@@ -260,6 +271,7 @@ def _build_model(
         raise _damaged(file, "does not fit the model that meta.json describes") from None
     return model.to(device)
 
+# %% ../../nbs/train/25_checkpoint.ipynb #91bb9c5c
 def load_model(
     run: Run, # the run
     stage: str, # "base", "mid", "sft" or "rl"

@@ -44,6 +44,7 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor: # the same shape
     if dist.is_initialized(): dist.all_reduce(x)
     return x
 
+# %% ../../nbs/train/26_loop.ipynb #c2fccd3d
 def autocast(device: torch.device, dtype: torch.dtype):
     "Context in which matrix products run in `dtype`, while weights and sums stay fp32."
     if dtype == torch.float32: return nullcontext()
@@ -104,6 +105,7 @@ def agree(*wishes: bool, device: torch.device) -> list[bool]:
     votes = torch.tensor(wishes, dtype=torch.float32, device=device)
     return (all_reduce_sum(votes) > 0).tolist()
 
+# %% ../../nbs/train/26_loop.ipynb #9a27389a
 def _checkpoint_to_resume(
     dir: Path, # a stage's `checkpoints` folder; need not exist
     device: torch.device, # on which the ranks exchange tensors
@@ -209,11 +211,13 @@ def _wishes(self: Loop) -> list[bool]: # save, stop
         self._agreed = agree(late, self._stop.requested, device=self.device)
     return self._agreed
 
+# %% ../../nbs/train/26_loop.ipynb #440fa481
 @patch
 def pauses(self: Loop) -> bool:
     "Will the loop save, evaluate or stop after this step?"
     return any(self._wishes()) or self.due()
 
+# %% ../../nbs/train/26_loop.ipynb #4048ce02
 @patch
 def __iter__(self: Loop):
     "Yield the steps that are left. Raises `Stopped`, after saving, if a signal came."
@@ -245,6 +249,7 @@ def _between_steps(self: Loop):
     steps = self.settings.steps
     raise Stopped(f"stopped by {who} after step {self.step} of {steps}, {kept}.")
 
+# %% ../../nbs/train/26_loop.ipynb #95e3730c
 @patch
 def _save(self: Loop):
     "Write a checkpoint on rank 0; the finished model needs no optimizer state."
@@ -259,6 +264,7 @@ def _save(self: Loop):
     barrier()
     self._saved_at = time.perf_counter()
 
+# %% ../../nbs/train/26_loop.ipynb #39437a86
 @patch
 def _evaluate(self: Loop):
     "Evaluate, log the numbers, and mark the checkpoint if it is the best."
@@ -270,6 +276,7 @@ def _evaluate(self: Loop):
         mark_best(s.checkpoints, self.step, self.last_eval[BEST_BY])
     self.evaluated_at = time.perf_counter()
 
+# %% ../../nbs/train/26_loop.ipynb #b871a449
 @patch
 def _was_evaluated(self: Loop) -> bool:
     "Does rank 0's log hold the evaluation of this step already?"
@@ -417,6 +424,7 @@ def optimizer_for(
     dtype = torch.bfloat16 if config["hardware"]["dtype"] == "bfloat16" else None
     return make_optimizer(model, **rates, weight_decay=base["weight_decay"], dtype=dtype)
 
+# %% ../../nbs/train/26_loop.ipynb #09c4c138
 def prepare_model(
     model: GPT, # fresh from a checkpoint or from `init_weights`
     config: dict, # a run's configuration
@@ -462,6 +470,7 @@ class _OneEpoch:
         self.left -= self.loader.batch_size * self.loader.world_size
         return x, y
 
+# %% ../../nbs/train/26_loop.ipynb #35f67a83
 def validation_bits_per_byte(
     model: GPT, # on its device
     tokenizer: Tokenizer, # the one that it was trained with
@@ -494,6 +503,7 @@ def loop_settings(
         checkpoints=run.stage_dir(stage)/"checkpoints", desc=desc,
         meta={"stage": stage, "model": vars(model.config), "tokenizer": tokenizer.hash})
 
+# %% ../../nbs/train/26_loop.ipynb #b1b6bca2
 def _pretrain_schedule(
     section: dict, # `base` of a configuration
 ) -> Callable[[int], dict]: # step → keyword arguments of `optimizer.step`

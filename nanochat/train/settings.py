@@ -146,6 +146,8 @@ _HARDWARE = [
     _Setting("hardware.tracker", str, "none", "", "where metrics go besides metrics.jsonl",
              choices=("none", *TRACKERS)),
 ]
+
+# %% ../../nbs/train/21_settings.ipynb #f979f2ba
 _TEXT = [
     _Setting("data.source", str, "world", "",
              f"one of {', '.join(SOURCES)}, or a folder or file of your own"),

@@ -44,6 +44,7 @@ class _Answered:
     total: float = 0.0 # seconds until the end
     whole: bool = False # the stream said that it ended
 
+# %% ../../../nbs/lab/bench/66_serve.ipynb #22b3399b
 _HEAD = (b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
          b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n")
 
@@ -71,6 +72,7 @@ def _read_event(answered: _Answered, line: bytes, started: float):
         answered.first = answered.first or time.perf_counter() - started
         answered.text += text
 
+# %% ../../../nbs/lab/bench/66_serve.ipynb #856503e7
 async def _ask_once(
     port: int, # of a server on this machine
     question: int, # its number is also its seed
@@ -89,6 +91,7 @@ async def _ask_once(
     answered.total = time.perf_counter() - started
     return answered
 
+# %% ../../../nbs/lab/bench/66_serve.ipynb #c51c1307
 async def _ask_for(
     port: int, # of a server on this machine
     clients: int, # at the same time

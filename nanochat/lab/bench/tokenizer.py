@@ -72,6 +72,7 @@ class _Encoder:
     rows: Callable # that output → one row of ids for each text
     decode: Callable # rows → texts
 
+# %% ../../../nbs/lab/bench/61_tokenizer.ipynb #07f0f58e
 def _cut(ids: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
     "Rows of ids, by the offsets of their ends."
     return np.split(ids, offsets[1:-1])
@@ -181,6 +182,7 @@ class _Peer:
     train_splits: tuple[str, ...] = ("nanochat",) # that it is trained with
     modules: tuple[str, ...] = () # that it would import while it is timed
 
+# %% ../../../nbs/lab/bench/61_tokenizer.ipynb #2e79cb10
 _PEERS = {
     "nanochat": _Peer(_load_nanochat, _train_nanochat, train_splits=("nanochat", "gpt2")), # ours
     "tiktoken": _Peer(_load_tiktoken),
@@ -218,6 +220,7 @@ def _digests(rows: Iterable) -> list[int]: # 64 bits for each row
         return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     return [digest(row) for row in rows]
 
+# %% ../../../nbs/lab/bench/61_tokenizer.ipynb #2336eeea
 def _n_different(a: Iterable, b: Iterable) -> int:
     "Number of places where two sequences of the same length differ."
     return sum(x != y for x, y in zip(a, b, strict=True))
@@ -234,6 +237,7 @@ def _open(peer: str, vocabulary: str, threads: int) -> tuple[float, _Encoder]:
         return encoder
     return timed(load)
 
+# %% ../../../nbs/lab/bench/61_tokenizer.ipynb #9499a08e
 def _measure_load(peer: str, vocabulary: str) -> dict: # ms
     "The time from a file to the first letter."
     return {"ms": _open(peer, vocabulary, 1)[0] * 1e3}
@@ -436,6 +440,8 @@ def _pairs(
     return found
 
 _DIFFER = _Column("documents that differ", "differ", 0)
+
+# %% ../../../nbs/lab/bench/61_tokenizer.ipynb #133a7714
 _COLUMNS = {
     "train": [
         _Column("seconds", "seconds", 2, "less"), _Column("peak MB", "peak", 0, "less"),

@@ -270,6 +270,7 @@ _SWITCHES["the architecture of 2025"] = _EVERYTHING
 # %% ../../../nbs/lab/bench/63_train.ipynb #cfe8990e
 def _size(tokens: int, **changes) -> dict: return _SHAPE | {"base.tokens": tokens} | changes
 
+# %% ../../../nbs/lab/bench/63_train.ipynb #0a977990
 _SIZES = {
     "4 × 128, 1.2 M tokens": _size(1_228_800),
     "4 × 128, 2.5 M tokens": _size(2_457_600),
