@@ -22,7 +22,7 @@ from . import checks_chat, checks_model # they register lessons 1 to 8
 from ..post.rl import advantages
 from ..post.dpo import preferences_from
 from .course import (
-    EXERCISES, LESSONS, NotYet, Page, as_int, as_number, as_numbers, assess, call_on_copies,
+    EXERCISES, LESSONS, NotYet, Shown, as_int, as_number, as_numbers, assess, call_on_copies,
     exercise, expect, expect_close, expect_tensor, expect_type)
 from .checks_chat import paired_results
 
@@ -627,7 +627,7 @@ def check(
     print(f"{mark} {number} {title}: {sentence}")
 
 # %% ../../nbs/lab/73_checks.ipynb #e4619906
-def progress() -> Page: # a table
+def progress() -> Shown: # a table
     "Show which exercises of the course are solved."
     done, rows, text = _done(), [], []
     for n, (_, title, _) in LESSONS.items():
@@ -637,4 +637,4 @@ def progress() -> Page: # a table
                     f'<td style="text-align: left">{title}</td>'
                     f'<td style="text-align: left; letter-spacing: 0.2em">{marks}</td></tr>')
         text.append(f"{n:2} {title:32} {marks}")
-    return Page(f"<table>{''.join(rows)}</table>", "\n".join(text))
+    return Shown(f"<table>{''.join(rows)}</table>", "\n".join(text))

@@ -23,7 +23,7 @@ from ..core.files import UserError, read_json
 from ..core.run import Run
 from ..model.engine import Engine
 from nanochat.talk.chat import (
-    CONSENT, SETTINGS, FeedbackKeeper, Piece, Talk, open_engine, readable, resume_talk,
+    CONSENT, CHAT_SETTINGS, FeedbackKeeper, Piece, Talk, open_engine, readable, resume_talk,
     save_talk)
 
 # %% ../../nbs/talk/42_widget.ipynb #f735964b
@@ -194,7 +194,7 @@ def _make_inputs(self: Chat):
     self.box.on_msg(message)
     self.box.observe(lambda change: self._submit(), "value")
     self.sliders = {}
-    for name, setting in SETTINGS.items():
+    for name, setting in CHAT_SETTINGS.items():
         whole = setting.kind is int
         self.sliders[name] = (ipywidgets.IntSlider if whole else ipywidgets.FloatSlider)(
             value=getattr(self.talk, name), min=setting.low, max=setting.high,

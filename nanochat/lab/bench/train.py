@@ -43,7 +43,7 @@ from ...post.mixture import card_of, open_mixture, take
 from ...post.finetune import (
     ConversationLoader, finetune, fit_conversations, pack_conversations)
 from .measure import run_child, table
-from .data import pretrain, scratch_base_dir
+from .data import pretrain_scratch, scratch_base_dir
 
 # %% ../../../nbs/lab/bench/63_train.ipynb #eab23f81
 def _median(values) -> float: return sorted(values)[len(values) // 2] # the upper one of two
@@ -237,7 +237,7 @@ def _train_variants(
     found = []
     with scratch_base_dir():
         for i, (name, changes) in enumerate(variants.items()):
-            _, result = pretrain(f"variant-{i}", preset, settings | changes, text)
+            _, result = pretrain_scratch(f"variant-{i}", preset, settings | changes, text)
             figures = {key: result[key] for key in ("bits_per_byte", "seconds", "tokens")}
             found.append({"name": name, **figures})
     return found
@@ -369,9 +369,9 @@ def _sft_run(
     plan = make_plan("laptop", settings, data=str(text))
     rate = next(row.value for row in plan.rows if row.name == "speed") # tokens a second, measured
     settings["base.tokens"] = int(60 * base_minutes * rate)
-    run, base = pretrain("sft", "laptop", settings, text)
+    run, base = pretrain_scratch("sft", "laptop", settings, text)
     mixture, model = run.config["sft"]["mixture"], run.config["model"]
-    once = {"sft.epochs": 1}
+    once = {"sft.epochs": 1, "data.source": run.config["data"]["source"]}
     once |= {f"sft.mixture.{name}": weight for name, weight in mixture.items()}
     once |= {f"model.{name}": model[name] for name in ("vocab_size", "sequence_len")}
     affordable = 60 * minutes * base["tokens"] / base["seconds"]
