@@ -45,7 +45,7 @@ class _TextPart:
 # %% ../../nbs/talk/44_stream.ipynb #bcef9a48
 def _token_entry(tokenizer: Tokenizer, event: TokenEvent) -> dict:
     "Return a token and its likeliest alternatives with log-probabilities, in OpenAI's format."
-    def entry(text, data, prob):
+    def entry(text, data, prob): # a probability that was rounded to 0 has no logarithm
         return {"token": text, "logprob": math.log(max(prob, 1e-45)), "bytes": data}
     top = []
     for text, prob in event.alternatives:
@@ -270,8 +270,8 @@ class Rows:
     ):
         self.service, self.loop = service, asyncio.get_running_loop()
         self.events = deque() # (row, event) from the scheduler's thread
-        self.bell = asyncio.Event() # set when events have come
-        self.rung = False # the loop has been woken and has not looked yet
+        self.bell = asyncio.Event() # set when events have come; the reader waits for it
+        self.rung = False # `_ring` is scheduled and has not run yet
         self.rows = [] # as the scheduler returned them
         self.open = n # rows whose last event has not been taken
         self.absent = n # rows that were admitted but not submitted; they have no events
@@ -307,7 +307,7 @@ def _raise_failure(event: TokenEvent | Exception):
 # %% ../../nbs/talk/44_stream.ipynb #2e5ccc50
 @patch
 def _on_event(self: Rows, i, event):
-    "Append an event and wake the event loop; runs in the scheduler's thread."
+    "Append an event and schedule `_ring`."
     self.events.append((i, event))
     if self.rung: return
     self.rung = True
@@ -317,8 +317,8 @@ def _on_event(self: Rows, i, event):
 # %% ../../nbs/talk/44_stream.ipynb #cf8cff43
 @patch
 def _ring(self: Rows):
-    "Wake the reader, or cancel the rows if it is too slow; runs in the event loop."
-    # before looking at the events: an event that comes from now on wakes the loop again
+    "Wake the reader, and cancel the rows if it is too slow."
+    # set this before reading the events: an event that comes from now on schedules `_ring` again
     self.rung = False
     if self.closed: self._take_all() # nobody reads any more: free the places of ended rows
     elif len(self.events) > self.backlog and not self.late:
