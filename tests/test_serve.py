@@ -223,7 +223,7 @@ def refused(response, status, *words):
 
 @pytest.mark.parametrize("changes, words", [
     ({"messages": []}, ["messages"]), ({"messages": None}, ["messages"]), ({"messages": [{"role": "tool", "content": "x"}]}, ["role", "'tool'"]),
-    ({"messages": [{"role": "assistant", "content": "x"}]}, ["last message is the assistant's"]), ({"messages": [{"role": "user", "content": "x"}] * 2}, ["alternate"]), ({"messages": [{"role": "user", "content": "x"}] * 201}, ["200 are the most"]),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, ["last message is the assistant's"]), ({"messages": [{"role": "user", "content": "x"}] * 2}, ["alternate"]), ({"messages": [{"role": "user", "content": "x"}] * 201}, ["the limit is 200"]),
     ({"messages": [{"role": "user", "content": "x" * 200_001}]}, ["the limit is 200000"]), ({"messages": [{"role": "user", "content": "word " * 300}]}, ["shorten it"]),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, ["text only"]), ({"messages": [{"role": "user", "content": [{"type": "python", "text": "1"}]}]}, ["not text"]),
     ({"temperature": -1}, ["temperature", "-1"]), ({"temperature": "1"}, ["temperature", "'1'"]), ({"top_p": 0}, ["top_p"]), ({"n": 9}, ["n is 9"]), ({"seed": 1 << 64}, ["seed"]), ({"max_tokens": 0}, ["max_tokens"]),
