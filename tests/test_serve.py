@@ -223,11 +223,11 @@ def refused(response, status, *words):
 
 @pytest.mark.parametrize("changes, words", [
     ({"messages": []}, ["messages"]), ({"messages": None}, ["messages"]), ({"messages": [{"role": "tool", "content": "x"}]}, ["role", "'tool'"]),
-    ({"messages": [{"role": "assistant", "content": "x"}]}, ["last message is the assistant's"]), ({"messages": [{"role": "user", "content": "x"}] * 2}, ["alternate"]), ({"messages": [{"role": "user", "content": "x"}] * 201}, ["200 are the most"]),
-    ({"messages": [{"role": "user", "content": "x" * 200_001}]}, ["200000 are the most"]), ({"messages": [{"role": "user", "content": "word " * 300}]}, ["shorten it"]),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, ["last message is the assistant's"]), ({"messages": [{"role": "user", "content": "x"}] * 2}, ["alternate"]), ({"messages": [{"role": "user", "content": "x"}] * 201}, ["the limit is 200"]),
+    ({"messages": [{"role": "user", "content": "x" * 200_001}]}, ["the limit is 200000"]), ({"messages": [{"role": "user", "content": "word " * 300}]}, ["shorten it"]),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, ["text only"]), ({"messages": [{"role": "user", "content": [{"type": "python", "text": "1"}]}]}, ["not text"]),
     ({"temperature": -1}, ["temperature", "-1"]), ({"temperature": "1"}, ["temperature", "'1'"]), ({"top_p": 0}, ["top_p"]), ({"n": 9}, ["n is 9"]), ({"seed": 1 << 64}, ["seed"]), ({"max_tokens": 0}, ["max_tokens"]),
-    ({"max_tokens": 5000}, ["4096 are the most"]), ({"stop": ["a"] * 5}, ["stop"]), ({"stop": ""}, ["stop"]), ({"top_logprobs": 2}, ["logprobs"]), ({"logprobs": True, "top_logprobs": 21}, ["top_logprobs"]),
+    ({"max_tokens": 5000}, ["the limit is 4096"]), ({"stop": ["a"] * 5}, ["stop"]), ({"stop": ""}, ["stop"]), ({"top_logprobs": 2}, ["logprobs"]), ({"logprobs": True, "top_logprobs": 21}, ["top_logprobs"]),
     ({"tools": [{"type": "function"}]}, ["tools is not supported"]), ({"response_format": {"type": "json_object"}}, ["response_format is not supported"]), ({"logit_bias": {"5": 1}}, ["logit_bias"]), ({"presence_penalty": 1}, ["presence_penalty"]),
     ({"temprature": 1}, ["no parameter 'temprature'"]), ({"stream_options": {"x": 1}}, ["stream_options.x"]),
 ])
@@ -282,7 +282,7 @@ def test_full_loading_and_closing(tokenizer):
             until = time.monotonic() + 10
             while service.active < 3 and time.monotonic() < until: time.sleep(0.01)
             full = httpx.post(f"{address}/v1/chat/completions", json=ask("x"))
-            assert refused(full, 429, "3 are the most")["code"] == "queue_full" and full.headers["retry-after"] == "2"
+            assert refused(full, 429, "the limit is 3")["code"] == "queue_full" and full.headers["retry-after"] == "2"
             state = httpx.get(f"{address}/health").json()
             assert (state["busy"], state["waiting"]) == (2, 1)
             service.close() # as Ctrl-C does after its grace

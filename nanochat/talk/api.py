@@ -21,25 +21,25 @@ from ..model.engine import trim_conversation
 from .chat import left_out_note
 
 # %% ../../nbs/talk/43_api.ipynb #3b6332b4
-_ERROR_TYPES = {
+_ERROR_TYPES = { # HTTP status: type
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
     404: "not_found_error", 405: "invalid_request_error", 408: "timeout_error",
     413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error"}
 
 # %% ../../nbs/talk/43_api.ipynb #2636a4e6
 def without_surrogates(text: str) -> str:
-    "Replace half a surrogate pair, which JSON can hold and UTF-8 cannot, by a question mark."
+    "Replace half of a surrogate pair, which is valid in JSON but not in UTF-8, by a question mark."
     return text.encode("utf-8", "replace").decode()
 
 # %% ../../nbs/talk/43_api.ipynb #4a706d8c
 class ApiError(Exception):
-    "A refusal: the HTTP status, and a sentence that says what to do."
+    "A refused request: the HTTP status, and a sentence that says what to do."
     def __init__(
         self,
         status: int,
         message: str,
-        param: str | None = None, # the parameter that is wrong
-        code: str | None = None, # a word for programs
+        param: str | None = None, # name of the wrong parameter
+        code: str | None = None, # short name of the error, for programs
         headers: dict | None = None, # of the response
     ):
         super().__init__(message)
@@ -48,59 +48,59 @@ class ApiError(Exception):
         self.code, self.headers = code, headers
 
     def body(self) -> dict:
-        "Return the error as OpenAI's clients expect it."
+        "Return the error in the format of OpenAI's API."
         kind = _ERROR_TYPES.get(self.status, "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     def response(self) -> Response:
-        "Return the error as a response."
+        "Return the error as an HTTP response."
         return JSONResponse(self.body(), self.status, self.headers)
 
 # %% ../../nbs/talk/43_api.ipynb #9b16fdb6
 def restarting() -> ApiError:
-    "Return the error for the time in which no process holds the model."
+    "Return the error for requests that come while the model's process is being restarted."
     return ApiError(503, "the process that holds the model has died and is being started again: "
-                    "try again in some seconds.", code="restarting", headers={"Retry-After": "10"})
+                    "try again in a few seconds.", code="restarting", headers={"Retry-After": "10"})
 
 # %% ../../nbs/talk/43_api.ipynb #3adb8460
 @dataclass
 class ServerLimits:
-    "How much a caller may ask for, and how many callers may ask."
-    rows: int = 32 # answers that one device writes at the same time
+    "How much a request may ask for, and how many answers the server generates."
+    rows: int = 32 # answers that one device generates at the same time
     queue: int = 256 # answers that may wait for their turn; more are refused with 429
-    body: int = 1 << 20 # bytes of a request
-    messages: int = 200 # in a conversation
-    characters: int = 200_000 # in a conversation or a prompt
+    body: int = 1 << 20 # most bytes of a request
+    messages: int = 200 # most messages of a conversation
+    characters: int = 200_000 # most characters of a conversation or a prompt
     tokens: int = 4096 # most tokens of an answer
     default_tokens: int = 256 # most tokens of an answer if the request sets no length
-    backlog: int = 1024 # tokens that a slow reader may be late by
-    stall: float = 60.0 # seconds to read anything, and to send a request
+    backlog: int = 1024 # most tokens of an answer that may wait for a slow reader
+    stall: float = 60.0 # most seconds to receive a request, or to send a piece of an answer
     grace: float = 10.0 # seconds for running answers to end when the server is stopped
 
 # %% ../../nbs/talk/43_api.ipynb #9e87a9b9
 _Text = Annotated[str, Field(max_length=1 << 20)]
 _StopText = Annotated[str, Field(min_length=1, max_length=200)]
-_Nothing = Annotated[list[Any], Field(max_length=0)]
+_Nothing = Annotated[list[Any], Field(max_length=0)] # an empty list
 
 # %% ../../nbs/talk/43_api.ipynb #f062dd98
 class _Strict(BaseModel):
-    "Fields of exactly these types and names."
+    "A model that accepts only its own fields, with exactly their types."
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 # %% ../../nbs/talk/43_api.ipynb #cc05ff06
 class ContentPart(_Strict):
-    "A piece of a message."
+    "A part of a message."
     type: Literal["text", "python", "python_output"]
     text: _Text
 
 # %% ../../nbs/talk/43_api.ipynb #51b820f9
 class Message(_Strict):
-    "A turn of a conversation."
+    "A message of a conversation."
     role: Literal["system", "developer", "user", "assistant"]
     content: _Text | Annotated[list[ContentPart], Field(min_length=1, max_length=1000)]
     name: _Text | None = None
-    # fields of an answer in OpenAI's clients, which are sent back with it
+    # OpenAI's clients have these fields in an answer, and send them back with it
     refusal: None = None
     tool_calls: _Nothing | None = None
     function_call: None = None
@@ -109,18 +109,18 @@ class Message(_Strict):
 
 # %% ../../nbs/talk/43_api.ipynb #2600acac
 class StreamOptions(_Strict):
-    "What a stream contains besides the text."
+    "What a stream contains besides the answer."
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 # %% ../../nbs/talk/43_api.ipynb #447aebea
 class PlainText(_Strict):
-    "The only format that an answer can have."
+    "The only response format that is supported."
     type: Literal["text"]
 
 # %% ../../nbs/talk/43_api.ipynb #74822abc
 class _Request(_Strict):
-    "What both endpoints have in common."
+    "The fields that both endpoints have."
     model: Annotated[str, Field(max_length=500)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -139,7 +139,7 @@ class _Request(_Strict):
     service_tier: _Text | None = None
     safety_identifier: _Text | None = None
     prompt_cache_key: _Text | None = None
-    # accepted only where they ask for nothing
+    # accepted only with values that change nothing
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
@@ -181,17 +181,17 @@ _UNSUPPORTED = {
 
 # %% ../../nbs/talk/43_api.ipynb #08aeb6d7
 def _place(loc: tuple) -> list[str]:
-    "Return where an error is, without the names that pydantic gives to alternatives."
+    "Return the path to a wrong field, without the names that pydantic gives to union members."
     def of_pydantic(part):
         return isinstance(part, str) and ("[" in part or part in ("str", "bool", "ContentPart"))
     return [str(part) for part in loc if part != "body" and not of_pydantic(part)]
 
 # %% ../../nbs/talk/43_api.ipynb #6b327dfe
 def explain(
-    errors: list[dict], # as pydantic found them
+    errors: list[dict], # from pydantic's `ValidationError`
 ) -> ApiError:
     "Describe the first mistake of a request in one sentence."
-    # of the alternatives that did not fit, take the one that came furthest
+    # if no member of a union fits, pydantic reports each: take the error deepest in the request
     error = errors[0]
     if error["loc"][:2] == errors[-1]["loc"][:2]: error = max(errors, key=lambda e: len(e["loc"]))
     kind, names = error["type"], _place(error["loc"])
@@ -222,34 +222,34 @@ def explain(
 # %% ../../nbs/talk/43_api.ipynb #fa7ad27c
 @dataclass
 class Prompt:
-    "The tokens that the model reads, and how many it may write."
+    "The tokens that the model reads, and how many tokens the answer may have."
     tokens: list[int]
     room: int # most tokens of the answer
-    left_out: int = 0 # messages that did not fit
+    left_out: int = 0 # number of messages that were left out
 
     def notes(self) -> dict:
-        "Return what the caller is told besides the answer."
+        "Return notes for the caller: empty if no message was left out."
         if not self.left_out: return {}
         return {"left_out": self.left_out, "note": left_out_note(self.left_out)}
 
 # %% ../../nbs/talk/43_api.ipynb #93d8c3bd
 def _answer_tokens(limits: ServerLimits, requested: int | None) -> int:
-    "Return the most tokens of an answer. Raises `ApiError` if more are requested than allowed."
+    "Return how many tokens an answer may have. Raises `ApiError` above the limit."
     if requested is not None and requested > limits.tokens:
-        raise ApiError(400, f"the request is for {requested} tokens, and {limits.tokens} are the "
-                       "most: lower max_tokens.", "max_tokens", "too_large")
+        raise ApiError(400, f"the request is for {requested} tokens, and the limit is "
+                       f"{limits.tokens}: lower max_tokens.", "max_tokens", "too_large")
     return requested or limits.default_tokens
 
 # %% ../../nbs/talk/43_api.ipynb #9da11b07
 def _as_conversation(message: Message) -> dict:
-    "Return a message in the form of nanochat's conversations. Raises `ApiError` for wrong parts."
+    "Return a message in the format of the training data. Raises `ApiError` for a wrong part."
     role, content = message.role, message.content
     if role == "developer": role = "system"
     if isinstance(content, str): return {"role": role, "content": content}
     with_tools = any(part.type != "text" for part in content)
     if with_tools and role != "assistant":
-        raise ApiError(400, f"a message by the {role} has a part that is not text: "
-                       "only an assistant's may.", "messages", "unsupported_content")
+        raise ApiError(400, f"a message of the {role} has a part that is not text: "
+                       "only an assistant message may.", "messages", "unsupported_content")
     if not with_tools: return {"role": role, "content": "".join(part.text for part in content)}
     return {"role": role, "content": [{"type": p.type, "text": p.text} for p in content]}
 
@@ -267,28 +267,28 @@ def chat_prompt(
 ) -> Prompt:
     """Return the prompt of a conversation.
 
-    Raises `ApiError` if its turns are out of order or its last message alone is too long."""
+    Raises `ApiError` if it breaks a limit, is out of order, or has a message that is too long."""
     limits, tokenizer, context = service.limits, service.tokenizer, service.context
     def refuse(message, code): raise ApiError(400, message, "messages", code) from None
-    # the conversation and its bounds
+    # check the limits
     if (n := len(request.messages)) > limits.messages:
-        refuse(f"the conversation has {n} messages, and {limits.messages} are the most: "
+        refuse(f"the conversation has {n} messages, and the limit is {limits.messages}: "
                "leave out the oldest.", "too_many_messages")
     messages = [_as_conversation(message) for message in request.messages]
     if (total := sum(map(_characters, messages))) > limits.characters:
-        refuse(f"the conversation has {total} characters, and {limits.characters} are the most: "
+        refuse(f"the conversation has {total} characters, and the limit is {limits.characters}: "
                "shorten it.", "too_long")
     if messages[-1]["role"] == "assistant":
         refuse("the last message is the assistant's: "
-               "end the conversation with a message of the user's.", "invalid_value")
+               "end the conversation with a user's message.", "invalid_value")
     requested = _answer_tokens(limits, request.max_completion_tokens or request.max_tokens)
-    # at least half of the context is for the conversation; what does not fit is left out
+    # at least half of the context is for the conversation; leave out messages that do not fit
     conversation, left_out = {"messages": messages}, 0
-    most = context - min(requested, context // 2)
+    longest = context - min(requested, context // 2)
     try: tokens = tokenizer.render_for_completion(conversation)
     except UserError as e: refuse(str(e), "invalid_value")
-    if len(tokens) > most:
-        try: conversation, left_out = trim_conversation(tokenizer, conversation, most)
+    if len(tokens) > longest:
+        try: conversation, left_out = trim_conversation(tokenizer, conversation, longest)
         except UserError as e: refuse(str(e), "context_length_exceeded")
         tokens = tokenizer.render_for_completion(conversation)
     return Prompt(tokens, min(requested, context - len(tokens)), left_out)
@@ -298,14 +298,16 @@ def completion_prompt(
     service, # has `limits`, `tokenizer` and `context`
     request: CompletionRequest,
 ) -> Prompt:
-    "Return the prompt of a text to continue: <|bos|> and the text, or the given tokens."
+    """Return the prompt of a text to continue: <|bos|> and the text, or the given tokens.
+
+    Raises `ApiError` if it is too long, or if a token is not in the vocabulary."""
     limits, tokenizer, context = service.limits, service.tokenizer, service.context
     def refuse(message, code): raise ApiError(400, message, "prompt", code)
     tokens = request.prompt
     if isinstance(tokens, str):
         if len(tokens) > limits.characters:
-            refuse(f"the prompt has {len(tokens)} characters, and {limits.characters} are the "
-                   "most: shorten it.", "too_long")
+            refuse(f"the prompt has {len(tokens)} characters, and the limit is "
+                   f"{limits.characters}: shorten it.", "too_long")
         tokens = [tokenizer.bos_id, *tokenizer.encode(tokens)]
     if wrong := [t for t in tokens if t >= tokenizer.vocab_size]:
         refuse(f"the prompt has the token {wrong[0]}, and the vocabulary ends at "
@@ -318,27 +320,27 @@ def completion_prompt(
 
 # %% ../../nbs/talk/43_api.ipynb #bdfa1ab3
 class Usage(BaseModel):
-    "How many tokens were read and written."
+    "The number of tokens that were read and generated."
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 # %% ../../nbs/talk/43_api.ipynb #1ff6a1b3
 class Notes(BaseModel):
-    "What this server tells beyond OpenAI's API."
+    "Notes that OpenAI's API does not have."
     left_out: int
     note: str
 
 # %% ../../nbs/talk/43_api.ipynb #7244382b
 class ChatMessage(BaseModel):
-    "An answer."
+    "The message of an answer."
     role: Literal["assistant"]
     content: str
     refusal: None = None
 
 # %% ../../nbs/talk/43_api.ipynb #2bbc220b
 class _ResponseChoice(BaseModel):
-    "What an answer and a continuation have in common."
+    "The fields that the choices of both endpoints have."
     index: int
     logprobs: dict[str, Any] | None = None
     finish_reason: Literal["stop", "length"]
@@ -356,7 +358,7 @@ class TextChoice(_ResponseChoice):
 
 # %% ../../nbs/talk/43_api.ipynb #1ffe9f5a
 class _Response(BaseModel):
-    "What the responses of both endpoints have in common."
+    "The fields that the responses of both endpoints have."
     id: str
     created: int
     model: str
@@ -385,5 +387,5 @@ class ErrorDetail(BaseModel):
 
 # %% ../../nbs/talk/43_api.ipynb #993a80fd
 class ErrorBody(BaseModel):
-    "An error."
+    "The body of a response with an error."
     error: ErrorDetail

@@ -27,12 +27,12 @@ from ..model.engine import Engine, Sampling, trim_conversation
 from ..train.checkpoint import load_model
 
 # %% ../../nbs/talk/41_chat.ipynb #f735964b
-TEMPERATURE = 0.3 # the default of a chat
+TEMPERATURE = 0.3 # the default for chats
 
 # %% ../../nbs/talk/41_chat.ipynb #ba606298
 @dataclass
 class _ChatSetting:
-    "A sampling setting that a person may change during a chat."
+    "A sampling setting that the user may change during a chat."
     kind: type # int or float
     low: float # least value
     high: float # greatest value
@@ -40,10 +40,10 @@ class _ChatSetting:
     about: str # one line of help
 
     def read(self, name: str, text: str) -> float:
-        "Parse a typed value. Raises `UserError` if it is not a number of the setting's range."
+        "Parse a typed value. Raises `UserError` if it is no number in the setting's range."
         try: value = self.kind(text)
         except ValueError: value = None
-        if value is None or not self.low <= value <= self.high: # this comparison refuses nan, too
+        if value is None or not self.low <= value <= self.high: # this also refuses nan
             kind = "a whole number" if self.kind is int else "a number"
             raise UserError(f"{name} {text[:40]!r} is not {kind} from {self.low} to {self.high}: "
                             f"{self.default} is usual.")
@@ -54,37 +54,37 @@ CHAT_SETTINGS = {
     "temperature": _ChatSetting(float, 0, 2, TEMPERATURE,
         "0 takes the most likely token; higher is more varied"),
     "top_k": _ChatSetting(int, 0, 200, 50,
-        "draw from that many of the most likely tokens; 0 draws from all"),
+        "draw from this many of the most likely tokens; 0 draws from all"),
     "top_p": _ChatSetting(float, 0.05, 1, 1.0,
-        "draw from the most likely tokens that have this probability together; 1 draws from all")}
+        "draw from the most likely tokens that add up to this probability; 1 draws from all")}
 
 # %% ../../nbs/talk/41_chat.ipynb #b4d981ee
 @dataclass
 class Piece:
-    "A bit of an answer, as it streams in."
+    "The text of one token of a streamed answer, or a note."
     text: str
     kind: str = "text" # "text", "python" or "python_output", as in a conversation; or "note"
-    prob: float | None = None # the model's probability of the token; None if it was not its choice
+    prob: float | None = None # the model's probability of the token; None if it did not choose it
     alternatives: list = field(default_factory=list) # (text, probability) of the likeliest tokens
-    finish: str | None = None # on the last piece: "stop" if the model ended the answer
+    finish: str | None = None # set on the last piece: "stop" if the model ended the answer
 
 # %% ../../nbs/talk/41_chat.ipynb #ff72be9f
-# marks around the kinds where there is only text
+# marks before and after a kind, for output that is plain text
 OPENING = {"python": "[", "python_output": " = "}
 CLOSING = {"python_output": "] "}
 
 # %% ../../nbs/talk/41_chat.ipynb #750cdfab
 def kinds_after(
     tokenizer: Tokenizer,
-) -> dict[int, str]: # special token: the kind of the text after it
-    "Return which tokens begin which kind of text."
+) -> dict[int, str]: # id of a special token: kind of the text after it
+    "Return which special tokens begin which kind of text."
     kinds = {"<|python_start|>": "python", "<|output_start|>": "python_output",
              "<|python_end|>": "text", "<|output_end|>": "text"}
     return {tokenizer.special(name): kind for name, kind in kinds.items()}
 
 # %% ../../nbs/talk/41_chat.ipynb #b263209b
 def left_out_note(
-    left_out: int, # messages
+    left_out: int, # number of messages
 ) -> str:
     "Return the note about a conversation that does not fit."
     return ("The conversation is longer than the model's context: "
@@ -93,7 +93,7 @@ def left_out_note(
 # %% ../../nbs/talk/41_chat.ipynb #7b0d049b
 def stream_answer(
     engine: Engine, # or anything with its `tokenizer`, `context` and `stream`
-    messages: list, # of a conversation, the last one from the user
+    messages: list, # a conversation; the last message is from the user
     sampling: Sampling = Sampling(temperature=TEMPERATURE, top_k=50),
     *,
     seed: int = 0,
@@ -101,12 +101,12 @@ def stream_answer(
 ) -> Iterator[Piece]:
     "Stream the answer to a conversation, after a note if older turns had to be left out."
     kinds = kinds_after(engine.tokenizer)
-    # half of the context at least is for the conversation
+    # at least half of the context is for the conversation
     room = min(sampling.max_new_tokens, engine.context // 2)
     conversation, left_out = trim_conversation(
         engine.tokenizer, {"messages": messages}, engine.context - room)
     if left_out: yield Piece(left_out_note(left_out), "note")
-    # each token is of the kind that the last special token began
+    # a token has the kind that the last special token began
     prompt, kind = engine.tokenizer.render_for_completion(conversation), "text"
     sampling = replace(sampling, max_new_tokens=room)
     for e in engine.stream(prompt, sampling, seed=seed, stop=stop):
@@ -139,9 +139,9 @@ def readable(
 # %% ../../nbs/talk/41_chat.ipynb #bcaba259
 def chosen_stage(
     run: Run,
-    stage: str, # "base", "mid", "sft", "rl", "dpo", or "latest" for the newest finished one
+    stage: str, # "base", "mid", "sft", "rl", "dpo", or "latest" (the newest)
 ) -> str:
-    "Return the name of the stage. Raises `UserError` if there is no such stage."
+    "Return the name of the stage. Raises `UserError` if there is no such stage or model."
     if stage == "latest":
         if (latest := run.latest()) is None:
             raise UserError(f"run {run.name!r} has no trained model yet: "
@@ -154,10 +154,10 @@ def chosen_stage(
 # %% ../../nbs/talk/41_chat.ipynb #c9f8f2a5
 def open_engine(
     run_name: str, # the run's name
-    stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or the newest finished one
-    device: str = "auto", # as `pick_device` takes it
+    stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or "latest" (the newest)
+    device: str = "auto", # as in `pick_device`
 ) -> tuple[Engine, Run, str]: # the engine, the run, the stage
-    "Load the model of a run for talking. Raises `UserError` if there is no such run or stage."
+    "Load a model for a chat. Raises `UserError` if there is no such run or stage."
     run = Run.open(run_name)
     stage = chosen_stage(run, stage)
     model, tokenizer, _ = load_model(run, stage, pick_device(device))
@@ -170,21 +170,21 @@ class Talk:
         self,
         engine: Engine,
         temperature: float = TEMPERATURE, # 0 takes the most likely token
-        top_k: int = 50, # draw from that many tokens; 0 draws from all
-        top_p: float = 1.0, # draw from the likeliest tokens that have this probability together
-        seed: int = 42, # decides all answers
+        top_k: int = 50, # draw from this many of the likeliest tokens; 0 draws from all
+        top_p: float = 1.0, # draw from the likeliest tokens that add up to this probability
+        seed: int = 42, # of all answers; the same seed and questions give the same answers
         max_new_tokens: int = 256, # of one answer
     ):
         self.engine, self.seed, self.max_new_tokens = engine, seed, max_new_tokens
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self.answers = 0 # made so far; each has a seed of its own
+        self.answers = 0 # number of answers so far; it gives each its own seed
         self.clear()
 
     def clear(self):
         "Forget the conversation."
         self.messages = []
-        self.pieces = {} # place of a message: its `Piece`s
-        self.replaced = [] # answers that were regenerated
+        self.pieces = {} # index of a message: its `Piece`s
+        self.replaced = [] # earlier answers to the last question, before `retry`
 
     @property
     def ended(self) -> bool:
@@ -205,7 +205,7 @@ class Talk:
 # %% ../../nbs/talk/41_chat.ipynb #c1e541ae
 @patch
 def reply(self: Talk, stop: threading.Event | None = None) -> Iterator[Piece]:
-    "Stream an answer to the last message and keep it, also if it is stopped or fails."
+    "Stream an answer to the last message and store it, even if it is stopped or fails."
     place, pieces = len(self.messages), []
     message = {"role": "assistant", "content": ""}
     sampling = Sampling(
@@ -222,22 +222,23 @@ def reply(self: Talk, stop: threading.Event | None = None) -> Iterator[Piece]:
             yield piece
     finally:
         message["content"] = content_of(pieces)
-        # without a word of an answer, the question stays open
+        # an empty answer is removed, so the question is still the last message
         if not message["content"] and self.messages[place:] == [message]: self._drop_answer()
 
 @patch
 def _drop_answer(self: Talk):
+    "Remove the last message, which is an answer."
     self.pieces.pop(len(self.messages) - 1, None)
     self.messages.pop()
 
 # %% ../../nbs/talk/41_chat.ipynb #2bfc484f
 @patch
 def ask(self: Talk, text: str, stop: threading.Event | None = None) -> Iterator[Piece]:
-    """Ask something and stream the answer. A question without an answer is replaced.
+    """Ask something and stream the answer. This replaces a last question without an answer.
 
     Raises `UserError` if the text is empty or not valid Unicode."""
     if not text.strip(): raise UserError("the message is empty: write something first.")
-    self.engine.tokenizer.encode(text) # refuses half a surrogate pair, which cannot be saved
+    self.engine.tokenizer.encode(text) # raises for half a surrogate pair, which cannot be saved
     if self.asked: self.messages.pop()
     self.messages.append({"role": "user", "content": text})
     self.replaced = []
@@ -245,7 +246,7 @@ def ask(self: Talk, text: str, stop: threading.Event | None = None) -> Iterator[
 
 @patch
 def retry(self: Talk, stop: threading.Event | None = None) -> Iterator[Piece]:
-    "Answer the last question again, with other random numbers; `replaced` keeps the old answer."
+    "Answer the last question again with another seed; `replaced` keeps the old answer."
     if self.answered:
         self.replaced.append({"content": self.messages[-1]["content"], "ended": self.ended})
         self._drop_answer()
@@ -269,7 +270,7 @@ def save_talk(talk: Talk, path: Path):
 
 # %% ../../nbs/talk/41_chat.ipynb #1f279753
 def resume_talk(talk: Talk, conversation: dict):
-    "Continue a conversation. Raises `UserError` if its messages are out of order or not Unicode."
+    "Continue a saved conversation. Raises `UserError` if it is not valid."
     talk.engine.tokenizer.render_conversation(conversation)
     talk.clear()
     talk.messages = [{"role": m["role"], "content": m["content"]} for m in conversation["messages"]]
@@ -281,7 +282,7 @@ CONSENT = ("thumbs and regenerated answers, with the conversation up to there, a
 
 # %% ../../nbs/talk/41_chat.ipynb #0090c3be
 class FeedbackKeeper:
-    "Writes a person's feedback on a run's answers into the run's folder."
+    "Writes feedback on the answers of a run's model into the run's folder."
     def __init__(self, run: Run, stage: str):
         from nanochat.post.dpo import FEEDBACK
         self.stage, self.path = stage, run.dir/FEEDBACK
@@ -289,9 +290,9 @@ class FeedbackKeeper:
 
     def keep(
         self,
-        talk: Talk, # its last answer is meant
-        rating: int = 0, # 1, -1, or 0 for an answer that was made by regenerating
-    ) -> str: # what was done, for the screen
+        talk: Talk, # the feedback is about its last answer
+        rating: int = 0, # 1, -1, or 0 for an answer that `Talk.retry` made
+    ) -> str: # a sentence for the user
         """Keep a thumb, or an answer that replaces others.
 
         Raises `UserError` if there is no answer, or if the file cannot be written."""
@@ -312,24 +313,24 @@ class FeedbackKeeper:
 _COMMANDS = {
     "/regenerate": "answer the last question again",
     "/good, /bad": "rate the last answer (with --keep-feedback)",
-    "/clear": "start again",
+    "/clear": "start a new conversation",
     **{f"/{name} X": setting.about for name, setting in CHAT_SETTINGS.items()},
     "/help": "this list",
-    "/quit": "leave (so does Ctrl-D); Ctrl-C stops an answer"}
+    "/quit": "leave, like Ctrl-D; Ctrl-C stops an answer"}
 
 # %% ../../nbs/talk/41_chat.ipynb #01454ba9
 _HELP = "\n".join(
     ["Commands:", *(f"  {command:<15} {about}" for command, about in _COMMANDS.items())])
 
-# a model might draw with control characters, or change the terminal's title
+# with control characters, a model could move the cursor or change the terminal's title
 _CONTROLS = {code: "�" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 # %% ../../nbs/talk/41_chat.ipynb #71fccd2e
 def _write_stream(
     stream: Iterator[Piece],
-    write, # called with each bit of text
+    write, # called with each piece of text
 ):
-    "Write an answer as it arrives, with control characters as �. Ctrl-C ends it."
+    "Write an answer as it arrives, with � for control characters. Ctrl-C ends it."
     kind = "text"
     try:
         for p in stream:
@@ -347,10 +348,10 @@ def _write_stream(
 def _obey(
     talk: Talk,
     line: str, # a command, or a question
-    write, # called with each bit of text
-    keeper: FeedbackKeeper | None,
+    write, # called with each piece of text
+    keeper: FeedbackKeeper | None, # None: no feedback is kept
 ):
-    "Do what a line says. Raises `UserError` if it makes no sense."
+    "Run a command or answer a question. Raises `UserError` if that is not possible."
     command, _, value = line.partition(" ")
     name = command[1:]
     if not line.startswith("/"): _write_stream(talk.ask(line), write)
@@ -372,11 +373,11 @@ def _obey(
 # %% ../../nbs/talk/41_chat.ipynb #5aff8934
 def converse(
     talk: Talk,
-    read, # called for a line; raises `EOFError` at the end
-    write, # called with each bit of text
-    keeper: FeedbackKeeper | None = None, # keeps feedback; None: it is not kept
+    read, # called without arguments; returns a line, raises `EOFError` at the end
+    write, # called with each piece of text
+    keeper: FeedbackKeeper | None = None, # None: no feedback is kept
 ):
-    "Read lines and answer them, until the input ends."
+    "Read lines and answer them, until the input ends or a line is /quit."
     while True:
         try: line = read().strip()
         except EOFError: return
@@ -397,9 +398,9 @@ def _piped_line() -> str:
 # %% ../../nbs/talk/41_chat.ipynb #fab3bee3
 def terminal_chat(
     run_name: str, # the run's name
-    stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or the newest finished one
-    prompt: str | None = None, # answer this and leave
-    keep_feedback: bool = False, # keep what /good, /bad and /regenerate say
+    stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or "latest" (the newest)
+    prompt: str | None = None, # answer only this
+    keep_feedback: bool = False, # keep what /good, /bad and /regenerate say about answers
     **settings, # temperature, top_k, top_p, seed: as in `Talk`
 ):
     """Chat in the terminal; without a terminal, answer each line of the standard input.
@@ -409,13 +410,13 @@ def terminal_chat(
     talk = Talk(engine, **settings)
     keeper = FeedbackKeeper(run, stage) if keep_feedback else None
     def write(text): print(text, end="", flush=True)
-    # text that is not UTF-8, or cannot be shown here, becomes ? instead of failing
+    # characters that cannot be decoded or printed are replaced instead of raising
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     if prompt is not None: return _write_stream(talk.ask(prompt), write)
     if keeper: write(f"With --keep-feedback, {CONSENT.format(run.name)}\n")
     if not sys.stdin.isatty(): return converse(talk, _piped_line, write, keeper)
-    try: import readline # arrow keys and history, where they are available
+    try: import readline # arrow keys and history, if Python has them
     except ImportError: pass
     about = " A base model only continues a text." if stage == "base" else ""
     print(f"Talking to {run.name}, stage {stage}. /help lists the commands." + about)

@@ -44,20 +44,21 @@ from .stream import (
 from .workers import WorkerPool, load_on
 
 # %% ../../nbs/talk/46_serve.ipynb #3adb8460
-_OPEN = {"/", "/health"} # without a key
-_ENDPOINTS = ("/", "/health", "/metrics", "/openapi.json", "/v1/models", # as requests are counted
+_OPEN = {"/", "/health"} # need no key
+# requests are counted by these paths; all others are counted as "other"
+_ENDPOINTS = ("/", "/health", "/metrics", "/openapi.json", "/v1/models",
               "/v1/chat/completions", "/v1/completions")
 
 # %% ../../nbs/talk/46_serve.ipynb #787fa65a
 def _check_host(host: str, hosts: set[str] | None):
-    "Raise an `ApiError` if a request is for another host."
+    "Raise an `ApiError` if a request is for another host; None for `hosts` allows any."
     if hosts is not None and (urllib.parse.urlsplit(f"//{host}").hostname or "") not in hosts:
         raise ApiError(403, f"this server is not called {host[:100]!r}: use http://127.0.0.1 with "
                        "its port, or start it with --host and a key.", code="wrong_host")
 
 # %% ../../nbs/talk/46_serve.ipynb #b37b655d
 def _check_origin(origin: str | None, host: str, origins: set[str]):
-    "Raise an `ApiError` if a request is from the page of another site."
+    "Raise an `ApiError` if a request is from a page of a site that is not allowed."
     if origin is None or origins & {origin, "*"}: return
     if urllib.parse.urlsplit(origin).netloc != host:
         raise ApiError(403, f"pages of {origin[:100]!r} may not use this server: start it with "
@@ -84,7 +85,7 @@ def _check_content_type(content_type: str):
 async def _read_body(
     limits: ServerLimits,
     headers: dict[str, str],
-    receive: Callable, # of ASGI
+    receive: Callable, # as in ASGI
 ) -> bytes:
     "Read a request's body. Raises `ApiError` if it is too long or too slow."
     limit, data, size = limits.body, bytearray(), 0
@@ -92,7 +93,7 @@ async def _read_body(
     too_large = declared.isdigit() and int(declared) > limit
     try:
         async with asyncio.timeout(limits.stall):
-            # a client that asks beforehand is told at once
+            # with an Expect header, the client waits for an answer before it sends the body
             while not (too_large and headers.get("expect")):
                 message = await receive()
                 if message["type"] == "http.disconnect": raise Gone
@@ -100,7 +101,7 @@ async def _read_body(
                 size += len(piece)
                 too_large = too_large or size > limit
                 if not too_large: data += piece
-                # read and forget some more: a client that still writes does not hear the answer
+                # discard some more: a client reads the refusal only after it has sent its body
                 elif size > 32 * limit: break
                 if not message.get("more_body"): break
     except TimeoutError:
@@ -113,27 +114,27 @@ async def _read_body(
 
 # %% ../../nbs/talk/46_serve.ipynb #e7866064
 def _received(body: bytes, receive: Callable) -> Callable:
-    "Return ASGI's receive with a body that was read already."
+    "Return an ASGI `receive` that begins with a body that was read already."
     messages = [{"type": "http.request", "body": body, "more_body": False}]
     async def receive_again(): return messages.pop() if messages else await receive()
     return receive_again
 
 # %% ../../nbs/talk/46_serve.ipynb #ef929ed1
 class _Guard:
-    "ASGI middleware that refuses requests which may not come in, and counts all."
+    "ASGI middleware that checks requests, refuses wrong ones, and counts all."
     def __init__(
         self,
-        app, # ASGI
+        app, # the ASGI application behind it
         service: Service,
-        key: str | None = None, # that callers must have
-        hosts: set[str] | None = None, # names by which the server may be called; None: any
-        origins: Iterable[str] = (), # of other sites' pages that may use it
+        key: str | None = None, # the API key that callers need; None: none
+        hosts: set[str] | None = None, # names that a request may have as host; None: any
+        origins: Iterable[str] = (), # other sites whose pages may use the server
     ):
         self.app, self.service, self.key = app, service, key
         self.hosts, self.origins = hosts, set(origins)
 
     def check(self, method: str, path: str, headers: dict[str, str]):
-        "Raise an `ApiError` if a request may not come in."
+        "Raise an `ApiError` if a request's headers are not allowed."
         host = headers.get("host", "")
         _check_host(host, self.hosts)
         _check_origin(headers.get("origin"), host, self.origins)
@@ -143,6 +144,7 @@ class _Guard:
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http": return await self.app(scope, receive, send)
+        # 499, as in nginx: the caller disconnected before the response began
         status, path, headers = 499, scope["path"], {}
         async def counted(message):
             nonlocal status
@@ -175,13 +177,13 @@ class _Guard:
 
 # %% ../../nbs/talk/46_serve.ipynb #2600acac
 def _sha(text: str) -> str:
-    "Return a text's hash as a Content-Security-Policy names it."
+    "Return a text's hash in the format of a Content-Security-Policy."
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 # %% ../../nbs/talk/46_serve.ipynb #42f9c195
 @functools.cache
 def _make_page() -> tuple[str, dict[str, str]]: # HTML, headers
-    "Return the page, and the headers that allow its own style and script and nothing else."
+    "Return the page, and headers that allow only its own style and script."
     folder = files("nanochat.talk")
     html, style, script = (
         folder.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
@@ -196,14 +198,14 @@ def _make_page() -> tuple[str, dict[str, str]]: # HTML, headers
 
 # %% ../../nbs/talk/46_serve.ipynb #ce3fc639
 def _check_model(service: Service, name: str | None):
-    "Raise an `ApiError` for another model's name; no name, or \"nanochat\", means this one."
+    "Raise an `ApiError` if another model is named; no name, or \"nanochat\", means this model."
     if name in (None, "", "nanochat", service.name): return
     raise ApiError(404, f"there is no model {name[:100]!r} here: use {service.name!r}.",
                    "model", "model_not_found")
 
 # %% ../../nbs/talk/46_serve.ipynb #a88e9d85
 async def _answered(service: Service, request: Request, asked, shape, make_prompt, tools: bool):
-    "Answer a request of one of the two endpoints."
+    "Answer a request as JSON or as a stream; `tools` lets the calculator answer."
     _check_model(service, asked.model)
     n = asked.n or 1
     service.admit(n)
@@ -220,7 +222,7 @@ async def _answered(service: Service, request: Request, asked, shape, make_promp
 
 # %% ../../nbs/talk/46_serve.ipynb #b8bc797f
 def _add_errors(app: FastAPI):
-    "Give every error the shape that OpenAI's clients expect."
+    "Answer every error in OpenAI's format."
     @app.exception_handler(ApiError)
     async def api_error(request, error): return error.response()
 
@@ -242,26 +244,27 @@ def _add_errors(app: FastAPI):
 
 # %% ../../nbs/talk/46_serve.ipynb #e08f4965
 _ERRORS = {
-    "4XX": {"model": ErrorBody, "description": "The request is refused, and why."},
-    "5XX": {"model": ErrorBody, "description": "The server cannot answer now, and why."}}
+    "4XX": {"model": ErrorBody, "description": "The request is refused; the message says why."},
+    "5XX": {"model": ErrorBody, "description": "The server cannot answer; the message says why."}}
 
 # %% ../../nbs/talk/46_serve.ipynb #4f1c251c
 def _answers(model) -> dict:
-    "Describe the responses of an endpoint: an object, or a stream."
+    "Describe the responses of an endpoint, an object or a stream, for `/openapi.json`."
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
     answer = {"model": model, "content": {"text/event-stream": {"itemSchema": event}},
               "description": "The answer; with `stream`, in pieces."}
     return _ERRORS | {200: answer}
 
-_HEALTH = _ERRORS | {503: {"model": dict[str, Any], "description": "Not ready."}}
+_HEALTH = _ERRORS | {503: {"model": dict[str, Any], "description": "The model is not ready."}}
 
 # %% ../../nbs/talk/46_serve.ipynb #80b452ea
 _COUNTERS = _ERRORS | {200: {"content": {"text/plain": {"schema": {"type": "string"}}},
                              "description": "The counters."}}
 
 def _health(service: Service) -> tuple[dict, int]: # the body, the status
-    "Describe the state of a service."
+    "Describe the state of a service for `/health`."
     backend, state = service.backend, service.state
+    # only a `WorkerPool` has `workers`; it is degraded if some of them are ready
     workers = getattr(backend, "workers", None)
     if state == "ready" and workers and any(w["state"] != "ready" for w in workers):
         state = "degraded" if backend.alive else "restarting"
@@ -273,7 +276,7 @@ def _health(service: Service) -> tuple[dict, int]: # the body, the status
 
 # %% ../../nbs/talk/46_serve.ipynb #cc9c2801
 def _card(service: Service) -> dict:
-    "Describe the model as OpenAI's API does."
+    "Describe the model in the format of OpenAI's API."
     return {"id": service.name, "object": "model", "created": service.created,
             "owned_by": "nanochat", "context": service.context, "stage": service.stage}
 
@@ -300,7 +303,7 @@ def _add_endpoints(app: FastAPI, service: Service, secured: list):
         _check_model(service, name)
         return _card(service)
 
-    @app.get("/health", responses=_HEALTH, summary="Tell the state of the model and its load")
+    @app.get("/health", responses=_HEALTH, summary="Return the state of the model and its load")
     async def health(): return JSONResponse(*_health(service))
 
     @app.get("/metrics", responses=_COUNTERS, dependencies=secured,
@@ -317,12 +320,12 @@ def _add_endpoints(app: FastAPI, service: Service, secured: list):
 # %% ../../nbs/talk/46_serve.ipynb #ab19607c
 def _create_app(
     service: Service,
-    key: str | None = None, # that callers must have
-    hosts: set[str] | None = None, # names by which the server may be called; None: any
-    origins: Iterable[str] = (), # of other sites' pages that may use it
+    key: str | None = None, # the API key that callers need; None: none
+    hosts: set[str] | None = None, # names that a request may have as host; None: any
+    origins: Iterable[str] = (), # other sites whose pages may use the server
 ) -> FastAPI:
     "Make the HTTP application of a service: the API, the page, health and metrics."
-    about = "The API of OpenAI's clients, for a model of one's own."
+    about = "OpenAI's API, for a model of your own."
     app = FastAPI(title="nanochat", version="1", description=about, docs_url=None, redoc_url=None,
                   redirect_slashes=False)
     origins = list(origins)
@@ -332,19 +335,20 @@ def _create_app(
                            allow_headers=["Authorization", "Content-Type"])
     _add_errors(app)
     bearer = HTTPBearer(auto_error=False, description="The server's API key.")
+    # `_Guard` checks the key; this dependency only describes it in `/openapi.json`
     _add_endpoints(app, service, [Depends(bearer)] if key else [])
     return app
 
 # %% ../../nbs/talk/46_serve.ipynb #094eab36
 def _is_loopback(host: str) -> bool:
-    "Can an address be reached from this machine alone?"
+    "Return whether an address can be reached only from this machine."
     return host in ("localhost", "::1") or host.startswith("127.")
 
 # %% ../../nbs/talk/46_serve.ipynb #9b6cee03
 def _pick_devices(
     devices: str, # "auto", "cpu", "cuda:0,cuda:1", or a number of CPU processes
 ) -> list[str]: # one for each process
-    "Choose the devices; `auto` takes all GPUs. Raises `UserError` if the text makes no sense."
+    "Return the devices; `auto` takes all GPUs. Raises `UserError` if the text is not valid."
     n_gpus, n_cpus = torch.cuda.device_count(), os.cpu_count() or 1
     if devices == "auto" and n_gpus > 1: return [f"cuda:{i}" for i in range(n_gpus)]
     if devices.isdigit():
@@ -365,7 +369,7 @@ def _make_server(
     service: Service,
     app: FastAPI,
 ): # -> uvicorn.Server
-    "Make a server of an application, not yet running."
+    "Make a server for an application; it does not run yet."
     import uvicorn
     grace = service.limits.grace
     class Server(uvicorn.Server):
@@ -391,7 +395,7 @@ def in_thread(
     service: Service,
     **settings, # key, hosts, origins: as in `_create_app`
 ):
-    "Run the server in a thread of this process, at a free port of 127.0.0.1; yields its address."
+    "Run the server in a thread, at a free port of 127.0.0.1, and yield its address."
     server = _make_server(service, _create_app(service, **settings))
     sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
@@ -404,7 +408,7 @@ def in_thread(
 
 # %% ../../nbs/talk/46_serve.ipynb #5b982978
 def _check_access(host: str, api_key: str | None):
-    "Raise a `UserError` if the server would be open to others, or its key is weak."
+    "Raise a `UserError` if others could use the server without a key, or if the key is weak."
     make_one = "(`openssl rand -hex 24` makes one)"
     if not _is_loopback(host) and not api_key:
         raise UserError(f"--host {host} can be reached from other machines, and there is no key: "
@@ -412,12 +416,12 @@ def _check_access(host: str, api_key: str | None):
     if api_key is None: return
     visible = api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()
     if not visible or len(api_key) < 8:
-        raise UserError("the API key has less than 8 characters, or others than visible ASCII: "
-                        f"choose another {make_one}.")
+        raise UserError("the API key has less than 8 characters, or some that are not visible "
+                        f"ASCII: choose another {make_one}.")
 
 # %% ../../nbs/talk/46_serve.ipynb #21eacf3a
 def _listen(host: str, port: int) -> socket.socket:
-    "Open a socket. Raises `UserError` if that is not possible."
+    "Open a listening socket. Raises `UserError` if that is not possible."
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try: return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as e:
@@ -426,7 +430,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 # %% ../../nbs/talk/46_serve.ipynb #bfd811b3
 def _load(service: Service, run_name: str, devices: list[str]):
-    "Load a service's model: in this process for one device, in a process each for several."
+    "Load the model: one device uses this process, several devices use one process each."
     rows, stage, name = service.limits.rows, service.stage, service.name
     if len(devices) == 1:
         engine = load_on(run_name, stage, devices[0])
@@ -440,15 +444,15 @@ def _load(service: Service, run_name: str, devices: list[str]):
 # %% ../../nbs/talk/46_serve.ipynb #650fee7e
 def serve(
     run_name: str,
-    stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or the newest finished one
+    stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or "latest" (the newest)
     host: str = "127.0.0.1", # the address to listen at
-    port: int = 8000, # 0: any that is free
-    api_key: str | None = None, # that callers must have
+    port: int = 8000, # 0: any free port
+    api_key: str | None = None, # the API key that callers need; None: none
     devices: str = "auto", # "auto", "cpu", "cuda:0,cuda:1", or a number of CPU processes
-    origins: Iterable[str] = (), # of other sites' pages that may use it
+    origins: Iterable[str] = (), # other sites whose pages may use the server
     limits: ServerLimits | None = None,
 ):
-    "Serve a run's model until Ctrl-C. Raises `UserError` before anything is loaded."
+    "Serve a run's model until Ctrl-C. Raises `UserError` for wrong settings before it loads."
     _check_access(host, api_key)
     run, names = Run.open(run_name), _pick_devices(devices)
     stage = chosen_stage(run, stage)
@@ -458,7 +462,7 @@ def serve(
     hosts = {"localhost", "127.0.0.1", "::1", host} if _is_loopback(host) else None
     server = _make_server(service, _create_app(service, api_key, hosts, origins))
     address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
-    # the model is loaded in a thread, so that the server can answer 503 until then
+    # the model is loaded in a thread, so that meanwhile the server can answer 503
     failed = []
     def load():
         try: _load(service, run_name, names)

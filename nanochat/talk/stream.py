@@ -37,15 +37,15 @@ from .api import (
 # %% ../../nbs/talk/44_stream.ipynb #3adb8460
 @dataclass
 class _TextPart:
-    "A bit of visible text."
+    "A piece of visible text."
     text: str
-    kind: str # "text", "python", "python_output"; "mark": brackets around the latter two
-    token: dict | None = None # the token that it came with, as `_token_entry` makes it
+    kind: str # "text", "python", "python_output", or "mark": `[`, ` = ` or `] `
+    token: dict | None = None # its token, as returned by `_token_entry`
 
 # %% ../../nbs/talk/44_stream.ipynb #bcef9a48
 def _token_entry(tokenizer: Tokenizer, event: TokenEvent) -> dict:
-    "Return a token and its likeliest alternatives with log-probabilities, as OpenAI writes them."
-    def entry(text, data, prob):
+    "Return a token and its likeliest alternatives with log-probabilities, in OpenAI's format."
+    def entry(text, data, prob): # a probability that was rounded to 0 has no logarithm
         return {"token": text, "logprob": math.log(max(prob, 1e-45)), "bytes": data}
     top = []
     for text, prob in event.alternatives:
@@ -58,8 +58,9 @@ def _token_entry(tokenizer: Tokenizer, event: TokenEvent) -> dict:
 def _find_stop(
     text: str,
     stops: list[str],
-) -> int | None: # where the answer ends
+) -> int | None: # where the stop text begins; None if there is none
     "Find the stop text that is complete first; of those that end together, the longest."
+    # (end, start): the least end counts, then the least start
     found = [(at + len(s), at) for s in stops if (at := text.find(s)) >= 0]
     return min(found)[1] if found else None
 
@@ -67,8 +68,8 @@ def _find_stop(
 def _held_back(
     text: str,
     stops: list[str],
-) -> int: # characters at the end
-    "Return how much of a text's end may be the beginning of a stop text."
+) -> int: # characters
+    "Return the length of the longest end of the text that may begin a stop text."
     longest = max(map(len, stops), default=0)
     for n in range(min(longest - 1, len(text)), 0, -1):
         if any(s.startswith(text[-n:]) for s in stops): return n
@@ -80,31 +81,31 @@ class AnswerText:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        stops: Iterable[str] = (), # texts at which the answer ends; not shown themselves
-        logprobs: bool = False, # make an entry for each token
+        stops: Iterable[str] = (), # texts at which the answer ends; they are not shown
+        logprobs: bool = False, # return an entry for each token
     ):
         self.tokenizer, self.stops, self.logprobs = tokenizer, list(stops), logprobs
         self.kinds = kinds_after(tokenizer)
-        self.kind = "text" # of the tokens that come now
-        self.shown_kind = "text" # of the text that came last
-        self.parts, self.held = deque(), "" # parts that may not be shown yet, and their text
-        self.start = 0 # where the held text begins
-        self.entries = deque() # (place in the text, entry) of tokens to report
+        self.kind = "text" # of the next token
+        self.shown_kind = "text" # of the last text
+        self.parts, self.held = deque(), "" # parts that are not returned yet; their joined text
+        self.start = 0 # where the held text begins in the answer
+        self.entries = deque() # (place in the answer, entry) of tokens to report
         self.n_tokens, self.finish = 0, None
 
-    def add(self, event: TokenEvent) -> tuple[list[_TextPart], list[dict]]: # to show, to report
-        """Read an event. After the last one `finish` is "stop", "length" or "interrupted".
+    def add(self, event: TokenEvent) -> tuple[list[_TextPart], list[dict]]: # parts, entries
+        """Read an event. The last one sets `finish` to "stop", "length" or "interrupted".
 
-        A stop text ends the answer early, with "stop"."""
+        A stop text also ends the answer, with "stop"; further events are ignored."""
         if self.finish: return [], []
-        # the token's entry, at the place where its text begins
+        # the token's entry, at the place where its text begins; the token that ends a row has none
         entry, place = None, self.start + len(self.held)
         if event.token >= 0: # an interruption comes without a token
             self.n_tokens += 1
             if self.logprobs and event.finish != "stop":
                 entry = _token_entry(self.tokenizer, event)
                 self.entries.append((place, entry))
-        # its text, after the marks between two kinds
+        # the token's text, after the marks between two kinds
         if event.token in self.kinds: self.kind = self.kinds[event.token]
         elif event.text:
             if self.kind != self.shown_kind:
@@ -112,44 +113,47 @@ class AnswerText:
                 self.shown_kind = self.kind
             self._push(event.text, self.kind, entry)
         if event.finish: self._push(CLOSING.get(self.shown_kind, ""), "mark")
-        # what may be shown
+        # release what may be shown
         if (end := _find_stop(self.held, self.stops)) is not None:
             self.finish = "stop"
             return self._release(end)
         self.finish = event.finish
         held = 0 if event.finish else _held_back(self.held, self.stops)
-        return self._release(len(self.held) - held, everything=bool(event.finish))
+        return self._release(len(self.held) - held, all_entries=bool(event.finish))
 
 # %% ../../nbs/talk/44_stream.ipynb #d765ebdb
 @patch
 def _push(self: AnswerText, text, kind, entry=None):
+    "Hold a piece of text back until it is released."
     if not text: return
     self.parts.append(_TextPart(text, kind, entry))
     self.held += text
 
 # %% ../../nbs/talk/44_stream.ipynb #19a6f1be
 @patch
-def _release(self: AnswerText, n, everything=False):
-    "Return the first `n` held characters, and the tokens that begin among them."
+def _release(self: AnswerText, n, all_entries=False):
+    """Return the first `n` held characters as parts, and the entries of tokens that begin in them.
+
+    `all_entries` adds the entries of tokens at the very end, which have no text."""
     parts, self.held, self.start = [], self.held[n:], self.start + n
     while n:
         part = self.parts.popleft()
-        if len(part.text) > n: # the rest of it stays
+        if len(part.text) > n: # the rest of the part stays
             self.parts.appendleft(_TextPart(part.text[n:], part.kind, part.token))
             part = _TextPart(part.text[:n], part.kind, part.token)
         parts.append(part)
         n -= len(part.text)
     entries = []
-    while self.entries and (everything or self.entries[0][0] < self.start):
+    while self.entries and (all_entries or self.entries[0][0] < self.start):
         entries.append(self.entries.popleft()[1])
     return parts, entries
 
 # %% ../../nbs/talk/44_stream.ipynb #d81176a3
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60) # bounds of histograms
 
 # %% ../../nbs/talk/44_stream.ipynb #8ae10fe0
 class _Histogram:
-    "Counts values by the smallest bound that they do not exceed."
+    "Counts values, each at the smallest bound that it does not exceed."
     def __init__(self, bounds: tuple = _SECONDS):
         self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
 
@@ -168,14 +172,16 @@ class _Histogram:
 
 # %% ../../nbs/talk/44_stream.ipynb #da36d5b7
 class _ServerMetrics:
-    "What the server counts."
+    "The counters of a server."
     def __init__(self):
-        self.requests = Counter() # by (endpoint, status)
+        self.requests = Counter() # (endpoint, status): number of requests
         self.first_token, self.duration = _Histogram(), _Histogram()
-        self.gone = self.slow = 0 # callers that disconnected early; that read too slowly
+        # callers that disconnected early (or stopped reading); callers that read too slowly
+        self.gone = self.slow = 0
 
     def text(self, service: "Service") -> str:
         "Write everything in Prometheus's text format."
+        # only a `WorkerPool` has `workers`, and while the model is loaded there is no backend
         backend, lines = service.backend, []
         def metric(name, kind, about, *samples):
             lines.extend([f"# HELP nanochat_{name} {about}", f"# TYPE nanochat_{name} {kind}"])
@@ -193,60 +199,61 @@ class _ServerMetrics:
         counter("tokens", "Tokens written by the model.", getattr(backend, "tokens", 0))
         counter("prompt_tokens", "Tokens of prompts read by the model.",
                 getattr(backend, "prompt_tokens", 0))
-        counter("disconnects", "Requests whose caller went away before the end.", self.gone)
-        counter("slow_readers", "Answers ended because nobody read them.", self.slow)
+        counter("disconnects", "Requests whose caller disconnected before the end.", self.gone)
+        counter("slow_readers", "Answers ended because they were read too slowly.", self.slow)
         gauge("rows_busy", "Answers being written.", getattr(backend, "busy", 0))
         gauge("rows_waiting", "Answers waiting for their turn.", getattr(backend, "waiting", 0))
         counter("worker_restarts", "Processes that died and were started again.",
                 sum(w["restarts"] for w in getattr(backend, "workers", [])))
-        seconds("first_token", "From a request's arrival to its first token.", self.first_token)
-        seconds("duration", "From an answer's request to its end.", self.duration)
+        seconds("first_token", "From a request to its first token.", self.first_token)
+        seconds("duration", "From a request to the end of its answer.", self.duration)
         return "\n".join(lines) + "\n"
 
 # %% ../../nbs/talk/44_stream.ipynb #2d3c2bce
 class Service:
-    "A model that answers requests; it counts them, and refuses those that are too many."
+    "A model that answers requests, counts them, and refuses those beyond its limits."
     def __init__(self, limits: ServerLimits | None = None):
         self.limits, self.state = limits or ServerLimits(), "loading"
         self.name, self.stage, self.tokenizer, self.context = "nanochat", "", None, 0
-        self.backend = None
-        self.active = 0 # rows that were admitted and have not ended
+        self.backend = None # until the model is loaded
+        self.active = 0 # admitted rows that have not ended
         self.created, self.metrics = int(time.time()), _ServerMetrics()
 
     def open(
         self,
-        backend, # a `Scheduler`, or anything with its methods
+        backend, # a `Scheduler` or a `WorkerPool`
         tokenizer: Tokenizer,
         context: int, # tokens
         name: str = "nanochat", # of the model
-        stage: str = "", # of its training
-        capacity: int | None = None, # rows at the same time; `limits.rows` without it
+        stage: str = "", # the stage of its training
+        capacity: int | None = None, # rows generated at once; `limits.rows` by default
     ) -> "Service":
-        "Start to answer."
+        "Start to answer with a loaded model."
         self.backend, self.tokenizer, self.context = backend, tokenizer, context
         self.name, self.stage = name, stage
         self.capacity, self.state = capacity or self.limits.rows, "ready"
         return self
 
     def close(self):
-        "Stop answering; running answers are interrupted."
+        "Stop answering, and interrupt running answers."
         self.state = "closing"
         if self.backend is not None: self.backend.close()
 
     def admit(self, n: int):
-        "Admit n rows, or raise an `ApiError`: 503 without a model, 429 if too many wait."
+        "Admit n rows. Raises `ApiError`: 503 if there is no model, 429 if too many rows wait."
         def later(status, message, code, seconds):
             raise ApiError(status, message, code=code, headers={"Retry-After": seconds})
         if self.state == "loading":
-            later(503, "the model is being loaded: try again in some seconds.", "loading", "5")
+            later(503, "the model is being loaded: try again in a few seconds.", "loading", "5")
         if self.state == "closing":
             later(503, "the server is shutting down: try again when it is back.",
                   "shutting_down", "30")
+        # only a `WorkerPool` can have lost its model
         if not getattr(self.backend, "alive", True): raise restarting()
         room = self.capacity + self.limits.queue
         if self.active + n > room:
-            later(429, f"{self.active} answers are being written or wait, and {room} are the "
-                  "most: try again in some seconds.", "queue_full", "2")
+            later(429, f"{self.active} answers are being written or waiting, and the limit is "
+                  f"{room}: try again in a few seconds.", "queue_full", "2")
         self.active += n
 
     def dismiss(self, n: int):
@@ -259,15 +266,17 @@ class Rows:
     def __init__(
         self,
         service: Service,
-        n: int, # rows, as they were admitted
+        n: int, # number of rows that were admitted
     ):
         self.service, self.loop = service, asyncio.get_running_loop()
         self.events = deque() # (row, event) from the scheduler's thread
-        self.bell, self.rung = asyncio.Event(), False
-        self.rows, self.open = [], n
-        self.absent = n # admitted, not yet submitted
-        self.backlog = n * service.limits.backlog
-        self.cancelled, self.closed = set(), False
+        self.bell = asyncio.Event() # set when events have come; the reader waits for it
+        self.rung = False # `_ring` is scheduled and has not run yet
+        self.rows = [] # as the scheduler returned them
+        self.open = n # rows whose last event has not been taken
+        self.absent = n # rows that were admitted but not submitted; they have no events
+        self.backlog = n * service.limits.backlog # most events that may wait for the reader
+        self.cancelled, self.closed = set(), False # rows that `cancel` ended; after `close`
         self.late = False # the reader was too slow
 
     def submit(
@@ -286,7 +295,7 @@ class Rows:
 
 # %% ../../nbs/talk/44_stream.ipynb #fe7034f9
 def _raise_failure(event: TokenEvent | Exception):
-    "Raise an `ApiError` for an event that tells of a failure."
+    "Raise an `ApiError` if an event reports a failure."
     if isinstance(event, UserError): raise ApiError(400, str(event))
     if isinstance(event, Exception):
         reason = without_surrogates(str(event)) or type(event).__name__
@@ -297,18 +306,21 @@ def _raise_failure(event: TokenEvent | Exception):
 
 # %% ../../nbs/talk/44_stream.ipynb #2e5ccc50
 @patch
-def _on_event(self: Rows, i, event): # in the scheduler's thread
+def _on_event(self: Rows, i, event):
+    "Append an event and schedule `_ring`."
     self.events.append((i, event))
     if self.rung: return
     self.rung = True
-    with contextlib.suppress(RuntimeError): # the loop may have ended
+    with contextlib.suppress(RuntimeError): # if the loop has ended
         self.loop.call_soon_threadsafe(self._ring)
 
 # %% ../../nbs/talk/44_stream.ipynb #cf8cff43
 @patch
 def _ring(self: Rows):
-    self.rung = False # before the events are looked at: one that comes now rings again
-    if self.closed: self._count()
+    "Wake the reader, and cancel the rows if it is too slow."
+    # set this before reading the events: an event that comes from now on schedules `_ring` again
+    self.rung = False
+    if self.closed: self._take_all() # nobody reads any more: free the places of ended rows
     elif len(self.events) > self.backlog and not self.late:
         self.late = True
         self.service.metrics.slow += 1
@@ -318,12 +330,13 @@ def _ring(self: Rows):
 # %% ../../nbs/talk/44_stream.ipynb #7dfe2865
 @patch
 def _cancel_all(self: Rows):
+    "End all rows early; their last events still come."
     for row in self.rows: self.service.backend.cancel(row)
 
 # %% ../../nbs/talk/44_stream.ipynb #27ad4248
 @patch
-def _count(self: Rows) -> list:
-    "Take the events that have come, and note which rows ended."
+def _take_all(self: Rows) -> list:
+    "Take the events that have come, and free the places of rows that ended."
     taken = []
     while self.events: taken.append(self.events.popleft())
     ended = sum(isinstance(e, Exception) or e.finish is not None for _, e in taken)
@@ -338,7 +351,7 @@ async def take(self: Rows) -> list[tuple[int, TokenEvent]]: # (row, event)
     while not self.events:
         self.bell.clear()
         await self.bell.wait()
-    taken = self._count()
+    taken = self._take_all()
     if self.late:
         raise ApiError(503, "the answer was read more slowly than it was written, and was "
                        "ended: read faster, or request it without stream.", code="slow_reader")
@@ -356,35 +369,43 @@ def cancel(self: Rows, i: int): # which row
 # %% ../../nbs/talk/44_stream.ipynb #2e152f43
 @patch
 def close(self: Rows):
-    "Stop reading and end the running rows. Places become free as the last events come."
+    "Stop reading and end the running rows. A row's place becomes free with its last event."
     if self.closed: return
     self.closed = True
     self.service.dismiss(self.absent)
     self.open -= self.absent
-    self._count()
+    self._take_all()
     if self.open: self._cancel_all()
 
 # %% ../../nbs/talk/44_stream.ipynb #faf7b8f7
 class ChatShape:
     "How /v1/chat/completions writes answers."
-    prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    # the beginning of ids; the "object" of a complete answer, and of a piece of a stream
+    prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def logprobs(self, entries: list[dict], start: int) -> dict:
+        "Write the entries of tokens, whose text begins at `start`."
         return {"content": entries, "refusal": None}
 
-    def opening(self) -> dict | None: return {"delta": {"role": "assistant", "content": ""}}
+    def opening(self) -> dict | None:
+        "Return what a stream begins with; None for nothing."
+        return {"delta": {"role": "assistant", "content": ""}}
 
-    def delta(self, text: str) -> dict: return {"delta": {"content": text} if text else {}}
+    def delta(self, text: str) -> dict:
+        "Write a piece of a streamed answer."
+        return {"delta": {"content": text} if text else {}}
 
     def full(self, text: str) -> dict:
+        "Write a complete answer."
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
 # %% ../../nbs/talk/44_stream.ipynb #413689b2
 class TextShape:
     "How /v1/completions writes continuations."
-    prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
+    prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def logprobs(self, entries: list[dict], start: int) -> dict:
+        "Write the entries of tokens, whose text begins at `start`."
         offsets = [start]
         for entry in entries: offsets.append(offsets[-1] + len(entry["token"]))
         top = [{t["token"]: t["logprob"] for t in entry["top_logprobs"]} for entry in entries]
@@ -406,7 +427,7 @@ def _sse(data: dict) -> bytes:
 
 # %% ../../nbs/talk/44_stream.ipynb #bbbdde15
 def _merged(parts: list[_TextPart]) -> list[_TextPart]:
-    "Merge neighbours of one kind."
+    "Merge neighbouring parts of one kind, and leave out their tokens."
     out = []
     for part in parts:
         if out and out[-1].kind == part.kind: out[-1].text += part.text
@@ -415,7 +436,7 @@ def _merged(parts: list[_TextPart]) -> list[_TextPart]:
 
 # %% ../../nbs/talk/44_stream.ipynb #329f97b6
 def _part_entry(part: _TextPart) -> dict:
-    "Write a part of text as our page reads it, with its token's probabilities."
+    "Write a part in the format of the chat page, with its token's log-probabilities."
     entry = {"type": part.kind, "text": part.text}
     if not part.token: return entry
     top = [[t["token"], t["logprob"]] for t in part.token["top_logprobs"]]
@@ -423,7 +444,7 @@ def _part_entry(part: _TextPart) -> dict:
 
 # %% ../../nbs/talk/44_stream.ipynb #e11db036
 class Answering:
-    "An admitted request, and its answer."
+    "An admitted request and its answer."
     def __init__(
         self,
         service: Service,
@@ -433,7 +454,7 @@ class Answering:
     ):
         self.service, self.request, self.shape, self.rows = service, request, shape, rows
         self.started, self.n, self.prompt = time.perf_counter(), request.n or 1, None
-        # the two endpoints ask for probabilities in two ways
+        # a chat request has two fields for probabilities, a completion request has one
         if isinstance(request, ChatRequest):
             self.top, self.logprobs = request.top_logprobs or 0, bool(request.logprobs)
         else: self.top, self.logprobs = request.logprobs or 0, request.logprobs is not None
@@ -444,14 +465,15 @@ class Answering:
         self.texts = [AnswerText(service.tokenizer, stops, self.logprobs) for _ in range(self.n)]
         self.head = {"id": shape.prefix + secrets.token_hex(12), "created": int(time.time()),
                      "model": service.name}
+        self.chunk_head = self.head | {"object": shape.chunk_object}
 
     def start(self, prompt: Prompt, tools: bool):
-        "Submit the rows. Without a seed the answer differs every time."
+        "Submit the rows. Without a seed in the request, a random one is drawn."
         request, self.prompt = self.request, prompt
         seed = secrets.randbits(63) if request.seed is None else request.seed
         seeds = [seed, *(derive_seed(seed, i) for i in range(1, self.n))]
         temperature = 1.0 if request.temperature is None else request.temperature
-        # float32 cannot divide by much less, and there the likeliest token is certain anyway
+        # a tiny temperature overflows float32, and below this the answer is greedy anyway
         if temperature < 1e-3: temperature = 0.0
         sampling = Sampling(
             prompt.room, temperature, request.top_k or None, max(request.top_p or 1.0, 1e-6))
@@ -461,7 +483,7 @@ class Answering:
 # %% ../../nbs/talk/44_stream.ipynb #d5b99357
 @patch
 async def _bits(self: Answering) -> AsyncIterator[list[tuple]]: # of (row, parts, entries, finish)
-    "Read the rows until all have ended. If the reader stops, they are ended."
+    "Yield what has come until all rows have ended. If the caller stops reading, end the rows."
     first, metrics = True, self.service.metrics
     try:
         while any(text.finish is None for text in self.texts):
@@ -469,10 +491,10 @@ async def _bits(self: Answering) -> AsyncIterator[list[tuple]]: # of (row, parts
             for i, event in await self.rows.take():
                 if first: metrics.first_token.add(time.perf_counter() - self.started)
                 first, text = False, self.texts[i]
-                if text.finish: continue # after a stop text
-                parts, entries = text.add(event) # which may set `finish`
+                if text.finish: continue # the row was ended at a stop text
+                parts, entries = text.add(event) # may set `text.finish`
                 came.append((i, parts, entries, text.finish))
-                if text.finish and event.finish is None: self.rows.cancel(i)
+                if text.finish and event.finish is None: self.rows.cancel(i) # at a stop text
             if came: yield came
     finally:
         self.rows.close()
@@ -481,7 +503,7 @@ async def _bits(self: Answering) -> AsyncIterator[list[tuple]]: # of (row, parts
 # %% ../../nbs/talk/44_stream.ipynb #8883e570
 @patch
 def _usage(self: Answering) -> dict:
-    "Count the tokens that were read and written."
+    "Count the tokens of the prompt and of the answers."
     read, written = len(self.prompt.tokens), sum(text.n_tokens for text in self.texts)
     return {"prompt_tokens": read, "completion_tokens": written,
             "total_tokens": read + written}
@@ -489,6 +511,7 @@ def _usage(self: Answering) -> dict:
 # %% ../../nbs/talk/44_stream.ipynb #c51e93c9
 @patch
 def _notes(self: Answering) -> dict:
+    "Return the prompt's notes as a field of the answer, if there are any."
     notes = self.prompt.notes()
     return {"nanochat": notes} if notes else {}
 
@@ -497,14 +520,14 @@ def _notes(self: Answering) -> dict:
 def _choice(
     self: Answering,
     i: int, # which row
-    body: dict, # of the answer's shape
+    body: dict, # as the shape wrote it
     parts: list[_TextPart],
     entries: list[dict],
-    finish: str | None, # None in a stream
+    finish: str | None, # None for a piece of a stream
     start: int = 0, # where the text begins in the answer
 ) -> dict:
-    "Write one choice of an answer or of a piece of it."
-    logprobs = None
+    "Write one choice of a complete answer or of a stream."
+    logprobs = None # also in a complete answer without tokens
     if self.logprobs and (entries or finish is None):
         logprobs = self.shape.logprobs(entries, start)
     choice = {"index": i, **body, "logprobs": logprobs, "finish_reason": finish}
@@ -525,13 +548,13 @@ async def whole(self: Answering) -> dict:
         body = self.shape.full("".join(part.text for part in parts[i]))
         shown = parts[i] if self.logprobs else _merged(parts[i])
         choices.append(self._choice(i, body, shown, entries[i], text.finish))
-    answer = {"object": self.shape.whole, "choices": choices, "usage": self._usage()}
+    answer = {"object": self.shape.whole_object, "choices": choices, "usage": self._usage()}
     return self.head | answer | self._notes()
 
 # %% ../../nbs/talk/44_stream.ipynb #a9200f50
 @patch
 def _opening(self: Answering) -> list[bytes]:
-    "Write the first events: each row's role, and the notes."
+    "Write the first event of each row: its role, and the notes."
     notes, opening = self._notes(), self.shape.opening()
     if not opening and not notes: return []
     return [self._event(i, opening or self.shape.delta(""), extra=notes) for i in range(self.n)]
@@ -541,11 +564,11 @@ def _opening(self: Answering) -> list[bytes]:
 def _event(
     self: Answering,
     i: int, # which row
-    body: dict, # of the answer's shape
+    body: dict, # as the shape wrote it
     finish: str | None = None,
-    extra: dict | None = None, # besides the choices
+    extra: dict | None = None, # fields besides the choices
 ) -> bytes:
-    "Write an event without text."
+    "Write an event that has no text."
     choice = {"index": i, **body, "logprobs": None, "finish_reason": finish}
     return _sse(self.chunk_head | {"choices": [choice]} | (extra or {}))
 
@@ -555,9 +578,8 @@ async def lines(self: Answering) -> AsyncIterator[bytes]:
     "Yield the answer as server-sent events."
     options = self.request.stream_options
     with_usage = bool(options and options.include_usage)
-    self.chunk_head = self.head | {"object": self.shape.chunk}
-    if with_usage: self.chunk_head["usage"] = None
-    written, first = [0] * self.n, True # characters of each row
+    if with_usage: self.chunk_head["usage"] = None # as OpenAI does, until the last event
+    written, first = [0] * self.n, True # characters written of each row
     async with contextlib.aclosing(self._bits()) as bits:
         async for came in bits:
             out = self._opening() if first else []
@@ -576,14 +598,14 @@ async def lines(self: Answering) -> AsyncIterator[bytes]:
 
 # %% ../../nbs/talk/44_stream.ipynb #ee775072
 class Gone(Exception):
-    "The caller went away."
+    "The caller disconnected."
 
 # %% ../../nbs/talk/44_stream.ipynb #6bfa22cf
 async def unless_gone(
     work: Awaitable,
-    receive: Callable, # of ASGI
+    receive: Callable, # as in ASGI: waits for a message of the caller
 ):
-    "Return the result of some work. If the caller disconnects, cancel it and raise `Gone`."
+    "Return the result of `work`. If the caller disconnects, cancel it and raise `Gone`."
     async def gone():
         while (await receive())["type"] != "http.disconnect": pass
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
@@ -597,23 +619,23 @@ async def unless_gone(
 
 # %% ../../nbs/talk/44_stream.ipynb #ab84a4c7
 def unexpected(error: Exception) -> ApiError:
-    "Log a bug of the server, and return what the caller is told."
+    "Log an unexpected error, and return the error that the caller gets."
     logging.getLogger("uvicorn.error").error("a request failed", exc_info=error)
     return ApiError(500, "something went wrong in the server: its log has the details.",
                     code="internal_error")
 
 # %% ../../nbs/talk/44_stream.ipynb #ca737191
 class EventStream(Response):
-    "Server-sent events, until they end or the reader disconnects."
+    "A response of server-sent events, until they end or the caller disconnects."
     media_type = "text/event-stream"
 
     def __init__(self, answering: Answering):
         super().__init__(headers={"Cache-Control": "no-store"})
-        del self.headers["content-length"]
+        del self.headers["content-length"] # starlette sets it to 0; a stream has none
         self.answering, self.service = answering, answering.service
 
     async def _write(self, scope, receive, send):
-        "Send the lines; a failure after the first one becomes an event of its own."
+        "Send the lines. An error after the first line is sent as an event."
         started = False
         async def push(data):
             async with asyncio.timeout(self.service.limits.stall):
@@ -626,7 +648,7 @@ class EventStream(Response):
                                     "headers": self.raw_headers})
                     started = True
                     await push(data)
-            except TimeoutError:
+            except TimeoutError: # the caller stopped reading: end as if it had disconnected
                 self.service.metrics.slow += 1
                 raise Gone from None
             except Exception as e:

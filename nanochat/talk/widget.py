@@ -61,7 +61,7 @@ _CHAT_CSS = """
 def _render_piece(
     piece: Piece,
 ) -> str: # HTML
-    "Render a token as a `<span>` whose title tells its probability and the runners-up."
+    "Render a token as a `<span>` whose title has its probability and the likely alternatives."
     if piece.prob is None: title = "written by the calculator, not by the model"
     else:
         others = ", ".join(f"“{text}” {p:.1%}" for text, p in piece.alternatives
@@ -70,15 +70,17 @@ def _render_piece(
     return f'<span class="t" title="{html.escape(title)}">{html.escape(piece.text)}</span>'
 
 # %% ../../nbs/talk/42_widget.ipynb #b4d981ee
-def _div(kind: str, text: str) -> str: return f'<div class="{kind}">{html.escape(text)}</div>'
+def _div(kind: str, text: str) -> str: # HTML
+    "Render escaped text as a `<div>` of a class."
+    return f'<div class="{kind}">{html.escape(text)}</div>'
 
 # %% ../../nbs/talk/42_widget.ipynb #a819f0ba
 def _render_message(
     message: dict, # "role" and "content"
-    pieces: list | None = None, # the `Piece`s of the content, where they are known
+    pieces: list | None = None, # the `Piece`s of the content, if they are known
 ) -> str: # HTML
-    "Render a message as a `<div>`; calculator calls stand out."
-    notes, spans = "", []
+    "Render a message as a `<div>`, with a `<span>` for each kind of text."
+    notes, spans = "", [] # spans: (kind, HTML)
     if pieces is None:
         content = message["content"]
         if isinstance(content, str): content = [{"type": "text", "text": content}]
@@ -89,19 +91,19 @@ def _render_message(
             if p.kind == "note" or not p.text: continue
             before = spans.pop() if spans and spans[-1][0] == p.kind else (p.kind, "")
             spans.append((p.kind, before[1] + _render_piece(p)))
-        spans = spans or [("", "")] # nothing yet
+        spans = spans or [("", "")] # no text yet: shown as …
     inner = "".join(f'<span class="{kind}">{text}</span>' if kind else "…" for kind, text in spans)
     return f'{notes}<div class="{message["role"]}">{inner}</div>'
 
 # %% ../../nbs/talk/42_widget.ipynb #7b0d049b
 def _render_transcript(
     messages: list, # of a conversation
-    pieces: dict, # place of a message: its `Piece`s
+    pieces: dict, # index of a message: its `Piece`s
     error: str = "", # shown below the messages
-    note: str = "", # the same, in grey
+    note: str = "", # also shown below the messages, in grey
     name: str = "", # of the model; shown above the messages
 ) -> str: # HTML
-    "Render a conversation as a column; an empty one says so."
+    "Render a conversation as a column; an empty conversation gets a note."
     turns = [_render_message(m, pieces.get(i)) for i, m in enumerate(messages)]
     if not turns: turns = [_div("note", "Nothing said yet.")]
     if error: turns.append(_div("error", error))
@@ -112,35 +114,35 @@ def _render_transcript(
 
 # %% ../../nbs/talk/42_widget.ipynb #39682409
 def _render_columns(
-    transcripts: list, # of HTML, as `_render_transcript` makes it
+    transcripts: list, # HTML from `_render_transcript`, one for each conversation
 ) -> str: # HTML
-    "Put conversations side by side, with their style."
+    "Put conversations side by side, with the style sheet."
     return f'<style>{_CHAT_CSS}</style><div class="nc-columns">{"".join(transcripts)}</div>'
 
 # %% ../../nbs/talk/42_widget.ipynb #fa6acd31
 @dataclass
 class _Side:
-    "One of the conversations in a chat cell, and the lines below it."
+    "One of the conversations in a chat cell, and what is shown below its messages."
     talk: Talk
-    name: str = "" # of its model, where there are several
+    name: str = "" # of its model, if there are several
     error: str = ""
     note: str = ""
-    thread: threading.Thread | None = None # makes the answer, or made the last one
-    busy: bool = False # is it still answering?
+    thread: threading.Thread | None = None # makes the current answer, or made the last one
+    busy: bool = False # is an answer being made?
 
 # %% ../../nbs/talk/42_widget.ipynb #048e4f7e
 class Chat:
     """A chat in a notebook cell, with one model or with several side by side.
 
-    On a page without a kernel it is its transcript."""
+    Without a kernel, for example on a web page, only its transcript is shown."""
     updates_per_second = 12
 
     def __init__(
         self,
-        engine: Engine | dict, # or several by name: all get the same questions
+        engine: Engine | dict, # or a dictionary from names to engines: all get the same questions
         run: Run | None = None, # where feedback and conversations are saved; None: nowhere
-        stage: str = "", # whose model it is, for the feedback
-        keep_feedback: bool = True, # offer to keep feedback; False: no thumbs, nothing is kept
+        stage: str = "", # stage of the model, for the feedback
+        keep_feedback: bool = True, # show thumbs, and keep them with consent
         **settings, # temperature, top_k, top_p, seed, max_new_tokens: as in `Talk`
     ):
         engines = engine if isinstance(engine, dict) else {"": engine}
@@ -150,7 +152,8 @@ class Chat:
         if run and keep_feedback and len(self.sides) == 1:
             self.keeper = FeedbackKeeper(run, stage)
         self._stop, self._lock = threading.Event(), threading.RLock()
-        self._next_drawing, self._enter = 0.0, None
+        self._next_drawing = 0.0 # earliest time to draw again, on the clock `time.monotonic`
+        self._enter = None # the timer that Enter started, until the text is sent
         self._make_inputs()
         self._make_buttons()
         self._lay_out()
@@ -163,7 +166,7 @@ class Chat:
 
     @property
     def error(self) -> str:
-        "The last error; empty if there was none."
+        "The errors of all conversations; empty if there are none."
         return " ".join(dict.fromkeys(side.error for side in self.sides if side.error))
 
     def _repr_mimebundle_(self, **kwargs):
@@ -184,7 +187,7 @@ _FIT = {"width": "auto"} # as wide as its text
 # %% ../../nbs/talk/42_widget.ipynb #d52f9471
 @patch
 def _make_inputs(self: Chat):
-    "Make the widgets that take text, numbers and files."
+    "Make the transcript, and the widgets that take text, numbers and files."
     import ipywidgets
     self.transcript = ipywidgets.HTML()
     self.box = ipywidgets.Text(placeholder="Say something, then press Enter",
@@ -212,8 +215,8 @@ def _make_inputs(self: Chat):
 def _button(
     self: Chat,
     text: str,
-    tip: str,
-    action, # called when it is pressed
+    tip: str, # shown when the mouse is over the button
+    action, # called when the button is pressed
     refocus: bool = True, # give the focus back to the box
     icon: str = "",
 ): # -> ipywidgets.Button
@@ -229,13 +232,13 @@ def _button(
 # %% ../../nbs/talk/42_widget.ipynb #306d0646
 @patch
 def _make_buttons(self: Chat):
-    "Make the buttons."
+    "Make the buttons: send and stop, those that need an idle model, and the thumbs."
     self._send = self._button("Send", "Send the message (Enter)", self.send)
     self._halt = self._button("Stop", "Stop the answer", self.stop)
     self._idle = [
         self._button("Regenerate", "Answer the last question again", self.regenerate),
         self._button("Edit", "Put the last question back into the box", self.edit),
-        self._button("Clear", "Start again", self.clear)]
+        self._button("Clear", "Start a new conversation", self.clear)]
     def up(): self.rate(1)
     def down(): self.rate(-1)
     self._thumbs = [
@@ -245,7 +248,7 @@ def _make_buttons(self: Chat):
 # %% ../../nbs/talk/42_widget.ipynb #83328fa4
 @patch
 def _lay_out(self: Chat):
-    "Arrange the widgets in rows: feedback and files only where there is a run to keep them."
+    "Arrange the widgets in rows. Feedback and files are shown only if there is a run."
     import ipywidgets
     wrap = {"flex_flow": "row wrap"}
     rows = [self.transcript, ipywidgets.HBox([self.box, self._send, self._halt]),
@@ -263,13 +266,14 @@ def _lay_out(self: Chat):
 # %% ../../nbs/talk/42_widget.ipynb #22cb58c1
 @patch
 def _draw(self: Chat):
-    "Bring the screen up to date."
-    with self._lock: # both the kernel's thread and the answers' draw
+    "Show the current state: the transcript, and which buttons are enabled."
+    with self._lock: # the kernel's thread and the threads of answers all draw
         page = _render_columns([
             _render_transcript(s.talk.messages, s.talk.pieces, s.error, s.note, s.name)
             for s in self.sides])
-        megabytes = len(page) / 100_000 # a megabyte takes the browser a while
-        self._next_drawing = time.monotonic() + max(1, megabytes) / self.updates_per_second
+        # a browser takes long for a large page: every 100,000 characters add one interval
+        intervals = max(1, len(page) / 100_000)
+        self._next_drawing = time.monotonic() + intervals / self.updates_per_second
         self.transcript.value = page
         self._send.disabled, self._halt.disabled = self.busy, not self.busy
         for b in self._idle: b.disabled = self.busy
@@ -281,9 +285,9 @@ def _answer(
     self: Chat,
     side: _Side,
     stream: Iterator[Piece],
-    kept: bool, # as feedback, if it replaces another answer
+    kept: bool, # keep a regenerated answer as feedback
 ):
-    "Run through an answer in a thread and show it as it arrives."
+    "Read an answer to its end and show it as it arrives; runs in the thread of its side."
     try:
         for _ in stream:
             if time.monotonic() > self._next_drawing: self._draw()
@@ -300,9 +304,9 @@ def _answer(
 @patch
 def _each(
     self: Chat,
-    action, # side → a sentence for the note, or None; may raise `UserError`
+    action, # called with a side; returns a note or None, may raise `UserError`
 ) -> "Chat":
-    "Do something to every conversation and show how it went, unless answers are being made."
+    "Call `action` for every side and show the results. Does nothing during an answer."
     with self._lock:
         if self.busy: return self
         for side in self.sides:
@@ -311,15 +315,15 @@ def _each(
             except (UserError, OSError) as e: side.error = str(e)
         self._draw()
         for side in self.sides:
-            if side.busy: side.thread.start()
+            if side.busy: side.thread.start() # `_start` made it
     return self
 
 # %% ../../nbs/talk/42_widget.ipynb #33800ec5
 @patch
 def _start(
     self: Chat,
-    begin, # talk → stream of pieces
-    kept: bool = False,
+    begin, # called with a `Talk`; returns a stream of pieces
+    kept: bool = False, # keep a regenerated answer as feedback
 ) -> "Chat":
     "Start an answer in every conversation, each in a thread of its own."
     def prepare(side):
@@ -333,15 +337,15 @@ def _start(
 # %% ../../nbs/talk/42_widget.ipynb #3a4e409e
 @patch
 def _entered(self: Chat):
-    "Enter was pressed: wait for a new text, which should arrive right after this message."
-    seconds = 0.5 if self.box.value else 2 # "right after" is longer where the machine is busy
+    "Handle Enter: send the text when it arrives, or after a wait if it does not change."
+    seconds = 0.5 if self.box.value else 2 # wait longer if a text must follow
     self._enter = threading.Timer(seconds, self._submit)
     self._enter.start()
 
 # %% ../../nbs/talk/42_widget.ipynb #823ef6f9
 @patch
 def _submit(self: Chat):
-    "Send the text in the box, if Enter was pressed since the last time."
+    "Send the text in the box, if Enter was pressed since the last call."
     with self._lock:
         enter, self._enter = self._enter, None
         if enter is None: return
@@ -351,7 +355,7 @@ def _submit(self: Chat):
 # %% ../../nbs/talk/42_widget.ipynb #98214375
 @patch
 def send(self: Chat, text: str | None = None) -> "Chat":
-    "Ask the text in the box, or `text`; returns at once."
+    "Ask `text`, or the text in the box; return at once."
     if self.busy: return self
     text = (self.box.value if text is None else text).strip()
     self.box.value = ""
@@ -360,14 +364,14 @@ def send(self: Chat, text: str | None = None) -> "Chat":
 # %% ../../nbs/talk/42_widget.ipynb #4d94d0d3
 @patch
 def regenerate(self: Chat) -> "Chat":
-    "Answer the last question again, and keep both answers with consent; returns at once."
+    "Answer the last question again, and with consent keep both answers; return at once."
     kept = self.keeper is not None and self.consent.value
     return self._start(lambda talk: talk.retry(self._stop), kept)
 
 # %% ../../nbs/talk/42_widget.ipynb #bb005228
 @patch
-def wait(self: Chat, timeout: float | None = None) -> "Chat": # seconds
-    "Wait for the answer to end: `chat.send(\"Hello\").wait()` in a notebook that runs by itself."
+def wait(self: Chat, timeout: float | None = None) -> "Chat": # seconds for each side
+    "Wait until all answers have ended, as in `chat.send(\"Hello\").wait()`."
     for side in self.sides:
         if side.thread: side.thread.join(timeout)
     return self
@@ -375,29 +379,29 @@ def wait(self: Chat, timeout: float | None = None) -> "Chat": # seconds
 # %% ../../nbs/talk/42_widget.ipynb #9bc345fa
 @patch
 def stop(self: Chat):
-    "End the answer; the text so far stays."
+    "Stop all answers; their text so far stays."
     self._stop.set()
 
 # %% ../../nbs/talk/42_widget.ipynb #1941e106
 @patch
 def edit(self: Chat):
-    "Put the last question back into the box, and remove it and its answer."
+    "Remove the last question and its answer, and put the question back into the box."
     def take(side): self.box.value = side.talk.take_back()
     self._each(take)
 
 # %% ../../nbs/talk/42_widget.ipynb #cf04a647
 @patch
 def clear(self: Chat):
-    "Start again."
+    "Start a new conversation."
     self._each(lambda side: side.talk.clear())
 
 # %% ../../nbs/talk/42_widget.ipynb #4d09849f
 @patch
 def rate(self: Chat, rating: int):
-    "Keep a thumb up (1) or down (-1) for the last answer, with consent."
+    "Keep a thumb up (1) or down (-1) for the last answer, if the user has agreed."
     def keep(side):
         if self.keeper is None:
-            raise UserError("thumbs need a run to be kept in: "
+            raise UserError("thumbs are kept in a run's folder: "
                             "make the chat with `open_chat`, without keep_feedback=False.")
         if not self.consent.value:
             raise UserError("tick “Keep my feedback” below the chat first: "
@@ -408,13 +412,13 @@ def rate(self: Chat, rating: int):
 # %% ../../nbs/talk/42_widget.ipynb #fed26425
 @patch
 def save(self: Chat, path: Path | None = None):
-    "Write each conversation as JSON, by default into the run's folder `chats`."
+    "Write each conversation as JSON, by default into the folder `chats` of the run."
     if path is None:
         folder = self.run.dir/"chats" if self.run else Path(".")
         path = folder/f"{datetime.now():%Y-%m-%d_%H-%M-%S}.json"
     path = Path(path)
     def write(side):
-        name = side.name.replace("/", "-") # of several, each file has its model's name
+        name = side.name.replace("/", "-") # files of several sides differ by name
         target = path.with_stem(f"{path.stem}_{name}" if name else path.stem)
         save_talk(side.talk, target)
         return f"Saved as {target.name}."
@@ -429,7 +433,7 @@ def load(self: Chat, path: Path):
 # %% ../../nbs/talk/42_widget.ipynb #9eb54167
 @patch
 def _uploaded(self: Chat):
-    "Load the file that the file button received."
+    "Load the conversation from the file button's file."
     def read():
         try: return json.loads(bytes(self.upload.value[0]["content"]))
         except (ValueError, RecursionError):
@@ -442,7 +446,7 @@ def _load(
     self: Chat,
     read, # returns a conversation; may raise `UserError`
 ):
-    "Load a conversation into every side."
+    "Continue a saved conversation in every side."
     def resume(side):
         resume_talk(side.talk, read())
         return "Loaded."
@@ -451,7 +455,7 @@ def _load(
 # %% ../../nbs/talk/42_widget.ipynb #cff1ee80
 def open_chat(
     run_name: str, # the run's name
-    stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or the newest finished one
+    stage: str = "latest", # "base", "mid", "sft", "rl", "dpo", or "latest" (the newest)
     **settings, # keep_feedback: as in `Chat`; the sampling settings: as in `Talk`
 ) -> Chat:
     "Open a chat cell with the model of a run. It offers to keep feedback."
@@ -459,8 +463,8 @@ def open_chat(
 
 # %% ../../nbs/talk/42_widget.ipynb #dd849637
 def compare(
-    model: str, # a run's name, or run/stage, such as "laptop/base"; without a stage, the newest
-    *others: str, # the same
+    model: str, # a run's name, or run/stage, such as "laptop/base"; without a stage: the newest
+    *others: str, # more models, named like `model`
     **settings, # as in `open_chat`
 ) -> Chat:
     "Open a chat cell with several models side by side: all get the same questions."

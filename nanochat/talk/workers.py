@@ -34,24 +34,26 @@ from .api import restarting
 def load_on(
     run_name: str,
     stage: str, # of the run, or "latest"
-    device: str, # as `pick_device` takes it
+    device: str, # as in `pick_device`
 ) -> Engine:
     "Load a run's model on a device, which may be one of several GPUs."
     return open_engine(run_name, stage, device)[0]
 
 # %% ../../nbs/talk/45_workers.ipynb #c37a8b70
 def _portable(event):
-    "Return an event that can go through a pipe: an error as its text."
+    "Return an event that can be pickled: an exception is replaced by one with only its text."
     if not isinstance(event, Exception): return event
     if type(event) is UserError: return UserError(str(event))
     return RuntimeError(f"{type(event).__name__}: {event}")
 
 # %% ../../nbs/talk/45_workers.ipynb #5104c752
-def _is_last(event) -> bool: return isinstance(event, Exception) or event.finish is not None
+def _is_last(event) -> bool:
+    "Return whether an event is the last one of its row."
+    return isinstance(event, Exception) or event.finish is not None
 
 # %% ../../nbs/talk/45_workers.ipynb #c3fb198e
 def _post(pipe, outbox: queue.SimpleQueue, scheduler: Scheduler):
-    "Send all events that have gathered, and the load, again and again."
+    "Send the waiting events and the scheduler's load, until the pipe is closed."
     while True:
         events = [outbox.get()]
         while not outbox.empty(): events.append(outbox.get())
@@ -61,20 +63,20 @@ def _post(pipe, outbox: queue.SimpleQueue, scheduler: Scheduler):
 
 # %% ../../nbs/talk/45_workers.ipynb #8c84593c
 def _run_worker(
-    pipe, # `multiprocessing.Connection`
-    load: Callable, # device → `Engine`
+    pipe, # the worker's end, a `multiprocessing` connection
+    load: Callable, # called with the device; returns an `Engine`
     device: str,
-    max_rows: int,
-    n_threads: int, # of torch's products
+    max_rows: int, # generated at once
+    n_threads: int, # of torch
 ):
-    "Load the model, then generate what the pipe requests until it is closed."
-    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C reaches all; the front says when to end
+    "Load the model, then serve the requests of the pipe until it is closed."
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # on Ctrl-C, the front ends the workers
     torch.set_num_threads(n_threads)
     try: engine = load(device)
     except Exception as e:
         return pipe.send(("failed", isinstance(e, UserError), str(e) or type(e).__name__))
     scheduler, outbox = Scheduler(engine, max_rows), queue.SimpleQueue()
-    rows, ended = {}, deque() # number → row; numbers of rows that have ended
+    rows, ended = {}, deque() # number: row; numbers of rows that have ended
     pipe.send(("ready", engine.tokenizer.bpe.to_json().encode(), engine.context))
 
     def on_event(number, event):
@@ -99,25 +101,26 @@ def _run_worker(
 # %% ../../nbs/talk/45_workers.ipynb #3adb8460
 @dataclass(eq=False)
 class _PoolRow:
-    "A row in some worker."
+    "A row that a worker generates."
     worker: "_Worker"
-    number: int
+    number: int # the name of the row in messages
 
 # %% ../../nbs/talk/45_workers.ipynb #edb1261b
 class _Worker:
-    "A process with a model, seen from the front."
+    "The front's side of a worker."
     def __init__(self, pool: "WorkerPool", device: str):
         self.pool, self.device, self.restarts = pool, device, 0
-        self.state, self.error = "loading", None
-        self.rows = {} # number → on_event
-        self.load = (0, 0, 0, 0) # busy, waiting, tokens, prompt tokens
+        self.state = "loading" # then "ready", and "restarting" after a death
+        self.error = None # why the model could not be loaded
+        self.rows = {} # number: `on_event` of a row
+        self.load = (0, 0, 0, 0) # busy, waiting, tokens, prompt tokens of the current process
         self.before = (0, 0) # tokens and prompt tokens of earlier processes
         self.lock, self.process, self.pipe = threading.Lock(), None, None
         self.thread = threading.Thread(target=self._live, daemon=True)
         self.thread.start()
 
     def _live(self):
-        "Start the process and listen to it; start another one if it dies."
+        "Start the process and read its messages; start another one if it dies."
         while not self.pool.closed:
             started = time.monotonic()
             self._start()
@@ -130,8 +133,8 @@ class _Worker:
             reason = f" ({self.error})" if self.error else ""
             say(f"The worker on {self.device} has died{reason}: it is started again.")
             self.pool.changed.set()
-            quick = time.monotonic() - started > 60 or self.restarts == 1
-            time.sleep(0 if quick else min(2 ** self.restarts, 30))
+            at_once = time.monotonic() - started > 60 or self.restarts == 1
+            time.sleep(0 if at_once else min(2 ** self.restarts, 30))
 
     def _start(self):
         "Start the process."
@@ -140,10 +143,10 @@ class _Worker:
         args = (theirs, pool.make_engine, self.device, pool.max_rows, pool.n_threads)
         self.process = spawn.Process(target=_run_worker, args=args, daemon=True)
         self.process.start()
-        theirs.close() # so that the pipe breaks when the process ends
+        theirs.close() # now only the process holds this end: the pipe breaks when it ends
 
     def _bury(self):
-        "End the rows of a dead process with an error."
+        "End the rows of a dead process with an error, and keep its counts."
         with self.lock:
             lost, self.rows, self.state = list(self.rows.values()), {}, "restarting"
             self.before = (self.before[0] + self.load[2], self.before[1] + self.load[3])
@@ -154,19 +157,21 @@ class _Worker:
 # %% ../../nbs/talk/45_workers.ipynb #15a4fa94
 @patch
 def _hear(self: _Worker, what, *rest):
+    "Handle a message of the worker."
     if what == "events":
         events, self.load = rest
         for number, event in events: self._pass_on(number, event)
         return
     if what == "ready": self.pool.described, self.state, self.error = rest, "ready", None
-    else:
-        is_users, self.error = rest
-        if is_users: self.pool.refused = self.error
+    else: # "failed"
+        is_user_error, self.error = rest
+        if is_user_error: self.pool.refused = self.error # a restart would not help
     self.pool.changed.set()
 
 # %% ../../nbs/talk/45_workers.ipynb #5411d72e
 @patch
 def _pass_on(self: _Worker, number, event):
+    "Call the function of the event's row."
     with self.lock:
         on_event = self.rows.get(number)
         if _is_last(event): self.rows.pop(number, None)
@@ -174,8 +179,8 @@ def _pass_on(self: _Worker, number, event):
 
 # %% ../../nbs/talk/45_workers.ipynb #7a51523a
 @patch
-def send(self: _Worker, *message) -> bool: # False if the worker could not be reached
-    "Write into the pipe."
+def send(self: _Worker, *message) -> bool: # False if the worker cannot be reached
+    "Send a message to the worker."
     with self.lock:
         if self.state != "ready": return False
         try: self.pipe.send(message)
@@ -187,32 +192,32 @@ class WorkerPool:
     "A `Scheduler` in a process of its own for each device."
     def __init__(
         self,
-        make_engine: Callable, # device → `Engine`; a module's function, which a process can find
-        devices: list[str], # one process for each
-        max_rows: int = 32, # of each
+        make_engine: Callable, # called with a device; returns an `Engine`; must be picklable
+        devices: list[str], # each gets a process
+        max_rows: int = 32, # generated at once by each worker
     ):
         self.make_engine, self.max_rows, self.closed = make_engine, max_rows, False
-        self.numbers = iter(range(1 << 62))
+        self.numbers = iter(range(1 << 62)) # of rows
         self.n_threads = max(1, torch.get_num_threads() // len(devices))
-        self.described = None # the tokenizer as JSON, the context
-        self.refused = None # why a worker cannot load the model
-        self.changed = threading.Event()
+        self.described = None # the tokenizer as JSON, and the context, from a worker that is ready
+        self.refused = None # the message of a `UserError` while a worker loaded the model
+        self.changed = threading.Event() # wakes `wait`
         self.members = [_Worker(self, device) for device in devices]
 
     def submit(self, prompt: list[int], on_event: Callable, **settings) -> _PoolRow:
-        "As `Scheduler.submit`; a worker's refusal comes as an event."
+        "Queue a row as `Scheduler.submit` does, but a `UserError` comes as an event."
         ready = [w for w in self.members if w.state == "ready"]
         for worker in sorted(ready, key=lambda w: len(w.rows)):
             number = next(self.numbers)
             row = _PoolRow(worker, number)
             with worker.lock: worker.rows[number] = on_event
             if worker.send("submit", number, prompt, settings): return row
-            with worker.lock: # if the row is not there, its end has been told already
+            with worker.lock: # without an entry, the row has already ended with an error
                 if worker.rows.pop(number, None) is None: return row
         raise restarting()
 
     def cancel(self, row: _PoolRow):
-        "As `Scheduler.cancel`."
+        "End a row early, as `Scheduler.cancel` does."
         if row.number in row.worker.rows: row.worker.send("cancel", row.number)
 
     @property
@@ -234,7 +239,7 @@ class WorkerPool:
 # %% ../../nbs/talk/45_workers.ipynb #48bb7d2a
 @patch
 def wait(self: WorkerPool) -> tuple[Tokenizer, int]: # the tokenizer, the context
-    "Wait until all workers are ready. Raises `UserError` if one cannot be."
+    "Wait until all workers are ready. Raises `UserError` if one cannot load the model."
     def fail(message):
         self.close()
         raise UserError(message)
@@ -243,7 +248,7 @@ def wait(self: WorkerPool) -> tuple[Tokenizer, int]: # the tokenizer, the contex
         self.changed.clear()
         if self.refused: fail(self.refused)
         if all(w.restarts >= 3 for w in self.members):
-            reason = self.members[0].error or "without a word"
+            reason = self.members[0].error or "without a message"
             fail(f"the workers die while they load the model ({reason}): "
                  "start fewer of them with --devices, or use a smaller model.")
         if self.closed: raise UserError("the server was stopped while it loaded the model.")
@@ -258,11 +263,11 @@ def close(self: WorkerPool):
     for worker in self.members:
         with worker.lock:
             if worker.pipe is None or worker.pipe.closed: continue
-            # closing the pipe would not wake the thread that reads it
+            # closing the pipe here would not wake the thread that reads it
             with contextlib.suppress(OSError): worker.pipe.send(("close", None))
     for worker in self.members:
         if worker.process is None or not worker.process.is_alive(): continue
-        # this thread waits for the process: only one may, the other would see it as alive
+        # wait for the worker's thread, which joins the process: two threads must not join it
         worker.thread.join(5)
         if worker.process.is_alive():
             worker.process.kill()
