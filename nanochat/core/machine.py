@@ -51,8 +51,8 @@ def pick_dtype(
     """Return the dtype of matrix products.
 
     In a run the plan has already decided it (`estimate._derive_hardware`), and `name` is its
-    decision. Elsewhere "auto" is bfloat16 on CUDA GPUs that have it, float16 on other CUDA GPUs, and
-    float32 on other devices. Raises `UserError` for a dtype that the device does not do well."""
+    decision. Elsewhere "auto" is bfloat16 on CUDA GPUs that have it, float16 on other CUDA GPUs,
+    and float32 on other devices. Raises `UserError` if the device is slow in the dtype."""
     import torch
     if name not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16.")
