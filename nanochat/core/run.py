@@ -107,7 +107,8 @@ def _open_tracker(
 # %% ../../nbs/core/02_run.ipynb #ed840934
 def _tensorboard(module, dir, stage, config, resume_step):
     "Write event files of TensorBoard into the run's folder. Returns the function that sends."
-    # TensorBoard hides the steps from `purge_step` on; `resume_step` may be `sys.maxsize`: keep all
+    # TensorBoard hides the steps from `purge_step` on. An evaluation after training passes
+    # `sys.maxsize` as `resume_step`, so that nothing is hidden.
     purge_step = min(resume_step + 1, sys.maxsize) if resume_step else 0
     writer = module.SummaryWriter(str(dir/"tensorboard"/stage), purge_step=purge_step)
     writer.add_text("config", f"```\n{yaml.safe_dump(config, sort_keys=False)}```")
