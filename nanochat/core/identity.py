@@ -25,15 +25,15 @@ class Card(NamedTuple):
     name: str
     maker: str
     kind: str = "a small language model"
-    age: str = "" # such as "two weeks"; empty: no topic
+    age: str = "" # such as "two weeks"; empty: no questions about it
     likes: tuple[str, ...] = ()
-    lines: tuple[tuple[str, str], ...] = () # (question, answer); without a question: about itself
+    lines: tuple[tuple[str, str], ...] = () # (question or "", answer)
 
 # %% ../../nbs/core/06_identity.ipynb #d1033b4a
 def _one_line(
     value, # of a card
-    what: str, # its name in errors
-    most: int = 200, # characters
+    what: str, # what it is, for the error message
+    most: int = 200, # limit, in characters
 ) -> str:
     "Return a value of a card as one line. Raises `UserError` if it is not plain text."
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -43,7 +43,7 @@ def _one_line(
     if len(text) > most:
         raise UserError(f"{what} has {len(text)} characters, and the limit is {most}: shorten it.")
     if re.search(r"<\|\w+\|>|[{}\[\]]", text):
-        raise UserError(f"{what} is {text!r}, but it must be plain text, without brackets and "
+        raise UserError(f"{what} is {text!r}, but it must be plain text, without {{}}, [] and "
                         "special tokens.")
     return text
 
@@ -53,7 +53,7 @@ def _items(
     key: str, # "likes" or "lines"
     where: str, # the card's file, for errors
 ) -> list:
-    "Return a list of a card. Likes may also be one text with commas."
+    "Return the list `likes` or `lines` of a card. Likes may also be one text with commas."
     value = card.get(key) or []
     if isinstance(value, str) and key == "likes": return value.split(",")
     if not isinstance(value, list):
@@ -62,7 +62,7 @@ def _items(
 
 # %% ../../nbs/core/06_identity.ipynb #3af52f1f
 def _line(value, where: str) -> tuple[str, str]:
-    "Return one of a card's lines as question and answer."
+    "Return one of a card's lines as question and answer; the question may be empty."
     if not isinstance(value, dict): return "", _one_line(value, f"a line in {where}", 400)
     if set(value) != {"ask", "say"}:
         keys = ", ".join(map(str, value)) or "nothing"
@@ -72,7 +72,7 @@ def _line(value, where: str) -> tuple[str, str]:
 
 # %% ../../nbs/core/06_identity.ipynb #b568264c
 def _check_keys(card: dict, where: str):
-    "Raise `UserError` if a card is not a dictionary with the right keys."
+    "Raise `UserError` if a card is not a dictionary, or a key is unknown or missing."
     if not isinstance(card, dict):
         raise UserError(f"{where} must hold names and values, such as name: Ada, "
                         f"not {str(card)[:40]!r}.")
@@ -108,7 +108,7 @@ def _check_card(
 
 # %% ../../nbs/core/06_identity.ipynb #be317939
 def read_card(
-    path: str | Path, # a YAML or JSON file; "none": the world's own card
+    path: str | Path, # a YAML or JSON file; "none": Pico, the default model
 ) -> Card:
     "Read a card. Raises `UserError` if the file is missing or cannot be used."
     if str(path) == "none": return _check_card(IDENTITY)
@@ -124,7 +124,7 @@ def read_card(
 
 # %% ../../nbs/core/06_identity.ipynb #f2091bb8
 class _Topic(NamedTuple):
-    "Compiled templates of a topic."
+    "The compiled templates of a topic."
     asked: list # questions to train with
     exam: list # held-out questions
     answers: list
@@ -221,7 +221,7 @@ _TOPICS["about"] = _Topic(
 
 # %% ../../nbs/core/06_identity.ipynb #e51c45d4
 def topics(card: Card) -> list[str]:
-    "Return the topics that a card has an answer to."
+    "Return the names of the topics to which a card has an answer."
     known = ["self", "maker", "about"]
     if card.age: known.append("age")
     if card.likes: known.append("likes")
@@ -231,7 +231,7 @@ def topics(card: Card) -> list[str]:
 
 # %% ../../nbs/core/06_identity.ipynb #e016d539
 def _line_of(card: Card, topic: str) -> tuple[str, str] | None:
-    "Return question and answer of a line's topic, or None for another topic."
+    "Return question and answer of a topic such as `line 1`, or None for any other topic."
     kind, _, index = topic.partition(" ")
     return card.lines[int(index)] if kind == "line" else None
 
@@ -239,9 +239,9 @@ def _line_of(card: Card, topic: str) -> tuple[str, str] | None:
 def questions(
     card: Card,
     topic: str, # of `topics`
-    held_out: bool = False, # those of the exam
+    held_out: bool = False, # the questions of the exam, not those to train with
 ) -> list[str]:
-    "Return all questions about a topic."
+    "Return all questions about a topic, to train with or of the exam."
     if line := _line_of(card, topic):
         asked = line[0]
         if held_out: return [f"May I ask: {asked}"]
@@ -256,7 +256,7 @@ def _card_answer(
     topic: str, # of `topics`
     draw: Draw, # makes the choices
 ) -> str:
-    "Return what the model should say about a topic."
+    "Return an answer that the model should give to a question about a topic."
     if line := _line_of(card, topic): return line[1]
     slots = {"N": card.name, "kind": card.kind, "age": card.age, "maker": card.maker}
     slots["Maker"] = card.maker[0].upper() + card.maker[1:]
@@ -271,9 +271,10 @@ def _card_answer(
 # %% ../../nbs/core/06_identity.ipynb #3ccb9ab6
 def _carelessly(
     text: str, # a question
+    name: str, # of the model, which gets no typing error
     draw: Draw, # makes the choices
 ) -> str:
-    "Return the same question, typed in a hurry."
+    "Return a question as if it was typed in a hurry."
     kind = draw.pick(("small", "unmarked", "typo", "typo", "short"))
     small = text.lower()
     if kind == "small": return small
@@ -281,8 +282,9 @@ def _carelessly(
     if kind == "short":
         short = re.sub(r"\byou\b", "u", re.sub(r"\bare\b", "r", small))
         return short.replace("'", "").rstrip("?.!")
-    # a typing error in a word of small letters, after its first letter
-    places = [m.start() + 1 for m in re.finditer(r"[a-z]{4,}", text)]
+    # the place of a typing error: the second of four or more small letters, not in the name
+    nameless = text.replace(name, "-" * len(name))
+    places = [m.start() + 1 for m in re.finditer(r"[a-z]{4,}", nameless)]
     if not places: return small
     at = draw.pick(places)
     before, letter, after = text[:at], text[at], text[at + 1:]
@@ -304,39 +306,40 @@ _BEFORE = compile_templates([
 
 # %% ../../nbs/core/06_identity.ipynb #620946ce
 def _exchange(asked: str, said: str) -> list[dict]:
-    "Return a user's message and its answer."
+    "Return a message of the user and the answer to it."
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
 
 # %% ../../nbs/core/06_identity.ipynb #cccc608f
 def _ask(
     card: Card,
-    left: list[str], # topics that were not asked yet; the one that is asked is removed
+    left: list[str], # topics that were not asked about yet; this function removes the one it uses
     draw: Draw,
 ) -> list[dict]:
     "Return a question about one of the topics, and its answer."
     options = left
+    # half of the questions are about name and maker, as long as these topics are left
     if draw.chance(0.5): options = [topic for topic in ("self", "maker") if topic in left] or left
     topic = draw.pick(options)
     left.remove(topic)
     question = expand_one(_BEFORE, {"N": card.name}, draw)
     question += draw.pick(questions(card, topic))
-    if draw.chance(0.3): question = _carelessly(question, draw)
+    if draw.chance(0.3): question = _carelessly(question, card.name, draw)
     return _exchange(question, _card_answer(card, topic, draw))
 
 # %% ../../nbs/core/06_identity.ipynb #30efe00a
 def identity_messages(
     card: Card,
     draw: Draw, # makes the choices
-    held_out: str = "", # a question of the exam; empty: a conversation to train with
+    held_out: str = "", # a question of the exam; empty: make a conversation to train with
     topic: str = "", # of the held-out question
 ) -> list[dict]:
-    "Return the messages of a conversation about who the model is."
+    "Return the messages of a random conversation, or of one exam question and its answer."
     if held_out: return _exchange(held_out, _card_answer(card, topic, draw))
     messages, slots = [], {"N": card.name}
     if draw.chance(0.2):
         messages += _exchange(expand(_HELLO, slots, draw), expand_one(_BACK, slots, draw))
     left = topics(card)
-    for _ in range(draw.weighted({1: 0.6, 2: 0.25, 3: 0.15})): # there are three topics or more
+    for _ in range(draw.weighted({1: 0.6, 2: 0.25, 3: 0.15})): # a card has at least three topics
         messages += _ask(card, left, draw)
     if draw.chance(0.1):
         messages += _exchange(expand(_THANKS, slots, draw), expand_one(_WELCOME, slots, draw))
@@ -348,7 +351,7 @@ def is_right(
     topic: str, # of the question
     said: str, # the answer
 ) -> bool:
-    "Does an answer say what the card says?"
+    "Return whether an answer contains what the card says about the topic."
     def has(text):
         words = re.escape(text.lower())
         return bool(re.search(rf"(?<!\w){words}(?!\w)", said.lower()))

@@ -27,9 +27,9 @@ from .machine import barrier, environment
 # %% ../../nbs/core/02_run.ipynb #6572ff25
 def read_metrics(
     path: Path, # metrics.jsonl
-    stage: str | None = None, # only this stage's lines
+    stage: str | None = None, # whose lines to return; None: all
 ) -> list[dict]:
-    "Read the lines of a metrics file; a last line that a crash cut short is skipped."
+    "Return the lines of a metrics file; a line that a crash cut short is skipped."
     rows = []
     if not Path(path).exists(): return rows
     for line in Path(path).read_text("utf-8").splitlines():
@@ -40,14 +40,14 @@ def read_metrics(
 
 # %% ../../nbs/core/02_run.ipynb #cc742a18
 class Metrics:
-    "Append to a run's `metrics.jsonl` on rank 0, and send the numbers to a tracker."
+    "Append to a run's `metrics.jsonl` on rank 0, and send the numbers to a tracker, if one is set."
     def __init__(
         self,
         path: Path, # metrics.jsonl
         stage: str, # the stage that writes
-        resume_step: int = 0, # keep this stage's lines up to this step, drop later ones
-        tracker: str = "", # one of `TRACKERS` that gets the numbers too; empty: none
-        config: dict | None = None, # what a tracker should show beside the curves
+        resume_step: int = 0, # keep this stage's lines up to this step; 0: keep none
+        tracker: str = "", # one of `TRACKERS`; empty: none
+        config: dict | None = None, # the settings that a tracker shows beside the curves
     ):
         self.path, self.stage, self.writes = Path(path), stage, rank_and_world()[0] == 0
         if not self.writes: return
@@ -57,14 +57,14 @@ class Metrics:
         atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _stays(self, row: dict, resume_step: int) -> bool:
-        "Is a line of another stage, or of a step before the one to resume from?"
+        "Return whether to keep a line: other stages' lines, and this one's up to `resume_step`."
         if row.get("stage") != self.stage: return True
         return resume_step > 0 and row.get("step", 0) <= resume_step
 
     def log(
         self,
-        step: int, # of the stage
-        **values, # named numbers
+        step: int, # of this stage
+        **values, # numbers or text by name; a tracker gets only the numbers
     ):
         "Append one line."
         if not self.writes: return
@@ -75,39 +75,40 @@ class Metrics:
         self._track(step, {f"{self.stage}/{name}": value for name, value in numbers.items()})
 
 # %% ../../nbs/core/02_run.ipynb #110df951
-TRACKERS = ("tensorboard", "wandb", "trackio") # the names of their packages too
+TRACKERS = ("tensorboard", "wandb", "trackio") # also the names of the packages to install
 
 # %% ../../nbs/core/02_run.ipynb #01c4bb69
 def _open_tracker(
     name: str, # one of `TRACKERS`
-    dir: Path, # the run's folder; the tracker's run gets its name
+    dir: Path, # the run's folder; its name becomes the name of the tracker's run
     stage: str, # the stage that sends numbers
     config: dict, # the run's configuration, shown beside the curves
     resume_step: int = 0, # the step that the stage resumes from
-): # → function (step, {name: number})
+): # → function (step, {name: number}) that sends numbers
     "Start a tracker. Raises `UserError` if it is unknown, not installed, or does not start."
     if name not in TRACKERS:
         raise UserError(f"hardware.tracker is {name!r}, which is not one of {', '.join(TRACKERS)}: "
-                        "choose one of them, or leave it empty.")
+                        "choose one of them, or none.")
     package = "torch.utils.tensorboard" if name == "tensorboard" else name
     try: module = importlib.import_module(package)
     except ImportError as e:
         raise UserError(
             f"hardware.tracker is {name!r}, but its package cannot be imported ({e}): "
             f"install it with `uv pip install {name}` or `pip install {name}`, "
-            "or leave the setting empty.") from None
+            "or set hardware.tracker=none.") from None
     start = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}[name]
     Path(dir).mkdir(parents=True, exist_ok=True)
     try: return start(module, Path(dir), stage, config, resume_step)
     except Exception as e:
         raise UserError(
             f"the tracker {name!r} does not start ({type(e).__name__}: {e}): "
-            "correct that, or leave hardware.tracker empty; metrics.jsonl is written in any case.") from e
+            "correct that, or set hardware.tracker=none to write only metrics.jsonl.") from e
 
 # %% ../../nbs/core/02_run.ipynb #ed840934
 def _tensorboard(module, dir, stage, config, resume_step):
-    "Event files in the run's folder."
-    # hide steps from `purge_step` on; a stage that only adds lines resumes from the highest number
+    "Write event files of TensorBoard into the run's folder. Returns the function that sends."
+    # TensorBoard hides the steps from `purge_step` on. An evaluation after training passes
+    # `sys.maxsize` as `resume_step`, so that nothing is hidden.
     purge_step = min(resume_step + 1, sys.maxsize) if resume_step else 0
     writer = module.SummaryWriter(str(dir/"tensorboard"/stage), purge_step=purge_step)
     writer.add_text("config", f"```\n{yaml.safe_dump(config, sort_keys=False)}```")
@@ -118,10 +119,10 @@ def _tensorboard(module, dir, stage, config, resume_step):
 
 # %% ../../nbs/core/02_run.ipynb #914263e6
 def _wandb(module, dir, stage, config, resume_step):
-    "A new or resumed run of Weights & Biases, with its log beside the run's."
+    "Start or resume a run of Weights & Biases. Returns the function that sends."
     file = dir/"wandb_id.txt"
     known = file.read_text() if file.exists() else None
-    # a process may run several stages, and each of them resumes the run
+    # the stages of one process all log into the same run
     run = module.init(project="nanochat", name=dir.name, id=known, resume="allow", config=config,
                       dir=str(dir), reinit="finish_previous")
     atomic_write(file, run.id)
@@ -131,19 +132,19 @@ def _wandb(module, dir, stage, config, resume_step):
 
 # %% ../../nbs/core/02_run.ipynb #a58f6457
 def _trackio(module, dir, stage, config, resume_step):
-    "A new run of Trackio, or one that is resumed by its name."
+    "Start a run of Trackio, or resume it by its name. Returns the function that sends."
     run = module.init(
         project="nanochat", name=dir.name, config=config, resume="allow", embed=False)
     return lambda step, values: run.log(values, step=step)
 
 # %% ../../nbs/core/02_run.ipynb #75e8599d
 def base_dir() -> Path:
-    "The folder for data and runs: `$NANOCHAT_BASE_DIR`, or `~/.cache/nanochat`."
+    "Return the folder for data and runs: `$NANOCHAT_BASE_DIR`, or `~/.cache/nanochat`."
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
 
 # %% ../../nbs/core/02_run.ipynb #76191fb7
 def runs_dir() -> Path:
-    "The folder of all run folders."
+    "Return the folder that holds the folders of all runs."
     return base_dir()/"runs"
 
 # %% ../../nbs/core/02_run.ipynb #fcfc5b67
@@ -157,16 +158,17 @@ STAGES = { # stage: (the notebook that runs it, the sections of the configuratio
     "report":    ("7_report",    ()),
 }
 TRAINED = ("base", "mid", "sft", "rl") # the stages that train a model
-# stages that no speedrun runs, and their commands; their settings may change at any time
+# stages that a speedrun leaves out, and their commands; no fingerprint contains their settings
 EXTRA_STAGES = {"dpo": "nanochat dpo"}
 
 # %% ../../nbs/core/02_run.ipynb #bfe0adf5
 def _what_matters(config: dict) -> dict:
-    "Drop what may change when a run moves to another machine, and a card that says nothing."
+    "Return the settings that must stay the same for a run to be the same run."
     def without(section, name):
         if not isinstance(section, dict): return section
         return {key: value for key, value in section.items() if key != name}
     ignored = ("hardware", *EXTRA_STAGES)
+    # a configuration without the section `identity` equals one with the card "none"
     kept = {name: without(section, "device_batch") for name, section in config.items()
             if name not in ignored and section != {"card": "none"}}
     return kept | {"dial": without(config.get("dial", {}), "until")}
@@ -176,17 +178,17 @@ def fingerprint(
     config: dict, # a run's configuration
     stage: str, # one of `STAGES` or `EXTRA_STAGES`
 ) -> str: # 16 hexadecimal digits
-    "Hash what a stage depends on. Raises `UserError` if there is no such stage."
+    "Return the hash of all that a stage depends on. Raises `UserError` if there is no such stage."
     reads = {name: sections for name, (_, sections) in STAGES.items()}
     h, config = "", _what_matters(config)
     for name, sections in (reads | dict.fromkeys(EXTRA_STAGES, ())).items():
         h = sha256_json([h, name, {s: config[s] for s in sections if s in config}])
         if name == stage: return h[:16]
-    raise UserError(f"stage {stage!r} is not one of {', '.join(STAGES)}.")
+    raise UserError(f"stage {stage!r} is not one of {', '.join((*STAGES, *EXTRA_STAGES))}.")
 
 # %% ../../nbs/core/02_run.ipynb #93f10102
 def _differences(a: dict, b: dict, prefix: str = "") -> list[str]:
-    "List the keys in which two nested dictionaries differ, with both values."
+    "Return a line for each key in which two nested dictionaries differ, with both values."
     out = []
     for key in sorted(set(a) | set(b)):
         x, y = a.get(key), b.get(key)
@@ -200,7 +202,7 @@ class Run:
     def __init__(
         self,
         dir: Path, # the folder
-        config: dict, # the resolved configuration, as `nanochat.train.plan` makes it
+        config: dict, # all settings by section, as `nanochat.train.plan` makes them
     ):
         self.dir, self.config, self.name = Path(dir), config, Path(dir).name
 
@@ -209,6 +211,7 @@ class Run:
 
     @staticmethod
     def _dir(name: str) -> Path:
+        "Return the folder of a run. Raises `UserError` if the name cannot be that of a folder."
         if not name or name != Path(name).name or name.startswith("."):
             raise UserError(f"{name!r} cannot name a run: "
                             "use letters, digits, '-' and '_', without a path.")
@@ -216,11 +219,11 @@ class Run:
 
     @classmethod
     def create(cls, name: str, config: dict) -> "Run":
-        "Make or reopen a folder. Raises `UserError` if it holds a run of another configuration."
+        "Make or reopen a run. Raises `UserError` if the folder holds one of another configuration."
         dir = cls._dir(name)
         if (dir/"config.yaml").exists():
             old = cls.open(name).config
-            # a round trip through YAML, so that tuples and lists compare equal
+            # a round trip through YAML turns tuples into lists, as in `old`
             new = yaml.safe_load(yaml.safe_dump(config))
             if found := _differences(_what_matters(old), _what_matters(new)):
                 shown = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
@@ -232,12 +235,12 @@ class Run:
 
     @classmethod
     def open(cls, name: str) -> "Run":
-        "Open a run. Raises `UserError` if there is none of that name, or its file is damaged."
+        "Open a run. Raises `UserError` if there is no such run, or its `config.yaml` is damaged."
         path = cls._dir(name)/"config.yaml"
         if not path.exists():
             known = sorted(p.parent.name for p in runs_dir().glob("*/config.yaml"))
             raise UserError(
-                f"there is no run {name!r} in {runs_dir()} (there: {', '.join(known) or 'none'}): "
+                f"there is no run {name!r} in {runs_dir()} (runs: {', '.join(known) or 'none'}): "
                 f"start one with `nanochat speedrun --run {name}`.")
         try: config = yaml.safe_load(path.read_text("utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError): config = None
@@ -260,7 +263,7 @@ def stage_dir(self: Run, stage: str) -> Path:
 # %% ../../nbs/core/02_run.ipynb #69b530a7
 @patch
 def manifest(self: Run, stage: str) -> dict | None:
-    "What a finished stage recorded; None if it is not done with this configuration."
+    "Return a stage's manifest; None if the stage is not done with this configuration."
     path = self.stage_dir(stage)/"manifest.json"
     if not path.exists(): return None
     found = read_json(path, "delete it, and the stage runs again.")
@@ -269,7 +272,7 @@ def manifest(self: Run, stage: str) -> dict | None:
 # %% ../../nbs/core/02_run.ipynb #d8baaf7b
 @patch
 def needs(self: Run, stage: str) -> dict:
-    "The manifest of a stage. Raises `UserError` that names what to run if it has not finished."
+    "Return a stage's manifest. If it is not done, raises `UserError` that says what to run."
     if found := self.manifest(stage): return found
     if stage in EXTRA_STAGES: remedy = f"run `{EXTRA_STAGES[stage]} {self.name}` first."
     else: remedy = f"run {STAGES[stage][0]}.ipynb first, or `nanochat speedrun --run {self.name}`."
@@ -278,7 +281,7 @@ def needs(self: Run, stage: str) -> dict:
 # %% ../../nbs/core/02_run.ipynb #73d6167c
 @patch
 def latest(self: Run) -> str | None:
-    "The stage with the newest model: the last one, or an extra stage that started from it."
+    "Return the last stage with a model, or an extra stage that started from that; else None."
     last = next((stage for stage in reversed(TRAINED) if self.manifest(stage)), None)
     for extra in EXTRA_STAGES:
         found = self.manifest(extra)
@@ -292,7 +295,7 @@ def finish(
     stage: str, # the stage that is done
     **info, # counts, seconds, final metrics: everything that a report may need
 ) -> dict: # the manifest
-    "Write a stage's manifest, on rank 0. This ends the stage."
+    "Write a stage's manifest on rank 0, which marks it as done. Every rank must call this."
     found = {"stage": stage, "fingerprint": fingerprint(self.config, stage),
              "finished": round(time.time(), 3), **info, "environment": environment()}
     file = self.stage_dir(stage)/"manifest.json"
@@ -303,7 +306,7 @@ def finish(
 # %% ../../nbs/core/02_run.ipynb #f5d33b34
 @patch
 def metrics(self: Run, stage: str, resume_step: int = 0) -> Metrics:
-    "The writer of this run's metrics for one stage."
+    "Return the object that writes a stage's metrics; `resume_step` is as in `Metrics`."
     tracker = self.config.get("hardware", {}).get("tracker") or "none"
     if tracker == "none": tracker = ""
     return Metrics(self.dir/"metrics.jsonl", stage, resume_step, tracker, self.config)
@@ -311,16 +314,16 @@ def metrics(self: Run, stage: str, resume_step: int = 0) -> Metrics:
 # %% ../../nbs/core/02_run.ipynb #c1a50cfb
 @patch
 def rows(self: Run, stage: str | None = None) -> list[dict]:
-    "The lines of metrics that this run has written."
+    "Return the lines of this run's metrics, of one stage or of all."
     return read_metrics(self.dir/"metrics.jsonl", stage)
 
 # %% ../../nbs/core/02_run.ipynb #7b9264f1
 class StopSignal:
-    "Notice SIGTERM and Ctrl-C inside a `with` block; a second Ctrl-C raises `KeyboardInterrupt`."
+    "Record SIGTERM or Ctrl-C in a `with` block; Ctrl-C after that raises `KeyboardInterrupt`."
     def __enter__(self):
-        self.requested = False # did a signal come?
-        self.name = "" # and which one
-        self._old = {} # handlers to restore
+        self.requested = False # has a signal come?
+        self.name = "" # "Ctrl-C" or "SIGTERM"
+        self._old = {} # signal: the handler to restore
         if threading.current_thread() is not threading.main_thread(): return self
         for number in (signal.SIGTERM, signal.SIGINT):
             if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN: continue
@@ -333,12 +336,14 @@ class StopSignal:
         if self.requested: return
         self.requested, self.name = True, "Ctrl-C" if is_ctrl_c else "SIGTERM"
         more = "; Ctrl-C again stops at once" if is_ctrl_c else ""
+        # the signal may interrupt another print, or the output may be closed
         try: say(f"\n{self.name}: this step is finished and saved first{more}.")
-        except (RuntimeError, OSError): pass # during another print, or nobody reads any more
+        except (RuntimeError, OSError): pass
 
     def __exit__(self, *_):
         for number, old in self._old.items():
-            if old is not None: signal.signal(number, old) # None: not a handler of Python
+            # None: the handler was not set from Python, and cannot be restored from it
+            if old is not None: signal.signal(number, old)
 
 # %% ../../nbs/core/02_run.ipynb #d7839b9b
 def progress_bar(
@@ -346,9 +351,9 @@ def progress_bar(
     initial: int = 0, # steps that are done already
     desc: str = "", # title
     unit: str = "step", # what is counted
-    scale: bool = False, # 12.3M instead of 12345678
+    scale: bool = False, # write 12.3M instead of 12345678
 ): # → tqdm.tqdm
-    "A `tqdm` bar on rank 0, silent on the others, redrawn once a second."
+    "Return a `tqdm` bar, shown on rank 0 only and redrawn at most once a second."
     from tqdm import tqdm
     silent = rank_and_world()[0] != 0
     return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=scale,
@@ -358,7 +363,7 @@ def progress_bar(
 def in_words(
     speed: dict, # tokens_per_second, mfu (0 to 1) and memory_mb, each optional
 ) -> str:
-    "Throughput, MFU and memory, for a progress bar."
+    "Return throughput, MFU and memory as text for a progress bar."
     parts = []
     if "tokens_per_second" in speed: parts.append(f"{speed['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in speed: parts.append(f"{100 * speed['mfu']:.0f} % MFU")

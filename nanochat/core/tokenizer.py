@@ -34,7 +34,7 @@ _PART_TYPES = ("text", "python", "python_output") # parts of an assistant's mess
 
 # %% ../../nbs/core/03_tokenizer.ipynb #072b9d40
 def _check_content(i: int, message: dict):
-    "Raise `UserError` if message `i` has a content that its role cannot have."
+    "Raise `UserError` if the role of message `i` cannot have its content."
     role, content, where = message["role"], message.get("content"), f"message {i} of a conversation"
     kind = type(content).__name__
     if isinstance(content, str): return
@@ -77,7 +77,7 @@ def check_conversation(
 def chat_pieces(
     conversation: dict, # see `check_conversation`
 ) -> Iterator[tuple[str, bool, int]]: # text, whether it names a special token, 1 if trained on
-    "Yield the pieces of the chat template."
+    "Yield a conversation piece by piece, as the chat template writes it."
     yield "<|bos|>", True, 0
     for message in check_conversation(conversation):
         role, content = message["role"], message["content"]
@@ -112,7 +112,7 @@ class Tokenizer:
     def hash(self) -> str: # 64 hexadecimal digits
         "SHA-256 of everything that decides the ids of a text."
         byte_ids, order = self.bpe.byte_ids(), []
-        if byte_ids != list(range(256)): # as in a published rank file
+        if byte_ids != list(range(256)): # bytes in another order, as in GPT-2's rank file
             order = [byte_ids, [token.hex() for token in self.bpe.tokens()]]
         return sha256_json([self.bpe.merges(), self.bpe.pattern, SPECIAL_TOKENS, *order])
 
@@ -135,7 +135,10 @@ def _not_unicode(e: UnicodeEncodeError) -> UserError:
 # %% ../../nbs/core/03_tokenizer.ipynb #789d71cb
 @patch
 def encode(self: Tokenizer, text: str) -> list[int]:
-    "Return the ids of a text. Names of special tokens in it are text like any other."
+    """Return the ids of a text. Names of special tokens in it are text like any other.
+
+    No text becomes a special token: in `rustbpe/src/vocab.rs`, only ordinary tokens enter the
+    two tables that encoding uses, of whole pieces (`insert_whole`) and of merges."""
     try: return self.bpe.encode(text)
     except UnicodeEncodeError as e: raise _not_unicode(e) from None
 
@@ -167,19 +170,19 @@ def decode(self: Tokenizer, ids: Iterable[int]) -> str:
 # %% ../../nbs/core/03_tokenizer.ipynb #869c475d
 @patch
 def decode_batch(self: Tokenizer, rows: Iterable[Iterable[int]]) -> list[str]:
-    "Return the texts of several rows of ids."
+    "Return the text of each list or array of ids."
     return self.bpe.decode_batch(rows)
 
 # %% ../../nbs/core/03_tokenizer.ipynb #fe890ffe
 @patch
 def token_bytes(self: Tokenizer) -> np.ndarray: # (vocab_size,) int32
-    "Return the number of bytes of each token, 0 for special tokens, for bits per byte."
+    "Return the number of bytes of each token; 0 for special tokens. Bits per byte needs them."
     lengths = [len(token) for token in self.bpe.tokens()[:self.bos_id]]
     return np.array(lengths + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
 
 # %% ../../nbs/core/03_tokenizer.ipynb #7bde08f5
 class _Bars:
-    "A progress bar for each phase of a training; `RustBPE.from_texts` calls it."
+    "The `progress` of `RustBPE.from_texts`: shows a bar for each phase of a training."
 
     def __init__(self): self.phase, self.bar = None, None
 
@@ -189,7 +192,7 @@ class _Bars:
             unit = "B" if phase.startswith("bytes") else "merge"
             self.phase = phase
             self.bar = progress_bar(total or None, desc=f"tokenizer: {phase}", unit=unit)
-            self.bar.unit_scale = True # 12.3M instead of 12345678
+            self.bar.unit_scale = True # write 12.3M instead of 12345678
         self.bar.update(done - self.bar.n)
 
     def close(self):
@@ -235,10 +238,10 @@ def _file(path: Path) -> Path:
 def _read(
     path: Path,
     parse: Callable[[bytes], RustBPE], # raises ValueError if the bytes are wrong
-    wrong: str, # what an error says of the file
+    wrong: str, # the error message after the path
     remedy: str, # what to do about it
 ) -> Tokenizer:
-    "Read a file that may hold anything."
+    "Return the tokenizer in a file, or raise `UserError` if the file is too large or wrong."
     size = path.stat().st_size
     if size > _MAX_FILE_BYTES:
         raise UserError(f"{path} has {size:,} bytes, far more than a tokenizer needs: {remedy}")
@@ -247,7 +250,10 @@ def _read(
 
 # %% ../../nbs/core/03_tokenizer.ipynb #30ace3a3
 @patch
-def save(self: Tokenizer, path: Path) -> Path: # a folder, or a file that ends in .json; the file
+def save(
+    self: Tokenizer,
+    path: Path, # a folder, or a file that ends in .json
+) -> Path: # of the file
     "Write `tokenizer.json`; the file is complete or absent."
     path = _file(path)
     atomic_write(path, self.bpe.to_json())
@@ -265,7 +271,10 @@ def load(cls: Tokenizer, path: Path) -> Tokenizer: # a folder, or a file that en
 
 # %% ../../nbs/core/03_tokenizer.ipynb #5b534c56
 @patch
-def save_ranks(self: Tokenizer, path: Path) -> Path: # by custom *.tiktoken; the file
+def save_ranks(
+    self: Tokenizer,
+    path: Path, # the file; its name usually ends in .tiktoken
+) -> Path: # the same path
     "Write the tokens as a tiktoken rank file."
     atomic_write(path, self.bpe.to_ranks())
     return Path(path)
@@ -298,9 +307,9 @@ _RANK_FILES_URL = "https://openaipublic.blob.core.windows.net/encodings"
 # %% ../../nbs/core/03_tokenizer.ipynb #378a5107
 def _download(
     url: str,
-    path: Path, # where a person may put the file instead
+    path: Path, # for the error message: where the user may put the file instead
 ) -> bytes:
-    "Download a rank file. Raises `UserError` without a network."
+    "Return the content of a rank file. Raises `UserError` if the download fails."
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             return response.read(_MAX_FILE_BYTES)
@@ -320,8 +329,8 @@ def rank_file(name: str) -> Path: # "gpt2" or "gpt4"
     place = f"{_RANK_FILES_URL}/{file}" if missing else path
     data = _download(place, path) if missing else path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{place} has another SHA-256 than the published file: delete it if it is "
-                        "yours, and try again.")
+        raise UserError(f"{place} has another SHA-256 than the published file: if it is on this "
+                        "machine, delete it; then try again.")
     if missing: atomic_write(path, data)
     return path
 
@@ -336,7 +345,7 @@ def pretrained(cls: Tokenizer, name: str) -> Tokenizer: # "gpt2" or "gpt4"
 def render_conversation(
     self: Tokenizer,
     conversation: dict, # see `check_conversation`
-    max_tokens: int | None = None, # truncate to so many
+    max_tokens: int | None = None, # cut off the ids after so many; None: keep all
 ) -> tuple[list[int], list[int]]: # ids, and a mask: 1 where the token is trained on
     "Return the ids of a complete conversation with its loss mask."
     ids, mask = [], []
@@ -364,7 +373,7 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, id: int) -> str:
-        "Return the characters that this token completes; empty while one is incomplete."
+        "Return the characters that this token completes, or an empty string if it completes none."
         return self._utf8.decode(self._tokenizer.decode_bytes([id]))
 
     def flush(self) -> str:
@@ -411,11 +420,11 @@ def show_conversation(
     return HTML(_spans(tokenizer, ids, shades))
 
 # %% ../../nbs/core/03_tokenizer.ipynb #2cf124e7
-_MAX_SHOWN = 5000 # characters; a page has to stay responsive
+_MAX_SHOWN = 5000 # characters; more would make the page slow
 
 # %% ../../nbs/core/03_tokenizer.ipynb #f558b595
 class TokenExplorer:
-    "A text box, and its tokens in colour while one types. In a notebook it shows itself."
+    "A text box that shows its tokens in colour while you type. Make it the last line of a cell."
 
     def __init__(self, tokenizer: Tokenizer, text: str = ""): # the text to begin with
         import ipywidgets as widgets

@@ -14,13 +14,14 @@ def model_shape(
     aspect_ratio: int = 64, # channels of the residual stream for each layer
     head_dim: int = 128, # channels of an attention head
 ) -> dict: # n_layer, n_head, n_kv_head, n_embd
-    "Compute the shape of a model from its depth."
+    "Return the shape of a model of this depth."
+    # -(-a // b) is a / b, rounded up
     n_head = -(-depth * aspect_ratio // head_dim)
     return dict(n_layer=depth, n_head=n_head, n_kv_head=n_head, n_embd=n_head * head_dim)
 
 # %% ../../nbs/model/10_shape.ipynb #9d9954ed
 def _check_numbers(model: dict):
-    "Raise `UserError` for a field that is no number in its range."
+    "Raise `UserError` if a field is not a number in its range."
     for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
         value = model[name]
         if not isinstance(value, int) or value < 1:
@@ -34,14 +35,14 @@ def _check_numbers(model: dict):
 def check_shape(
     model: dict, # the fields of `GPTConfig`
 ):
-    "Raise `UserError` for a shape that no model can have."
+    "Raise `UserError` if no model can have this shape."
     _check_numbers(model)
     n_embd, n_head, n_kv_head = model["n_embd"], model["n_head"], model["n_kv_head"]
     head_dim = n_embd // n_head
     if n_embd % n_head:
-        even = max(2, round(n_embd / n_head / 2) * 2) # channels of a head
+        even_head_dim = max(2, round(n_embd / n_head / 2) * 2)
         raise UserError(f"n_embd is {n_embd}, which is not divisible by n_head, {n_head}: "
-                        f"set n_embd={n_head * even}.")
+                        f"set n_embd={n_head * even_head_dim}.")
     if n_head % n_kv_head:
         raise UserError(f"n_head is {n_head}, which is not divisible by n_kv_head, {n_kv_head}: "
                         "set n_kv_head to a divisor of n_head.")
@@ -56,14 +57,14 @@ def check_shape(
 def padded_vocab(
     vocab_size: int, # tokens
 ) -> int: # rows
-    "Rows of the embedding and head: a multiple of 64, which is fast on tensor cores."
+    "Return the rows of embedding and head: a multiple of 64, which is fast on tensor cores."
     return -(-vocab_size // 64) * 64
 
 # %% ../../nbs/model/10_shape.ipynb #84475459
 def count_params(
     model: dict, # the fields of `GPTConfig`
-) -> dict[str, int]: # part: parameters
-    "Count parameters by part."
+) -> dict[str, int]: # part: its number of parameters
+    "Return the number of parameters of each part, and their total."
     C, L, n_kv_head = model["n_embd"], model["n_layer"], model["n_kv_head"]
     kv_channels = n_kv_head * (C // model["n_head"])
     table = padded_vocab(model["vocab_size"])
@@ -72,7 +73,7 @@ def count_params(
     matrices = L * (2*C*C + 2*C*kv_channels + 8*C*C)
     gates = ve_layers * n_kv_head * min(12, C) # a gate reads 12 channels
     scalars = 2*L * model["resid_lambdas"] + model["backout"]
-    scalars += (min(24, C) + 1) * model["smear"] # its gate reads 24 channels
+    scalars += (min(24, C) + 1) * model["smear"] # the gate of smear reads 24 channels
 
     parts = dict(embedding=table*C, value_embeddings=ve_layers*table*kv_channels,
                  matrices=matrices + gates, head=table*C, scalars=scalars)
@@ -81,10 +82,10 @@ def count_params(
 # %% ../../nbs/model/10_shape.ipynb #69a94c30
 def layer_windows(
     model: dict, # the fields of `GPTConfig`
-) -> list[int]: # tokens back, by layer
-    "Compute the attention window of every layer; the last layer always sees all."
+) -> list[int]: # how many tokens back each layer sees
+    "Return the attention window of each layer; the last layer always sees the whole context."
     T, L = model["sequence_len"], model["n_layer"]
-    short = min(T, -(-T // (4 * 128)) * 128) # a quarter, rounded up to 128
+    short = min(T, -(-T // (4 * 128)) * 128) # a quarter, rounded up to a multiple of 128
     kinds = (model["window_pattern"] * L)[:L - 1] + "L"
     return [short if kind == "S" else T for kind in kinds]
 
@@ -92,7 +93,7 @@ def layer_windows(
 def scaling_params(
     model: dict, # the fields of `GPTConfig`
 ) -> int:
-    "Count the parameters that scaling laws use: the matrices of the layers, and the head."
+    "Return the number of parameters that scaling laws count: the layers' matrices and the head."
     params = count_params(model)
     return params["matrices"] + params["head"]
 
@@ -100,6 +101,6 @@ def scaling_params(
 def flops_per_token(
     model: dict, # the fields of `GPTConfig`
 ) -> int: # floating-point operations, forward and backward
-    "6·(matmul parameters) + Σ_layers 12·n_embd·window."
+    "Return 6 · `scaling_params` plus the sum over the layers of 12 · n_embd · window."
     attention = sum(12 * model["n_embd"] * window for window in layer_windows(model))
     return 6 * scaling_params(model) + attention

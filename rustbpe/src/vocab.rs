@@ -90,6 +90,7 @@ impl Vocab {
                 let id = tokens.len() + k;
                 return Err(Error::Tokens(format!("special token {id} {why}")));
             }
+            // without `insert_whole` and merges, so that no text becomes a special token
             vocab.push(name.as_bytes())?;
         }
         vocab.bytes.extend_from_slice(&[0; PADDING]);
