@@ -91,7 +91,7 @@ class Row(Completion):
     prompt: list[int] = field(default_factory=list) # token ids
     sampling: Sampling = Sampling()
     seed: int = 0 # of its own random numbers
-    tools: bool = True # let the calculator answer
+    tools: bool = True # insert the calculator's results
     n_alternatives: int = 0 # how many of the likeliest tokens to report with each token
     number: int = 0 # its index among the prompts
     keep: bool = False # when it leaves the batch, keep its cache for the next turn
@@ -227,7 +227,7 @@ def remembered(
     self: Engine,
     prompt: list[int], # token ids
 ) -> KVCache | None: # of one row
-    "The remembered cache with the longest beginning of a prompt; None if there is none."
+    "Find the remembered cache that covers the longest beginning of a prompt, or None."
     def begins(tokens): return len(tokens) < len(prompt) and tuple(prompt[:len(tokens)]) == tokens
     with self._lock:
         longest = max(filter(begins, self._earlier), key=len, default=())
@@ -237,7 +237,7 @@ def remembered(
 def _shared_beginning(
     prompts: list[tuple[int, ...]],
 ) -> int: # tokens; at least one of each prompt is left
-    "Number of tokens that all prompts begin with."
+    "Count the tokens that all prompts begin with."
     shortest = min(map(len, prompts))
     columns = enumerate(zip(*prompts))
     same = next((i for i, tokens in columns if len(set(tokens)) > 1), shortest)
@@ -285,7 +285,7 @@ class _Drawn(NamedTuple):
     rows: list[Row]
     tokens: torch.Tensor # (rows,) int64
     logprobs: torch.Tensor # (rows,) of these tokens, at temperature 1
-    top: tuple | None # log-probabilities and tokens of the n likeliest, each (rows, n), if any
+    top: tuple | None # the n likeliest: log-probabilities and tokens, each (rows, n); None: n is 0
     log_p: torch.Tensor # (rows, vocab_size) of the model at temperature 1, without top_k and top_p
 
 # %% ../../nbs/model/17_engine.ipynb #da41adcd
@@ -417,12 +417,12 @@ def step(
     self: Batch,
 ) -> tuple[list[Row], torch.Tensor | None]: # rows that grew, and the model's log-probabilities
     # (rows, vocab_size) at their new tokens; [] and None for the first step ahead
-    "Draw one more token for every row; ahead, append those that the previous step drew."
+    "Draw one more token for every row; if ahead, append those that the previous step drew."
     drawn = None
     if self.rows:
         for place, row in enumerate(self.rows):
-            # the model reads a forced token in place of the drawn one; ahead, `_accept` is
-            # still to take it from the queue, otherwise it has appended it to `row.tokens`
+            # the model reads a forced token in place of the drawn one; if ahead, `_accept`
+            # has not taken it from the queue yet, else it has appended it to `row.tokens`
             if row.forced and self.ahead: self._tokens[place] = row.forced[0]
             elif not self.ahead and not row.mask[-1]: self._tokens[place] = row.tokens[-1]
             row.read += 1
@@ -570,7 +570,7 @@ def event(
     row: Row, # that has just grown
     decoder: StreamDecoder, # of this row
 ) -> TokenEvent:
-    "The newest token of a row, for streaming."
+    "Make the event of a row's newest token."
     text = "" if row.finish == "stop" else decoder.add(row.tokens[-1])
     if row.finish: text += decoder.flush()
     forced = not row.mask[-1]
