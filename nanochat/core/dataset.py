@@ -37,7 +37,7 @@ from .download import (
 # %% ../../nbs/core/08_dataset.ipynb #c9db0cbc
 @dataclass(frozen=True)
 class Source:
-    "A named set of text, conversations or questions."
+    "A named collection of text, conversations or questions."
     about: str # what it is
     licence: str
     size: int = 0 # approximate bytes of all its files
@@ -161,8 +161,8 @@ def _in_data_root(name: str) -> Path | None:
     root = os.environ.get("NANOCHAT_DATA_ROOT")
     if not root or not name: return None
     if not Path(root).expanduser().is_dir():
-        raise UserError(f"the data folder {root!r} does not exist: "
-                        "set NANOCHAT_DATA_ROOT (or --data-root) to a folder, or unset it.")
+        raise UserError(f"the data folder {root!r} does not exist: set NANOCHAT_DATA_ROOT "
+                        "(or --data-root) to an existing folder, or unset it.")
     path = Path(root).expanduser()/name
     return path if path.exists() else None
 
@@ -282,7 +282,7 @@ def _record_batches(
         for name in columns:
             if name not in names:
                 raise UserError(f"{file} has no column {name!r} (it has {', '.join(names)}): "
-                                f"rename the column to read to {name!r}.")
+                                f"give the right column the name {name!r}.")
         yield from f.iter_batches(256, columns=list(columns))
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{file} is damaged ({str(e).splitlines()[0]}): "
@@ -481,7 +481,7 @@ def set_rows(
         for _, row in file_rows(file, SETS[name].columns): yield row
 
 # %% ../../nbs/core/08_dataset.ipynb #f3bde083
-def core_folders() -> list[Path]:
+def core_folders() -> list[Path]: # one or, in your own data folder, perhaps several
     "Find or download the folders with CORE's tasks. In your own data folder: all named `core…`."
     source = SETS["core"]
     if mine := _in_data_root(source.local):
@@ -645,7 +645,7 @@ def get_set(
     name: str, # a key of `SOURCES` or `SETS`, or a path
     shards: int = 8, # number of training shards of a source of text
 ) -> Path: # its file or folder
-    "Fetch or generate what is missing of a source, unless it is in your own data folder."
+    "Fetch or generate the missing files of a source, unless your own data folder has it."
     source = _known(name)
     if name == "core": return core_folders()[0]
     if name in SETS:
