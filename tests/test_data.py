@@ -162,7 +162,7 @@ REFUSED = { # what lies there, and what the sentence has to say
     "no column text": (lambda folder: pq.write_table(pa.table({"body": ["x"] * 9}), folder/"a.parquet") or folder, ["a.parquet", "no column 'text'", "body"]),
     "half a parquet file": (lambda folder: (folder/"a.parquet").write_bytes(b"PAR1 and no more") and folder, ["a.parquet is damaged"]),
     "not UTF-8": (lambda folder: (folder/"a.txt").write_bytes(b"caf\xe9 " * 99) and folder, ["a.txt", "UTF-8"]),
-    "one document": (lambda folder: (folder/"a.jsonl").write_text(lines(FINE)) and folder, ["validation needs one"]),
+    "one document": (lambda folder: (folder/"a.jsonl").write_text(lines(FINE)) and folder, ["training and validation need one each"]),
 }
 
 

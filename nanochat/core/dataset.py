@@ -37,18 +37,18 @@ from .download import (
 # %% ../../nbs/core/08_dataset.ipynb #c9db0cbc
 @dataclass(frozen=True)
 class Source:
-    "A named set of text, conversations or questions."
+    "A named collection of text, conversations or questions."
     about: str # what it is
     licence: str
-    size: int = 0 # bytes to download in total, roughly
+    size: int = 0 # approximate bytes of all its files
     repo: str = "" # dataset repository on the hub
-    revision: str = "main" # its commit
+    revision: str = "main" # commit of the repository; a branch if no commit is pinned
     columns: tuple[str, ...] = ("text",) # columns to read
     splits: dict[str, tuple[str, ...]] = field(default_factory=dict) # split → its files
-    local: str = "" # its file in a data folder of your own
-    shards: int = 0 # of text: shard_00000.parquet and so on; the last is validation
-    shard_characters: int = 240_000_000 # characters in a shard, rounded down
-    url: str = "" # of an archive that is in no repository
+    local: str = "" # its path in your own data folder; `{split}` stands for the split
+    shards: int = 0 # text: number of files shard_00000.parquet, …; the last is validation
+    shard_characters: int = 240_000_000 # lower estimate of the characters in a shard
+    url: str = "" # of an archive outside the hub
     sha256: str = "" # of the archive
 
 # %% ../../nbs/core/08_dataset.ipynb #defed602
@@ -57,7 +57,7 @@ SOURCES = { # text for pretraining
         "a small town, generated from the run's seed: no download", "MIT, as this project"),
     "climbmix": Source(
         "ClimbMix, 400 billion tokens of web text, shuffled",
-        "MIT; of the original, nvidia/Nemotron-ClimbMix: CC BY-NC 4.0",
+        "MIT; the original, nvidia/Nemotron-ClimbMix: CC BY-NC 4.0",
         size=600_000_000_000, repo="karpathy/climbmix-400b-shuffle",
         revision="915333b4f8b8684f39aeaafea600fea6f43fb703", shards=6543),
     "fineweb-edu": Source(
@@ -68,20 +68,20 @@ SOURCES = { # text for pretraining
 
 # %% ../../nbs/core/08_dataset.ipynb #852f11c6
 def _hub_shards(
-    source: Source, # an entry of `SOURCES` with a repository
+    source: Source, # of `SOURCES`, with a repository
     characters: int, # of training text
 ) -> list[str]: # file names, validation last
-    "Name the shards that hold `characters` of training text, and the one for validation."
+    "Name the shards that hold `characters` of training text, and the validation shard."
     wanted = max(1, math.ceil(characters / source.shard_characters))
     n_train = min(source.shards - 1, wanted)
     return [f"shard_{i:05d}.parquet" for i in [*range(n_train), source.shards - 1]]
 
 # %% ../../nbs/core/08_dataset.ipynb #2268f41a
 def _parquet_names(
-    folder: str, # in the repository
+    folder: str, # folder in the repository
     **n_files: int, # split → number of its files
 ) -> dict[str, tuple[str, ...]]: # split → file names
-    "Name the parquet files of each split as the hub does."
+    "List the names that the hub gives to the parquet files of each split."
     def names(split, n): return (f"{folder}/{split}-{i:05d}-of-{n:05d}.parquet" for i in range(n))
     return {split: tuple(names(split, n)) for split, n in n_files.items()}
 
@@ -102,7 +102,7 @@ SETS = { # conversations and questions
         splits=_parquet_names("all", auxiliary_train=1, dev=1, validation=1, test=1),
         local="mmlu/{split}.jsonl.gz"),
     "gsm8k": Source(
-        "GSM8K, sums in words for schoolchildren", "MIT",
+        "GSM8K, grade-school math word problems", "MIT",
         size=3_000_000, repo="openai/gsm8k",
         revision="e53f048856ff4f594e959d75785d2c2d37b678ee",
         columns=("question", "answer"),
@@ -135,7 +135,7 @@ SETS |= {
         splits=_parquet_names("openai_humaneval", test=1),
         local="humaneval/HumanEval.jsonl.gz"),
     "core": Source(
-        "the 22 tasks of CORE (DCLM), as one archive", "various, mostly open: see the tasks",
+        "CORE, the 22 tasks of DCLM, as one archive", "various, mostly open, one per task",
         size=200_000_000, local="core",
         url="https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
         sha256="90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"),
@@ -143,10 +143,10 @@ SETS |= {
 
 # %% ../../nbs/core/08_dataset.ipynb #07842e1c
 def _entry(
-    name: str, # of a set
+    name: str, # of a source
     table: dict[str, Source],
 ) -> Source:
-    "Look up an entry. Raises `UserError` with a suggestion if there is none of that name."
+    "Look up an entry. Raises `UserError` with a suggestion if the name is unknown."
     if name not in table: raise UserError(f"there is no set {name!r}: {_suggestion(name, table)}")
     return table[name]
 
@@ -157,18 +157,18 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 # %% ../../nbs/core/08_dataset.ipynb #d699cff0
 def _in_data_root(name: str) -> Path | None:
-    "Find a folder or file in your own data folder. Raises `UserError` if that does not exist."
+    "Find a path in your data folder; None if absent. Raises `UserError` if the folder is missing."
     root = os.environ.get("NANOCHAT_DATA_ROOT")
     if not root or not name: return None
     if not Path(root).expanduser().is_dir():
-        raise UserError(f"the data folder {root!r} does not exist: "
-                        "give --data-root (or NANOCHAT_DATA_ROOT) one that does, or neither.")
+        raise UserError(f"the data folder {root!r} does not exist: set NANOCHAT_DATA_ROOT "
+                        "(or --data-root) to an existing folder, or unset it.")
     path = Path(root).expanduser()/name
     return path if path.exists() else None
 
 # %% ../../nbs/core/08_dataset.ipynb #eafa56a3
 _WORLD_SHARD = 8192 # documents in a shard
-_WORLD_VAL = range(10**9, 10**9 + _WORLD_SHARD) # the documents of validation
+_WORLD_VAL = range(10**9, 10**9 + _WORLD_SHARD) # numbers of the validation documents
 
 # %% ../../nbs/core/08_dataset.ipynb #6bbb3640
 def _write_world_shard(
@@ -177,7 +177,7 @@ def _write_world_shard(
     start: int, # first document
     stop: int, # one after the last
 ):
-    "Generate some documents and write them as one parquet file."
+    "Generate documents and write them, and the count of their characters, to a parquet file."
     import pyarrow as pa
     import pyarrow.parquet as pq
     texts = list(World(seed).documents(start, stop))
@@ -194,11 +194,15 @@ def _world_folder(seed: int) -> Path:
     return base_dir()/"data"/f"world-{seed}-{sha256_json(sample)[:8]}"
 
 # %% ../../nbs/core/08_dataset.ipynb #b5d2dfb2
-def _make_wave(folder: Path, seed: int, wave: range) -> int: # characters in all shards of the wave
-    "Generate the missing shards of a range, with two processes where there are two cores."
+def _make_shards(
+    folder: Path,
+    seed: int, # the world's
+    numbers: range, # of the shards
+) -> int: # characters in these shards
+    "Generate those shards that do not exist yet, in two processes if there are two cores."
     from pyarrow.parquet import read_schema
-    files = [folder/f"shard_{k:05d}.parquet" for k in wave]
-    bounds = [(_WORLD_SHARD * k, _WORLD_SHARD * (k + 1)) for k in wave]
+    files = [folder/f"shard_{k:05d}.parquet" for k in numbers]
+    bounds = [(_WORLD_SHARD * k, _WORLD_SHARD * (k + 1)) for k in numbers]
     jobs = [(f, seed, *bound) for f, bound in zip(files, bounds) if not f.exists()]
     if len(jobs) > 1 and n_cores() > 1:
         with ProcessPoolExecutor(2, get_context("spawn")) as pool:
@@ -213,15 +217,15 @@ def make_world(
     characters: int = 0, # of training text, at least
     shards: int = 1, # of training text, at least
 ) -> Path: # the folder
-    "Generate shards of parquet until there is enough training text."
+    "Generate the validation shard, and training shards until there is enough training text."
     folder = _world_folder(seed)
     with file_lock(folder/".lock", "writing the same world"):
         val = folder/"shard_99999.parquet"
         if not val.exists(): _write_world_shard(val, seed, _WORLD_VAL.start, _WORLD_VAL.stop)
-        total = _make_wave(folder, seed, range(shards))
-        while total < characters: # estimate the number of missing shards by their mean size
+        total = _make_shards(folder, seed, range(shards))
+        while total < characters: # estimate the shards still needed from the mean size so far
             more = math.ceil((characters - total) / (total / shards))
-            total += _make_wave(folder, seed, range(shards, shards + more))
+            total += _make_shards(folder, seed, range(shards, shards + more))
             shards += more
     return folder
 
@@ -235,7 +239,7 @@ def _is_kind(file: Path, endings: tuple[str, ...]) -> bool:
 def text_files(
     path: Path, # a folder or a file
 ) -> list[Path]: # sorted by name
-    "List the files of text at a path. Raises `UserError` if there are none."
+    "List the text files of one kind at a path. Raises `UserError` if there are none."
     path = Path(path)
     if not path.exists():
         raise UserError(f"there is no folder or file {str(path)!r}: check the path.")
@@ -245,8 +249,8 @@ def text_files(
     by_kind = [[f for f in visible if _is_kind(f, kind)] for kind in (_PARQUET, _JSONL, _PLAIN)]
     chosen = next(filter(None, by_kind), None)
     if chosen is None:
-        raise UserError(f"{str(path)!r} holds no text: put .parquet, .jsonl, .jsonl.gz, .txt "
-                        "or .md files there that are not empty.")
+        raise UserError(f"{str(path)!r} holds no text: it needs a .parquet, .jsonl, .jsonl.gz, "
+                        ".txt or .md file that is not empty.")
     if skipped := sum(map(len, by_kind)) - len(chosen):
         say(f"{path.name}: reading {len(chosen)} files like {chosen[0].name}, "
             f"skipping {skipped} of other kinds.", once=True)
@@ -254,22 +258,22 @@ def text_files(
 
 # %% ../../nbs/core/08_dataset.ipynb #ddd9bb68
 def _is_hidden(path: Path) -> bool:
-    "Does the path, or a folder in it, begin with a dot?"
+    "Does the name of the file or of a folder in its path begin with a dot?"
     return any(part.startswith(".") for part in path.parts)
 
 # %% ../../nbs/core/08_dataset.ipynb #f7d6e3f1
-_FileState = tuple[tuple[Path, int, int], ...] # (file, size, time of last change) of each
+_FileState = tuple[tuple[Path, int, int], ...] # file, size, time of last change
 
 def file_state(files: list[Path]) -> _FileState:
-    "Describe files so that a change of any of them changes the description."
+    "Describe files by size and time of last change."
     return tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
 
 # %% ../../nbs/core/08_dataset.ipynb #bbcb082e
 def _record_batches(
     file: Path, # parquet
     columns: tuple[str, ...], # to read
-): # → pyarrow.RecordBatch, one after the other
-    "Read some rows of a file at a time."
+): # → iterator of pyarrow.RecordBatch
+    "Read a file in batches of rows. Raises `UserError` if it is damaged or lacks a column."
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
@@ -278,7 +282,7 @@ def _record_batches(
         for name in columns:
             if name not in names:
                 raise UserError(f"{file} has no column {name!r} (it has {', '.join(names)}): "
-                                "rename the right one.")
+                                f"give the right column the name {name!r}.")
         yield from f.iter_batches(256, columns=list(columns))
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{file} is damaged ({str(e).splitlines()[0]}): "
@@ -286,52 +290,55 @@ def _record_batches(
 
 # %% ../../nbs/core/08_dataset.ipynb #ab686fce
 def _parquet_texts(file: Path) -> Iterator[str]:
-    "Read the column `text`."
+    "Read the strings of the column `text`, without the empty ones."
     import pyarrow as pa
     for batch in _record_batches(file, ("text",)):
         kind = batch.schema.field("text").type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise UserError(f"{file} has a column 'text' of {kind}, not strings: write it again.")
+            raise UserError(f"{file} has a column 'text' of {kind}, not of strings: "
+                            "write the file again with strings in this column.")
         yield from filter(None, batch.column(0).to_pylist())
 
 # %% ../../nbs/core/08_dataset.ipynb #d041f409
-def _jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]: # line number, row
-    "Read the objects of JSON lines, plain or gzipped."
+def _jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]: # line number from 1, row
+    "Read the objects of JSON lines, plain or gzipped. Raises `UserError` that names the line."
     n = 0
-    open_text = gzip.open if file.suffix.lower() == ".gz" else open
-    damages = (ValueError, RecursionError, EOFError, OSError, zlib.error) # of JSON, UTF-8, gzip
+    open_binary = gzip.open if file.suffix.lower() == ".gz" else open
     try:
-        with open_text(file, "rt", encoding="utf-8") as lines:
+        with open_binary(file, "rb") as lines: # bytes, so that each line is decoded by itself
             for n, line in enumerate(lines, 1):
-                if not line.strip(): continue
+                line = line.decode("utf-8").strip()
+                if not line: continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    found = repr(line.strip()[:60])
-                    raise UserError(f"{file}, line {n}: expected an object, found {found}.")
+                    raise UserError(f"{file}, line {n}: expected an object, found {line[:60]!r}.")
                 yield n, row
-    except damages as e:
+    except (ValueError, RecursionError) as e: # of UTF-8 or JSON
         raise UserError(f"{file}, line {n}: not readable as JSON lines ({e}): "
-                        "correct or remove it.") from None
+                        "correct or remove the line.") from None
+    except (EOFError, OSError, zlib.error) as e: # of gzip or the disk
+        raise UserError(f"{file}, after line {n}: not readable as JSON lines ({e}): "
+                        "fetch or write the file again.") from None
 
 # %% ../../nbs/core/08_dataset.ipynb #dd173a61
 def _jsonl_texts(file: Path) -> Iterator[str]:
-    "Read the key `text` of every line."
+    "Read the value of `text` of every row."
     for n, row in _jsonl_rows(file):
         text = row.get("text")
         if not isinstance(text, str):
             raise UserError(f"{file}, line {n}: expected a string under 'text', "
-                            f"found {json.dumps(row)[:60]}: correct or remove it.")
-        yield text.encode("utf-8", "replace").decode() # no lone half of a surrogate pair
+                            f"found {json.dumps(row)[:60]}: correct or remove the line.")
+        yield text.encode("utf-8", "replace").decode() # half of a surrogate pair → "?"
 
 # %% ../../nbs/core/08_dataset.ipynb #450bd3b7
 def _cut_text(
     read: Callable[[int], str], # returns the next n characters, "" at the end: a file's `read`
-    size: int, # characters: each piece but the last has between `size` and 2 · `size`
+    size: int, # each piece has `size` to 2 · `size` characters, the last perhaps fewer
 ) -> Iterator[str]:
-    "Cut a text after a paragraph if one ends within reach, else after a line, else after a word."
+    "Cut a text into pieces, if possible after a paragraph, else after a line, else after a word."
     text, start, ended = "", 0, False
     while True:
-        if len(text) - start < 2*size + 2 and not ended:
+        if len(text) - start < 2*size + 2 and not ended: # fewer than the longest piece needs
             more = read(1 << 20)
             text, start, ended = text[start:] + more, 0, not more
             continue
@@ -341,27 +348,31 @@ def _cut_text(
         start = end
 
 # %% ../../nbs/core/08_dataset.ipynb #355a5b44
-def _cut_at(text: str, end: int, reach: int) -> int:
-    "Where to cut: after the best mark from `end` on and within reach, or as early as possible."
+def _cut_at(
+    text: str, # ends before `earliest + reach` only if the file does
+    earliest: int, # where the piece may end
+    reach: int, # how many characters later it may end
+) -> int:
+    "Find the end of a piece: after a paragraph, line or word, else all of a short rest."
     for mark in ("\n\n", "\n", " "):
-        at = text.find(mark, end, end + reach)
+        at = text.find(mark, earliest, earliest + reach)
         if at >= 0: return at + len(mark)
-    return len(text) if len(text) < end + reach else end
+    return len(text) if len(text) < earliest + reach else earliest
 
 # %% ../../nbs/core/08_dataset.ipynb #820679e4
 def _plain_texts(file: Path, cut: bool) -> Iterator[str]:
     "Read a text file as one document, or cut into pieces."
     try:
-        with open(file, encoding="utf-8-sig") as f:
-            size = min(2000, max(20, file.stat().st_size // 20))
+        with open(file, encoding="utf-8-sig") as f: # drops a byte order mark
+            size = min(2000, max(20, file.stat().st_size // 20)) # of a piece; bytes ≈ characters
             if cut: yield from _cut_text(f.read, size)
             else: yield f.read()
     except (UnicodeDecodeError, OSError) as e:
-        why = f"{file} cannot be read as UTF-8 text ({e}): convert or remove it."
+        why = f"{file} cannot be read as UTF-8 text ({e}): convert it to UTF-8 or remove it."
         raise UserError(why) from None
 
 # %% ../../nbs/core/08_dataset.ipynb #8260fd57
-def _documents(files: list[Path]) -> Iterator[str]: # without those that are only white space
+def _documents(files: list[Path]) -> Iterator[str]: # without documents of only white space
     "Read all documents of files of one kind, in order."
     if _is_kind(files[0], _PARQUET): parts = map(_parquet_texts, files)
     elif _is_kind(files[0], _JSONL): parts = map(_jsonl_texts, files)
@@ -371,22 +382,23 @@ def _documents(files: list[Path]) -> Iterator[str]: # without those that are onl
 # %% ../../nbs/core/08_dataset.ipynb #02c555d6
 @lru_cache
 def _count(state: _FileState) -> int:
-    "Count the documents of some files."
+    "Count the documents of files."
     return sum(1 for _ in _documents([file for file, *_ in state]))
 
 # %% ../../nbs/core/08_dataset.ipynb #0db29c63
 def split_parts(
     files: list[Path], # as `text_files` returns them
     split: str, # "train" or "val"
-) -> Iterator[tuple[Path | None, Iterator[str]]]: # a file (None: all together), its documents
-    "Read a split file by file, where there are several. A file is opened for its first document."
+) -> Iterator[tuple[Path | None, Iterator[str]]]: # a file (None: all), its documents
+    "Read a split file by file if possible. Opens a file when its first document is asked for."
     if len(files) > 1 and not _is_kind(files[0], _PLAIN):
         for file in {"train": files[:-1], "val": files[-1:]}[split]: yield file, _documents([file])
         return
     n = _count(file_state(files))
     if n < 2:
-        raise UserError(f"{str(files[0])!r} has {n} document{'' if n == 1 else 's'}, "
-                        "and validation needs one besides training: add text.")
+        path = str(files[0] if len(files) == 1 else files[0].parent)
+        raise UserError(f"{path!r} has {n} document{'' if n == 1 else 's'}, "
+                        "but training and validation need one each: add text.")
     n_train = n - max(1, n // 20)
     start, stop = {"train": (0, n_train), "val": (n_train, n)}[split]
     yield None, islice(_documents(files), start, stop)
@@ -396,7 +408,7 @@ def take_characters(
     texts: Iterable[str],
     characters: float | None, # stop after the document that reaches this many; None: take all
 ) -> Iterator[str]:
-    "Take texts from the front."
+    "Take texts from the front until they have enough characters."
     total = 0
     for text in texts:
         if characters is not None and total >= characters: return
@@ -419,8 +431,8 @@ def iter_texts(
 def file_rows(
     file: Path, # parquet, jsonl or jsonl.gz
     columns: tuple[str, ...], # that each row must have; others are dropped
-) -> Iterator[tuple[int, dict]]: # line or row number from 1, and the row
-    "Read the rows of a file. Raises `UserError` that names the line if a column is missing."
+) -> Iterator[tuple[int, dict]]: # its line (JSON lines) or row (parquet) from 1, and the row
+    "Read the rows of a file. Raises `UserError` that names the line or row if a column is missing."
     expected = ", ".join(columns)
     if _is_kind(file, _PLAIN):
         raise UserError(f"{file} is plain text, not JSON lines: "
@@ -432,12 +444,13 @@ def file_rows(
     for n, row in rows:
         for name in columns:
             if name not in row:
-                raise UserError(f"{file}, line {n}: there is no {name!r}: expected {expected}.")
+                raise UserError(f"{file}, line {n}: there is no {name!r}: "
+                                f"each row needs {expected}.")
         yield n, {name: row[name] for name in columns}
 
 # %% ../../nbs/core/08_dataset.ipynb #995c18e8
 def _own_splits(source: Source) -> dict[str, Path]: # split → file
-    "The splits of a set that your own data folder holds."
+    "Find the splits of a set that are in your own data folder."
     found = {split: _in_data_root(source.local.format(split=split)) for split in source.splits}
     return {split: path for split, path in found.items() if path}
 
@@ -468,8 +481,8 @@ def set_rows(
         for _, row in file_rows(file, SETS[name].columns): yield row
 
 # %% ../../nbs/core/08_dataset.ipynb #f3bde083
-def core_folders() -> list[Path]:
-    "Find or download the folders with `eval_data` of CORE; in a data folder, all named `core…`."
+def core_folders() -> list[Path]: # one or, in your own data folder, perhaps several
+    "Find or download the folders with CORE's tasks. In your own data folder: all named `core…`."
     source = SETS["core"]
     if mine := _in_data_root(source.local):
         return sorted(folder for folder in mine.parent.glob("core*") if folder.is_dir())
@@ -479,7 +492,7 @@ def core_folders() -> list[Path]:
 # %% ../../nbs/core/08_dataset.ipynb #9f17a9c2
 def conversation_files(
     name: str | Path, # a path, or a name in your own data folder
-    must: bool = True, # raise `UserError` if there are none
+    must: bool = True, # raise `UserError` if the path does not exist
 ) -> list[Path]:
     "List the files of your own conversations."
     path = _in_data_root(str(name)) or Path(name).expanduser()
@@ -493,14 +506,14 @@ def _refuse_empty(messages: list[dict]):
         if not isinstance(content, str): content = "".join(part["text"] for part in content)
         if not content.strip():
             raise UserError(f"message {i}, by the {message['role']}, is empty: "
-                            "write something, or leave the conversation out.")
+                            "write its content, or remove the conversation.")
 
 # %% ../../nbs/core/08_dataset.ipynb #6a64fde4
 def conversations(
     source: str | Path, # a key of `SETS`, or a folder or file of your own, jsonl or parquet
-    split: str = "train", # of a named set
+    split: str = "train", # of a set of `SETS`; your own files have no splits
 ) -> Iterator[dict]:
-    "Read conversations. Raises `UserError` that names file and line if one is malformed."
+    "Read conversations. Raises `UserError` that names the file and line of a malformed one."
     files = set_files(source, split) if source in SETS else conversation_files(source)
     for file in files:
         for n, row in file_rows(file, ("messages",)):
@@ -512,12 +525,12 @@ def conversations(
 
 # %% ../../nbs/core/08_dataset.ipynb #2da060e8
 def val_characters(characters: int | None) -> int | None:
-    "How many characters of validation text go with those of training text; None: all."
+    "The characters of validation text for this many of training text; None: all."
     return None if characters is None else max(500_000, characters // 20)
 
 # %% ../../nbs/core/08_dataset.ipynb #cd6aaf9a
 def text_path(name: str) -> Path | None:
-    "The path of your own text; None: to generate or download. Raises `UserError` if absent."
+    "The path of your own text; None for a source. Raises `UserError` if the name is neither."
     if name == "world": return None
     if mine := _in_data_root(name): return mine
     if name in SOURCES: return None
@@ -529,10 +542,10 @@ def text_path(name: str) -> Path | None:
 
 # %% ../../nbs/core/08_dataset.ipynb #2c289821
 def hub_files(
-    config: dict, # a run's configuration; reads data
-    first: int | None = None, # characters that are needed now; None: all
-) -> list[Path]: # validation last; empty if there is nothing to download
-    "The files of a run's text that come from a hub."
+    config: dict, # a run's configuration; only its section `data` is read
+    first: int | None = None, # characters of training text that are needed now; None: all
+) -> list[Path]: # validation last; empty if the text is not from the hub
+    "List the files of a run's text that come from the hub."
     name, characters = config["data"]["source"], config["data"]["characters"]
     if name == "world" or text_path(name): return []
     names = _hub_shards(SOURCES[name], min(characters, first or characters))
@@ -540,31 +553,32 @@ def hub_files(
 
 # %% ../../nbs/core/08_dataset.ipynb #24c9cf84
 def prepare_text(
-    config: dict, # a run's configuration; reads data.source and data.characters
-    seed: int | None = None, # the world's; None: the configuration's
-    first: int | None = None, # characters of a hub's text that are needed now; None: all
+    config: dict, # a run's configuration
+    seed: int | None = None, # the world's; None: the configuration's `seed`
+    first: int | None = None, # characters to download now if the text is from the hub; None: all
 ) -> Path: # for `iter_texts`
     "Generate, download or find the text of a run. Raises `UserError` if a path holds no text."
     name, characters = config["data"]["source"], config["data"]["characters"]
     if path := text_path(name):
-        text_files(path)
+        text_files(path) # raises an error if there is no text
         return path
     if name == "world": return make_world(config["seed"] if seed is None else seed, characters)
     source = SOURCES[name]
     *train, val = [file.name for file in hub_files(config, first)]
+    # validation first, because readers take the last file that is there for validation
     return download(source.repo, [val, *train], base_dir()/"data"/name, source.revision)
 
 # %% ../../nbs/core/08_dataset.ipynb #67a80cc8
 def sample_texts(
     config: dict, # a run's configuration
-    n: int, # how many
+    n: int, # number of documents
     split: str = "train", # "train" or "val"
 ) -> list[str]:
     "Read the first documents of a run's text."
     return list(islice(iter_texts(prepare_text(config, first=1), split), n))
 
 # %% ../../nbs/core/08_dataset.ipynb #5c8c14f6
-def text_identity(config: dict) -> tuple[str, str]: # name for a folder, hash
+def text_identity(config: dict) -> tuple[str, str]: # the text's name, for a folder; the hash
     "Name a run's text and hash what it depends on, without reading or downloading it."
     name = source = config["data"]["source"]
     if path := text_path(source):
@@ -581,7 +595,7 @@ def _count_texts(
     split: str, # "train" or "val"
     limit: int, # characters
 ) -> dict: # documents, characters, bytes
-    "Read and count the text of one split. Raises `UserError` if it is empty."
+    "Read and count the text of one split. Raises `UserError` if the split is empty."
     count = dict.fromkeys(("documents", "characters", "bytes"), 0)
     for text in iter_texts(path, split, limit):
         count["documents"] += 1
@@ -593,31 +607,34 @@ def _count_texts(
 
 # %% ../../nbs/core/08_dataset.ipynb #1df1e4a5
 def _count_rows(files: list[Path]) -> dict: # documents
-    "Count the rows of parquet files without reading them."
+    "Count the rows of parquet files from their metadata."
     from pyarrow.parquet import read_metadata
     return {"documents": sum(read_metadata(f).num_rows for f in files)}
 
 # %% ../../nbs/core/08_dataset.ipynb #9e77573d
-def prepare_data(run) -> dict: # source, files, and counts of each split; of a hub's, documents only
-    "Run the data stage: find text and count it. Raises `UserError` if a split is unusable."
+def prepare_data(
+    run, # nanochat.core.run.Run
+) -> dict: # source, number of files, counts of each split (from the hub: documents only)
+    "Run the data stage: prepare the text and count it. Raises `UserError` if a split is empty."
     name, characters = run.config["data"]["source"], run.config["data"]["characters"]
     first = run.config.get("tokenizer", {}).get("max_characters")
     path = prepare_text(run.config, run.seed, first)
     files = text_files(path)
     found = {"source": name, "files": len(files)}
-    if hub_files(run.config):
-        say(f"{len(files)} files of {name} are here; the others follow while the tokenizer trains.")
+    if wanted := hub_files(run.config):
+        if missing := sum(not file.exists() for file in wanted):
+            say(f"{missing} more files of {name} are downloaded while the tokenizer trains.")
         return found | {"train": _count_rows(files[:-1]), "val": _count_rows(files[-1:])}
     train = _count_texts(path, "train", characters)
     val = _count_texts(path, "val", val_characters(characters))
     if train["characters"] < characters:
         say(f"The source holds {train['characters']:,} characters for training, fewer than the "
-            f"{characters:,} of data.characters: documents will be seen more than once.")
+            f"{characters:,} of data.characters: a run that needs more repeats documents.")
     return found | {"train": train, "val": val}
 
 # %% ../../nbs/core/08_dataset.ipynb #206f9961
 def _known(name: str) -> Source | None:
-    "The entry of a set; None for your own text. Raises `UserError` if neither exists."
+    "The entry of a source; None for a path. Raises `UserError` if the name is neither."
     known = SOURCES | SETS
     if name in known: return known[name]
     if _in_data_root(name) or Path(name).expanduser().exists(): return None
@@ -625,10 +642,10 @@ def _known(name: str) -> Source | None:
 
 # %% ../../nbs/core/08_dataset.ipynb #f5fb4733
 def get_set(
-    name: str, # a key of `SOURCES` or `SETS`
-    shards: int = 8, # of training text
-) -> Path: # where it is
-    "Fetch or generate a set, all splits of it or some shards of text, unless it is here."
+    name: str, # a key of `SOURCES` or `SETS`, or a path
+    shards: int = 8, # number of training shards of a source of text
+) -> Path: # its file or folder
+    "Fetch or generate the missing files of a source, unless your own data folder has it."
     source = _known(name)
     if name == "core": return core_folders()[0]
     if name in SETS:
@@ -636,13 +653,13 @@ def get_set(
         files = [file for files in source.splits.values() for file in files]
         return download(source.repo, files, base_dir()/"data"/name, source.revision)
     if path := text_path(name): return path
-    if name == "world": return make_world(42, shards=shards)
+    if name == "world": return make_world(42, shards=shards) # 42: the default seed of a run
     data = {"source": name, "characters": shards * source.shard_characters}
     return prepare_text({"data": data})
 
 # %% ../../nbs/core/08_dataset.ipynb #7a401ce8
 def _preview(file: Path) -> list[str]:
-    "Read the first two documents of a file; rows of JSON lines without `text` as JSON."
+    "Read the first two documents of a file, or rows as JSON where there is no `text`."
     if not _is_kind(file, _JSONL): return list(islice(_documents([file]), 2))
     rows = [row for _, row in islice(_jsonl_rows(file), 2)]
     texts = [row.get("text") for row in rows]
@@ -650,17 +667,17 @@ def _preview(file: Path) -> list[str]:
     return [text if isinstance(text, str) else d for text, d in zip(texts, dumped)]
 
 # %% ../../nbs/core/08_dataset.ipynb #562273cf
-def _format_bytes(n: int) -> str:
-    "Format a size with two or three digits."
-    unit, size = next(((u, size) for u, size in _UNITS.items() if n >= size), ("bytes", 1))
-    digits = 0 if n >= 100 * size else 1
-    return f"{n / size:.{digits}f} {unit}"
-
 _UNITS = {"GB": 10**9, "MB": 10**6, "kB": 1000}
+
+def _format_bytes(n: int) -> str:
+    "Format a size with its unit: one decimal place below 100, none for larger numbers or bytes."
+    unit, size = next(((u, size) for u, size in _UNITS.items() if n >= size), ("bytes", 1))
+    digits = 1 if 1 < size and n < 100 * size else 0
+    return f"{n / size:.{digits}f} {unit}"
 
 # %% ../../nbs/core/08_dataset.ipynb #3df29597
 def _describe(name: str, source: Source | None) -> list[str]:
-    "Lines about a set: its name, licence, origin and size."
+    "Describe a source in lines: its name, licence, origin and size."
     if not source: return [f"{name}: your own"]
     lines = [f"{name}: {source.about}", f"licence: {source.licence}"]
     if source.repo: lines.append(f"origin: {source.repo} at {source.revision}")
@@ -670,8 +687,8 @@ def _describe(name: str, source: Source | None) -> list[str]:
     return lines
 
 # %% ../../nbs/core/08_dataset.ipynb #66419dba
-def _show_rows(name: str) -> tuple[list[str], list[str]]: # lines about its files, the first rows
-    "The files of a set of `SETS` that are here."
+def _show_rows(name: str) -> tuple[list[str], list[str]]: # lines about its files; its first rows
+    "Describe the files of a set on this machine, and preview its rows."
     source, folder = SETS[name], base_dir()/"data"/name
     if name == "core":
         folders = (_in_data_root("core"), folder/"eval_bundle")
@@ -683,40 +700,42 @@ def _show_rows(name: str) -> tuple[list[str], list[str]]: # lines about its file
     return lines, [json.dumps(row, ensure_ascii=False) for _, row in rows]
 
 # %% ../../nbs/core/08_dataset.ipynb #ec220b3b
-def _show_text(name: str) -> tuple[list[str], list[str]]: # lines about its files, documents
-    "The files of a text that are here."
+def _show_text(name: str) -> tuple[list[str], list[str]]: # lines about its files; first documents
+    "Describe the files of a text on this machine, and preview its documents."
     mine = text_path(name)
     folder = mine or (_world_folder(42) if name == "world" else base_dir()/"data"/name)
     if not mine and not any(folder.glob("*.parquet")): return [], []
     files = text_files(folder)
     size = _format_bytes(sum(f.stat().st_size for f in files))
-    count, val = "1 file", "the last twentieth"
-    if len(files) > 1: count, val = f"{len(files)} files", files[-1].name
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    by_file = len(files) > 1 and not _is_kind(files[0], _PLAIN) # as in `split_parts`
+    val = files[-1].name if by_file else "the last twentieth of the documents"
     return [f"here: {count} in {folder} ({size}); validation: {val}"], _preview(files[0])
 
 # %% ../../nbs/core/08_dataset.ipynb #56022a9d
 def show_set(
     name: str, # a key of `SOURCES` or `SETS`, or a path
 ) -> str:
-    "Describe a set: what it is, which files are here, how it begins. Does not use the network."
+    "Describe a source, its files on this machine and how it begins. Does not use the network."
     lines = _describe(name, _known(name))
     here, begins = _show_rows(name) if name in SETS else _show_text(name)
-    lines += here or [f"here: nothing; `nanochat data get {name}` brings it"]
+    lines += here or [f"not here yet: `nanochat data get {name}` fetches or generates it"]
     lines += ["\n" + text[:400] + ("…" if len(text) > 400 else "") for text in begins]
     return "\n".join(lines)
 
 # %% ../../nbs/core/08_dataset.ipynb #acb860c8
 def damaged_files(
-    name: str | None = None, # a set; None: all downloaded sets and token shards
+    name: str | None = None, # a key of `SOURCES` or `SETS`; None: all of these and token shards
 ) -> dict[str, list[str]]: # folder → files that are missing or changed
-    "Compare files with the SHA-256 that was recorded when they arrived or were made."
+    "Compare files from the hub and token shards with their recorded SHA-256."
     if name: _entry(name, SOURCES | SETS)
     folders = sorted((base_dir()/"data").glob(name or "*"))
     found = {str(folder): damaged(folder) for folder in folders if hub_record(folder)}
     if name: return found
     for file in sorted((base_dir()/"tokens").glob("*/manifest.json")):
         folder, hashes = file.parent, {}
-        manifest = read_json(file, f"delete the folder {folder}, and the tokens are made again.")
+        remedy = f"delete the folder {folder}; the next run makes the tokens again."
+        manifest = read_json(file, remedy)
         for shard in manifest["shards"]: hashes |= shard["sha256"]
         found[str(folder)] = altered(folder, hashes)
     return found
