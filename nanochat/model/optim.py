@@ -484,9 +484,9 @@ def _adamw_group(
 def make_optimizer(
     model: nn.Module, # a `GPT`, its parameters on their final device
     *,
-    # a run never uses these defaults: it passes base.matrix_lr and so on, which
-    # `estimate._derive_training` computes from its batch
-    matrix_lr: float = 0.02, # Muon, for the matrices inside the blocks
+    # the blocks' matrices, by Muon; a run does not use this default but passes `base.matrix_lr`,
+    # see `estimate._derive_training` (the same holds for the next four)
+    matrix_lr: float = 0.02,
     embedding_lr: float = 0.3, # AdamW at n_embd 768; the value embeddings get half of it
     head_lr: float = 0.008, # AdamW at n_embd 768
     scalar_lr: float = 0.5, # AdamW; `_ADAMW` has its factor for each kind of scalar
