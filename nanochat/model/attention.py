@@ -40,7 +40,7 @@ def reference_attention(
     window: int | None = None, # how many tokens back a query sees; None for all
     scale: float | None = None, # of the scores; None for 1/√head_dim
 ) -> torch.Tensor: # (B, T, n_head, head_dim)
-    "Attention by the formula, with all T×T scores in memory: slow, but plainly right."
+    "Attention by the formula, with all T×T scores in memory: slow, but easy to check."
     T, head_dim = q.size(1), q.size(3)
     group = q.size(2) // k.size(2)
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
@@ -50,7 +50,7 @@ def reference_attention(
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 # %% ../../nbs/model/11_attention.ipynb #598deec3
-_CHUNK = 128 # queries at a time: 64 and 256 were slower on CPU over T = 256 … 2048
+_CHUNK = 128 # queries per chunk; on a CPU, 64 and 256 were slower for T from 256 to 2,048
 
 def _sdpa(q, k, v, scale, mask=None, is_causal=False):
     "SDPA on (B, T, n_head, head_dim) tensors."
@@ -83,11 +83,12 @@ def sdpa_attention(
 
 # %% ../../nbs/model/11_attention.ipynb #72b1883f
 class _Products(torch.autograd.Function):
-    "softmax(s·QKᵀ + mask)·V for (N, T, head_dim) tensors."
+    "softmax(scale·QKᵀ + mask)·V for (N, T, head_dim) tensors."
     @staticmethod
     def forward(ctx, q, k, v, mask, scale):
         mask = mask.expand(len(q), -1, -1)
-        weights = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1) # (N, T, T)
+        scores = torch.baddbmm(mask, q, k.mT, alpha=scale) # mask + scale·QKᵀ, (N, T, T)
+        weights = scores.softmax(-1)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale = scale
         return weights @ v
@@ -96,6 +97,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, weights = ctx.saved_tensors
         grad_weights = grad @ v.mT
+        # P ∘ (dP - rowsum(dP ∘ P)), as torch's own softmax computes it
         grad_scores = torch.ops.aten._softmax_backward_data(
             grad_weights, weights, -1, weights.dtype)
         grad_q = (grad_scores @ k).mul_(ctx.scale)
@@ -106,13 +108,14 @@ class _Products(torch.autograd.Function):
 @functools.lru_cache(maxsize=32)
 def _additive_mask(T: int, window: int | None, dtype: torch.dtype) -> torch.Tensor: # (1, T, T)
     "0 where a query may look, and -inf elsewhere."
-    with torch.inference_mode(False): # the mask is kept, and training may follow an evaluation
+    # the mask is cached: one that was made in inference mode could not be used in training
+    with torch.inference_mode(False):
         hidden = ~_visible_keys(torch.arange(T), 0, T, window)
         return torch.zeros(1, T, T, dtype=dtype).masked_fill_(hidden, -math.inf)
 
 # %% ../../nbs/model/11_attention.ipynb #49b2adc4
 def _products_attention(q, k, v, *, window=None, scale=None):
-    "Causal attention on a CPU as matrix products, with all T×T weights in memory."
+    "Causal attention on a CPU as matrix products, with all T×T attention weights in memory."
     B, T, n_head, head_dim = q.shape
     group = n_head // k.size(2)
     if group > 1: k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
@@ -123,7 +126,9 @@ def _products_attention(q, k, v, *, window=None, scale=None):
     return out.view(B, n_head, T, head_dim).transpose(1, 2)
 
 # %% ../../nbs/model/11_attention.ipynb #46b3969b
-_SHORT = 256 # tokens; up to this length the weights take less memory than the rest of a layer
+# tokens; up to this length the attention weights take less memory than the rest of a layer's
+# activations
+_SHORT = 256
 
 def _cpu_attention(q, k, v, *, window=None, scale=None):
     "Matrix products for training on short rows in bfloat16, SDPA for everything else."
@@ -138,7 +143,7 @@ def _visible_tiles(
     T: int, # tokens of a row
     window: int, # how many tokens back a query sees
     device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]: # (tiles, tiles) bool each, queries in rows
+) -> tuple[torch.Tensor, torch.Tensor]: # (tiles, tiles) bool each: [query tile, key tile]
     "The tiles of the T×T square that are visible in part, and those that are fully visible."
     tile = torch.arange(-(-T // _TILE), device=device)
     apart = tile[:, None] - tile
@@ -149,13 +154,13 @@ def _visible_tiles(
 
 # %% ../../nbs/model/11_attention.ipynb #87d98eb1
 def _tile_lists(tiles: torch.Tensor) -> list[torch.Tensor]: # (1, 1, tiles), (1, 1, tiles, tiles)
-    "FlexAttention's format: the number of tiles in each row, and their columns in front."
+    "FlexAttention's format: how many tiles each row has, and all column numbers, theirs first."
     counts = tiles.sum(1, dtype=torch.int32)
     columns = torch.argsort(tiles.int(), dim=1, descending=True, stable=True).int()
     return [counts[None, None], columns[None, None]]
 
 # %% ../../nbs/model/11_attention.ipynb #55e98356
-_flex_masks = {} # (T, window, device) -> BlockMask
+_flex_masks = {} # (T, window, device) -> BlockMask, for all heads, layers and dtypes
 
 # %% ../../nbs/model/11_attention.ipynb #afa9d33b
 def _flex_mask(
@@ -166,10 +171,10 @@ def _flex_mask(
     "FlexAttention's mask for a causal window."
     if (T, window, device) not in _flex_masks:
         from torch.nn.attention.flex_attention import BlockMask
-        with torch.inference_mode(False): # it is kept, and training may follow an evaluation
+        with torch.inference_mode(False): # see `_additive_mask`
             def visible(b, h, i, j): return (i - j >= 0) & (i - j <= window)
             partial, full = _visible_tiles(T, window, device)
-            lists = _tile_lists(partial) + _tile_lists(full)
+            lists = _tile_lists(partial) + _tile_lists(full) # in the order of the arguments
             mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=_TILE, seq_lengths=(T, T),
                                             mask_mod=visible)
             _flex_masks[T, window, device] = mask
@@ -187,7 +192,7 @@ def _compiled_flex():
 # %% ../../nbs/model/11_attention.ipynb #a065d244
 def _flex_attention(q, k, v, *, window, scale=None):
     "Windowed causal attention by FlexAttention; compiled on CUDA."
-    # imported late, because it imports the compiler
+    # imported here, because this import loads the compiler
     from torch.nn.attention.flex_attention import flex_attention as kernel
     if q.is_cuda and not torch.compiler.is_compiling(): kernel = _compiled_flex()
     mask = _flex_mask(q.size(1), window, q.device)
@@ -199,10 +204,10 @@ def _flex_attention(q, k, v, *, window, scale=None):
 def _flash(
     module: str, # `flash_attn.cute` or `flash_attn_interface`
 ):
-    "FlashAttention from a package that may be installed."
+    "Return an attention function that calls FlashAttention, and imports it at the first call."
     def attend(q, k, v, *, window=None, scale=None):
         kernel = importlib.import_module(module).flash_attn_func
-        # tokens to the left and to the right
+        # window_size: tokens to the left and to the right
         limits = {} if window is None else {"window_size": (window, 0)}
         out = kernel(q, k, v, softmax_scale=scale, causal=True, **limits)
         return out[0] if isinstance(out, tuple) else out
@@ -212,7 +217,7 @@ def _flash(
 def _only(
     kernel: str, # name of a `torch.nn.attention.SDPBackend`
 ):
-    "SDPA restricted to one of torch's CUDA kernels."
+    "Return `sdpa_attention` restricted to one of torch's CUDA kernels."
     def attend(q, k, v, *, window=None, scale=None):
         from torch.nn.attention import SDPBackend, sdpa_kernel
         with sdpa_kernel(getattr(SDPBackend, kernel)):
@@ -220,7 +225,7 @@ def _only(
     return attend
 
 # %% ../../nbs/model/11_attention.ipynb #99fa30e2
-def _candidates(device_type: str) -> dict[str, dict]: # "full" and "window": name -> function
+def _candidates(device_type: str) -> dict[str, dict]: # {"full" or "window": {name: function}}
     "The kernels to try, for full and for windowed attention."
     plain = _cpu_attention if device_type == "cpu" else sdpa_attention
     full, window = {"SDPA": plain}, {"SDPA in chunks": plain}
@@ -249,7 +254,7 @@ def _probe(
     for f, cast in ((attend, dtype), (reference_attention, torch.float32)):
         inputs = [x.to(cast, copy=True).requires_grad_() for x in (q, k, v)]
         out = f(*inputs, window=window, scale=scale)
-        # of a sum: a gradient as an argument makes torch import for a second
+        # the gradient of a scalar: given a gradient, autograd would import modules for a second
         total = (out * grad).sum()
         results.append((out, *torch.autograd.grad(total, inputs)))
     tolerance = 1e-2 if dtype == torch.float32 else 1e-1
@@ -270,7 +275,7 @@ def _milliseconds(
     T: int, # tokens of a row
     window: int | None, # how many tokens back a query sees
 ) -> float:
-    "Time one forward and backward pass."
+    "Measure the mean time of a forward and backward pass."
     def wait():
         if device.type == "cuda": torch.cuda.synchronize(device)
     tokens = _BUSY if device.type == "cuda" else 512
@@ -278,13 +283,14 @@ def _milliseconds(
     g = torch.Generator(device).manual_seed(0)
     *inputs, grad = (torch.randn(shape, generator=g, device=device, dtype=dtype) for _ in range(4))
     for x in inputs: x.requires_grad_()
-    for run in range(13):
-        if run == 3:
+    warmup, timed = 3, 10
+    for i in range(warmup + timed):
+        if i == warmup:
             wait()
             start = time.perf_counter()
         torch.autograd.grad(attend(*inputs, window=window), inputs, grad)
     wait()
-    return (time.perf_counter() - start) / 10 * 1000
+    return (time.perf_counter() - start) / timed * 1000
 
 # %% ../../nbs/model/11_attention.ipynb #deb17a13
 def _reason(name: str, e: Exception) -> str:
@@ -299,33 +305,34 @@ def _judge(
     dtype: torch.dtype, # of queries, keys and values
     head_dim: int, # channels of a head
     T: int, # tokens of a row when candidates are timed
-    window: int | None, # how many tokens back a query sees then; None for all
-) -> tuple[dict, dict]: # of the right ones: name -> milliseconds; of the others: name -> reason
-    "Probe the candidates, and time the right ones if there are several candidates (else 0)."
-    right, failed = {}, {}
+    window: int | None, # how many tokens back a query sees when timed; None for all
+) -> tuple[dict, dict]: # correct ones: name -> milliseconds; failed ones: name -> reason
+    "Probe the candidates and time the correct ones. A single candidate is not timed (0 ms)."
+    correct, failed = {}, {}
     probe_window = None if window is None else 100
-    with (torch.inference_mode(False), torch.enable_grad(), # whatever is on outside
+    # the caller may have switched gradients off or autocast on
+    with (torch.inference_mode(False), torch.enable_grad(),
           torch.autocast(device.type, enabled=False), warnings.catch_warnings()):
-        warnings.simplefilter("ignore") # a kernel that refuses also warns of all its reasons
+        warnings.simplefilter("ignore") # a kernel that refuses an input also warns why
         for name, attend in candidates.items():
             try:
                 _probe(attend, device, dtype, head_dim, probe_window)
-                right[name] = 0.0
+                correct[name] = 0.0
                 if len(candidates) > 1:
-                    right[name] = _milliseconds(attend, device, dtype, head_dim, T, window)
+                    correct[name] = _milliseconds(attend, device, dtype, head_dim, T, window)
             # a kernel may be missing, unsupported or wrong: each raises in its own way
             except Exception as e: failed[name] = _reason(name, e)
-    return right, failed
+    return correct, failed
 
 # %% ../../nbs/model/11_attention.ipynb #80f7b99a
 _chosen = {} # (device type, dtype, head_dim) -> {"full": function, "window": function}
 
 def _ranking(
-    right: dict, # name -> milliseconds; 0 if not timed
+    correct: dict, # name -> milliseconds; 0 if not timed
 ) -> str:
-    "The candidates in words, the fastest first and the others in parentheses."
-    names = sorted(right, key=right.get)
-    told = [f"{name} {right[name]:.2f} ms" if right[name] else name for name in names]
+    "The correct candidates in words: the fastest, and the others in parentheses."
+    names = sorted(correct, key=correct.get)
+    told = [f"{name} {correct[name]:.2f} ms" if correct[name] else name for name in names]
     return told[0] if len(told) == 1 else f"{told[0]} ({', '.join(told[1:])})"
 
 # %% ../../nbs/model/11_attention.ipynb #fc6dd367
@@ -334,20 +341,20 @@ def choose_backends(
     dtype: torch.dtype, # of queries, keys and values
     head_dim: int, # channels of a head
     T: int = 2048, # tokens of a row when candidates are timed
-    window: int = 512, # tokens back, for the windowed ones
+    window: int = 512, # how many tokens back a query sees when windowed candidates are timed
 ) -> dict[str, str]: # {"full": name, "window": name}
-    "Choose the fastest right kernels for `attention`. Raises `RuntimeError` if none works."
+    "Choose the fastest correct kernels for `attention`. Raises `RuntimeError` if none works."
     chosen, names, told, unusable = {}, {}, {}, {}
     for kind, candidates in _candidates(device.type).items():
         seen = window if kind == "window" else None
-        right, failed = _judge(candidates, device, dtype, head_dim, T, seen)
+        correct, failed = _judge(candidates, device, dtype, head_dim, T, seen)
         unusable |= failed
-        if not right:
+        if not correct:
             raise RuntimeError(f"no {kind} attention works on {device.type} in {dtype} "
                                f"with heads of {head_dim}: {'; '.join(failed.values())}")
-        names[kind] = min(right, key=right.get)
+        names[kind] = min(correct, key=correct.get)
         chosen[kind] = candidates[names[kind]]
-        told[kind] = _ranking(right)
+        told[kind] = _ranking(correct)
     _chosen[device.type, dtype, head_dim] = chosen
 
     # one line for the user
@@ -371,7 +378,7 @@ def attention(
     window: int | None = None, # how many tokens back a query sees; None for all
     scale: float | None = None, # of the scores; None for 1/√head_dim
 ) -> torch.Tensor: # (B, T, n_head, head_dim)
-    "Causal attention by the kernel that was found to be right and fast on this machine."
+    "Causal attention by the fastest correct kernel on this machine, see `choose_backends`."
     key = q.device.type, q.dtype, q.size(-1)
     if key not in _chosen: choose_backends(q.device, q.dtype, q.size(-1))
     backends = _chosen[key]
@@ -387,7 +394,7 @@ def _cached_attention(
     *,
     scale: float | None = None, # of the scores; None for 1/√head_dim
 ) -> torch.Tensor: # (B, T, n_head, head_dim)
-    "Attention of new tokens to a cache whose rows differ in length."
+    "Attention of new tokens to cached keys and values, whose rows may differ in length."
     if mask is not None: mask = mask[:, None] # the same for all heads
     q = q.transpose(1, 2) # (B, n_head, T, head_dim)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale,
@@ -410,9 +417,10 @@ class KVCache:
         shape = (n_layer, batch_size, n_kv_head, max_len, head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device) # tokens per row
-        # the extremes of `lengths`, known without waiting for the device
+        # the extremes of `lengths` as numbers, so that most passes need not wait for the device
         self.shortest = self.longest = 0
-        self.previous = None # (B, n_embd) embedding of each row's last token, for smear
+        # (B, n_embd) embedding of each row's last token; the model sets and reads it (smear)
+        self.previous = None
 
     @property
     def max_len(self) -> int: return self.k.size(3)
@@ -421,7 +429,7 @@ class KVCache:
 def _check_room(length: int, max_len: int):
     "Raise `UserError` if a row is longer than its cache."
     if length > max_len:
-        raise UserError(f"a row of {length} tokens does not fit the cache of {max_len}: "
+        raise UserError(f"a row of {length} tokens does not fit into the cache of {max_len}: "
                         "shorten the conversation, or ask for fewer new tokens.")
 
 # %% ../../nbs/model/11_attention.ipynb #44719734
@@ -431,11 +439,11 @@ def begin(
     T: int, # new tokens in each row, including padding at the end
     valid: torch.Tensor | None = None, # (B,) how many of them are real; None for all
 ) -> torch.Tensor: # (B, T) positions of the new tokens
-    "Plan a pass. Raises `UserError` if a row does not fit the cache."
+    "Plan a pass. Raises `UserError` if a row does not fit into the cache."
     device = self.lengths.device
     if valid is not None and bool((valid == T).all()): valid = None
 
-    # the lengths after this pass
+    # the lengths after this pass, and the shortest and longest of them
     self._after = self.lengths + (T if valid is None else valid)
     self._extremes = (self.shortest + T, self.longest + T)
     if valid is not None: self._extremes = tuple(map(int, self._after.aminmax()))
@@ -466,13 +474,15 @@ def attend(
     k: torch.Tensor, # (B, T, n_kv_head, head_dim)
     v: torch.Tensor, # (B, T, n_kv_head, head_dim)
     *,
-    window: int | None = None, # how many tokens back a query sees
-    scale: float | None = None, # of the scores
+    window: int | None = None, # how many tokens back a query sees; None for all
+    scale: float | None = None, # of the scores; None for 1/√head_dim
 ) -> torch.Tensor: # (B, T, n_head, head_dim)
     "Store the new keys and values, and let the new queries attend to all that their rows hold."
     for cache, new in ((self.k, k), (self.v, v)):
         if self._real is not None: new = new[self._real]
-        cache[layer].transpose(1, 2)[self._slots] = new.to(cache.dtype)
+        by_token = cache[layer].transpose(1, 2) # (B, max_len, n_kv_head, head_dim)
+        by_token[self._slots] = new.to(cache.dtype)
+    # an empty cache: the new tokens see only each other
     if self.longest == 0: return sdpa_attention(q, k, v, window=window, scale=scale)
     if window not in self._masks: self._masks[window] = self._visible(window)
     first, mask = self._masks[window]
@@ -483,10 +493,10 @@ def attend(
 # %% ../../nbs/model/11_attention.ipynb #ffd8215d
 @patch
 def _visible(self: KVCache, window):
-    "The first position that some row still sees, and the mask from there on (None: all visible)."
+    "The first position that any query sees, and the mask from it on (None: all visible)."
     first = 0 if window is None else max(0, self.shortest - window)
     one_token = self.positions.size(1) == 1
-    if one_token and self.shortest == self.longest: return first, None # all rows are alike
+    if one_token and self.shortest == self.longest: return first, None # all rows have one length
     return first, _visible_keys(self.positions, first, self._extremes[1], window)
 
 # %% ../../nbs/model/11_attention.ipynb #fa3de52d
@@ -501,7 +511,7 @@ def advance(self: KVCache):
 def select(
     self: KVCache,
     indices, # (N,) the rows, in any order, repeats allowed
-    max_len: int | None = None, # tokens that a row of the new cache can hold; None: as many as here
+    max_len: int | None = None, # tokens that a row of the new cache can hold; None: as in this one
 ) -> KVCache:
     "Copy rows into a new cache."
     indices = torch.as_tensor(indices, device=self.lengths.device)
@@ -529,15 +539,15 @@ class RowCache:
     "Keys and values of rows that grow by one token a step, in memory that is allocated once."
     def __init__(
         self,
-        windows: list[int | None], # of each layer: how many tokens back it sees, None for all
-        n_rows: int, # places for rows
+        windows: list[int | None], # for each layer: how many tokens back it sees, None for all
+        n_rows: int, # number of places
         n_kv_head: int, # heads of keys and values
         max_len: int, # tokens that a row can hold
         head_dim: int, # channels of a head
-        n_embd: int, # channels of the embedding of each row's last token, for smear
+        n_embd: int, # channels of `previous`
         device="cpu", # where the cache is stored
         dtype=torch.float32, # of keys and values as the model computes them
-        static: bool = False, # read and mask all slots in every step, for compilation, CUDA graphs
+        static: bool = False, # shapes never change (for compilation and CUDA graphs)
     ):
         def zeros(*shape): return torch.zeros(shape, device=device, dtype=dtype)
         self.static, self.max_len = static, max_len
@@ -547,13 +557,13 @@ class RowCache:
         self.k, self.v = ([zeros(*shape) for shape in shapes] for _ in range(2))
         self.lengths = torch.zeros(n_rows, dtype=torch.int64, device=device) # tokens in each row
         self.previous_of_all = zeros(n_rows, n_embd)
-        self.live = n_rows # the first `live` rows take part in a step
-        # the extremes of their lengths, known without waiting for the device
-        self.longest = self.shortest = 0
+        # the caller sets these three when rows come or go:
+        self.live = n_rows # the first `live` places take part in a step
+        self.longest = self.shortest = 0 # extremes of the lengths of the live rows
 
     @property
     def previous(self) -> torch.Tensor: # (live, n_embd)
-        "A copy, because what was read must not change with the next write."
+        "The embedding of each row's last token: a copy, which later writes do not change."
         return self.previous_of_all[:self.live].clone()
 
     @previous.setter
@@ -566,12 +576,13 @@ def begin(
     T: int = 1, # new tokens in each row: one
     valid: None = None, # every row takes part
 ) -> torch.Tensor: # (live, 1) positions of the new tokens
-    "Plan a step. Raises `UserError` if a row does not fit its place."
+    "Plan a step. Raises `UserError` if a row does not fit (a static cache does not check)."
     if T != 1 or valid is not None:
-        raise ValueError(f"rows of a RowCache grow by one token each, not by {T}.")
+        raise ValueError("every row of a RowCache grows by one token per step: "
+                         f"T must be 1 (it is {T}) and valid must be None.")
     if not self.static: _check_room(self.longest + 1, self.max_len)
     self.positions = self.lengths[:self.live, None]
-    self._places = {} # size -> what layers of this size share
+    self._plans = {} # slots of a row -> the `_plan` that layers of this size share
     return self.positions
 
 # %% ../../nbs/model/11_attention.ipynb #d9c84a2d
@@ -583,26 +594,27 @@ def attend(
     k: torch.Tensor, # (live, 1, n_kv_head, head_dim)
     v: torch.Tensor, # (live, 1, n_kv_head, head_dim)
     *,
-    window: int | None = None, # not used: the layer's size follows from it
-    scale: float | None = None, # of the scores
+    window: int | None = None, # ignored: `RowCache` got the windows of all layers
+    scale: float | None = None, # of the scores; None for 1/√head_dim
 ) -> torch.Tensor: # (live, 1, n_head, head_dim)
     "Store the new keys and values, and let each query attend to what its row holds."
     size = self.sizes[layer]
-    if size not in self._places: self._places[size] = self._plan(size, k)
-    place, end, mask = self._places[size]
+    if size not in self._plans: self._plans[size] = self._plan(size, k)
+    slot, end, mask = self._plans[size]
     keys, values = (x[layer][:self.live] for x in (self.k, self.v))
-    keys.scatter_(2, place, k.transpose(1, 2).to(keys.dtype))
-    values.scatter_(2, place, v.transpose(1, 2).to(values.dtype))
+    keys.scatter_(2, slot, k.transpose(1, 2).to(keys.dtype))
+    values.scatter_(2, slot, v.transpose(1, 2).to(values.dtype))
     return _cached_attention(q, keys[:, :, :end], values[:, :, :end], mask, scale=scale)
 
 # %% ../../nbs/model/11_attention.ipynb #b8f33434
 @patch
 def _plan(self: RowCache, size: int, k: torch.Tensor):
-    "Slots of the new tokens, slots that some row has written, and a mask (None: all visible)."
+    "The new tokens' slots, how many slots to read, and a mask of these (None: all visible)."
     slot = (self.positions % size)[:, :, None, None]
     slot = slot.expand(-1, k.size(2), 1, k.size(3)) # (live, n_kv_head, 1, head_dim)
     end = size if self.static else min(self.longest + 1, size)
-    if not self.static and self.shortest + 1 >= end: return slot, end, None # all rows have them
+    # if even the shortest row has written the first `end` slots, no mask is needed
+    if not self.static and self.shortest + 1 >= end: return slot, end, None
     slots = torch.arange(end, device=k.device)
     return slot, end, slots <= self.positions[:, :, None] # (live, 1, end)
 
@@ -621,7 +633,7 @@ def _last_positions(
     size: int, # slots of the ring
     device: torch.device,
 ) -> torch.Tensor:
-    "The positions of a row that a ring holds."
+    "The positions of a row that a ring of `size` slots holds."
     return torch.arange(max(0, length - size), length, device=device)
 
 # %% ../../nbs/model/11_attention.ipynb #8098cb3b
@@ -639,11 +651,11 @@ def _fill_ring(
 @patch
 def put(
     self: RowCache,
-    first: int, # the first of the places
-    cache: KVCache, # holds the rows
-    sources: list[int], # which rows of it
+    first: int, # the first of the new places
+    cache: KVCache, # the rows, whose prompts have been read
+    sources: list[int], # which rows of `cache`
 ):
-    "Give rows whose prompts have been read places next to each other."
+    "Copy rows of a `KVCache` into adjacent places. The caller then sets `live` and `shortest`."
     n = cache.longest
     indices = torch.tensor(sources, device=self.lengths.device)
     places = slice(first, first + len(sources))
@@ -663,9 +675,9 @@ def put(
 @patch
 def take(
     self: RowCache,
-    row: int, # its place
+    row: int, # the place of the row
 ) -> KVCache: # of one row
-    "Copy a row into a `KVCache`, to continue reading. It lacks what has left a layer's window."
+    "Copy a row into a `KVCache` that can read on. What has left a layer's window is 0 in it."
     length = int(self.lengths[row])
     k = self.k[0] # (n_rows, n_kv_head, size, head_dim)
     cache = KVCache(len(self.sizes), 1, k.size(1), length, k.size(3), k.device, k.dtype)
@@ -681,7 +693,7 @@ def take(
 # %% ../../nbs/model/11_attention.ipynb #7e0ca581
 @patch
 def move(self: RowCache, source: int, target: int):
-    "Put one row in the place of another."
+    "Copy the row in place `source` to place `target`."
     for tensors in (self.k, self.v):
         for x, size in zip(tensors, self.sizes):
             n = min(self.longest, size)

@@ -26,21 +26,21 @@ def reference_head_loss(
 
 # %% ../../nbs/model/12_loss.ipynb #70ef34ec
 def _softcap_loss(
-    logits: torch.Tensor, # (n, V) float32, raw; with weights, becomes ∂loss/∂logits
+    logits: torch.Tensor, # (n, V) float32, raw; overwritten, if there are weights by their gradient
     targets: torch.Tensor, # (n,)
     softcap: float,
-    weights: torch.Tensor | None, # (n,) of each loss in the gradient; None: no gradient
+    weights: torch.Tensor | None, # (n,) factor of each loss in the gradient; None: no gradient
 ) -> torch.Tensor: # (n,) losses
-    "Softcap, cross-entropy and their gradient, for some rows; overwrites the logits."
+    "Softcap, cross-entropy and the gradient of the weighted sum of losses; overwrites the logits."
     rows = torch.arange(len(targets), device=targets.device)
     valid, target = targets >= 0, targets.clamp(min=0)
 
     # the losses
     s = logits.mul_(-2 / softcap).sigmoid_() # (1 - tanh) / 2
-    least = s.amin(1, keepdim=True) # of the largest logit
+    least = s.amin(1, keepdim=True) # s of the largest logit
     e = torch.sub(least, s).mul_(2 * softcap).exp_() # e^(logit - largest logit)
     total = e.sum(1)
-    below = s[rows, target] - least[:, 0] # how far the target is below the largest logit
+    below = s[rows, target] - least[:, 0] # (largest logit - target's logit) / 2c
     losses = torch.where(valid, total.log() + 2 * softcap * below, 0.0)
     if weights is None: return losses
 
@@ -54,7 +54,7 @@ def _softcap_loss(
 # %% ../../nbs/model/12_loss.ipynb #41cafc34
 @functools.cache
 def _triton_kernel():
-    "The kernel; None where there is no Triton."
+    "Return the Triton kernel, or None if Triton is not installed."
     try:
         import triton
         import triton.language as tl
@@ -81,7 +81,7 @@ def _triton_kernel():
         lse = largest + tl.log(total)
         tl.store(losses + row, tl.where(target >= 0, lse - at_target, 0.0))
 
-        # the second pass: the gradient in place of the logits
+        # the second pass: overwrite the logits with their gradient
         if HAS_GRAD:
             weight = tl.where(target >= 0, tl.load(weights + row), 0.0)
             for start in range(0, V, BLOCK):
@@ -98,20 +98,20 @@ def _triton_softcap_loss(logits, targets, softcap, weights):
     "`_softcap_loss` in two passes over the logits."
     losses = torch.empty(len(logits), device=logits.device)
     has_grad = weights is not None
-    weights = weights.contiguous() if has_grad else losses # a kernel takes no None
+    weights = weights.contiguous() if has_grad else losses # a placeholder: a kernel takes no None
     _triton_kernel()[(len(logits),)](logits, targets, weights, losses, logits.size(1), softcap,
                                      HAS_GRAD=has_grad, BLOCK=1024)
     return losses
 
 # %% ../../nbs/model/12_loss.ipynb #91ad5348
 def _use_triton(logits: torch.Tensor) -> bool:
-    "Are there a GPU and Triton, and has the user not switched it off?"
+    "Are there a GPU and Triton, and has the user not set NANOCHAT_TRITON=0?"
     if not logits.is_cuda or _triton_kernel() is None: return False
     return os.environ.get("NANOCHAT_TRITON", "1") != "0"
 
 # %% ../../nbs/model/12_loss.ipynb #d391626e
-CHUNK_LOGITS = 1 << 24 # logits at a time in the products; on a GPU eight times as many
-_CACHE_LOGITS = 1 << 18 # at a time in the elementwise steps on a CPU: 1 MB in fp32, fits its cache
+CHUNK_LOGITS = 1 << 24 # logits in one matrix product; on a GPU eight times as many
+_CACHE_LOGITS = 1 << 18 # logits in one elementwise step on a CPU: 1 MB in fp32 fits its cache
 
 def _in_place(logits, targets, softcap, weights):
     "`_softcap_loss` for logits in any dtype, by the kernel that fits the device."
@@ -127,9 +127,9 @@ def _walk(
     weight: torch.Tensor, # (V, C), in the dtype of x
     targets: torch.Tensor, # (N,)
     softcap: float,
-    weights: torch.Tensor | None, # (N,) float32, of each loss in the gradients; None: no gradients
+    weights: torch.Tensor | None, # (N,) float32, factor of each loss in the gradients; None: none
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    "Losses (N,), and gradients of their weighted sum: of x, and of weight in float32."
+    "Losses (N,), and the gradients of their weighted sum: of x, and of weight (in float32)."
     N, V = len(x), len(weight)
     chunk = CHUNK_LOGITS * (8 if x.is_cuda else 1)
     many = min(N, max(16, chunk // V)) # rows of a product
@@ -145,7 +145,7 @@ def _walk(
         logits = block[:len(rows)]
         torch.mm(rows, weight.t(), out=logits)
 
-        # losses, and gradients in place of the logits
+        # compute the losses, and overwrite the logits with their gradient
         for first in range(0, len(rows), few):
             piece = logits[first:first + few]
             some = slice(start + first, start + first + len(piece))
@@ -172,7 +172,7 @@ class _SumOfLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_weight = ctx.grads
-        del ctx.grads # they are scaled in place, which can be done only once
+        del ctx.grads # scaled in place, so a second backward pass would be wrong
         return grad_x.mul_(grad), grad_weight.mul_(grad).to(ctx.dtype), None, None
 
 # %% ../../nbs/model/12_loss.ipynb #7e0d7f6a

@@ -19,10 +19,10 @@ from ..core.files import UserError, say
 
 # %% ../../nbs/model/13_precision.ipynb #64d91d18
 class LossScaler:
-    "Dynamic loss scaling (arXiv 1710.03740): multiply the loss by `scale`, step if `update`."
+    "Dynamic loss scaling: multiply the loss by `scale`, step if `update` says so."
     def __init__(
         self,
-        enabled: bool = True, # False for the other dtypes: the scale is 1 and every step is good
+        enabled: bool = True, # False unless in fp16: the scale is 1, every step is taken
         start: float = 2.0**16, # the first scale, a power of two
         grow_after: int = 2000, # good steps in a row after which the scale doubles
     ):
@@ -51,7 +51,7 @@ class LossScaler:
 
     def load_state(
         self,
-        state: dict, # from `state`; an empty one, of a run in another dtype, changes nothing
+        state: dict, # from `state`; {} (from a run in another dtype) changes nothing
     ):
         "Continue where `state` was taken."
         if self.enabled and state:
@@ -64,7 +64,7 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]: # fp8, contiguous; its scale, () float32: x ≈ fp8 · scale
     "Convert to fp8, scaled so that the tensor's largest number is the format's largest."
     scale = x.abs().amax().float() / torch.finfo(dtype).max
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny) # zeros have a scale too
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny) # for a tensor of zeros
     return (x.float() / scale).to(dtype).contiguous(), scale
 
 # %% ../../nbs/model/13_precision.ipynb #5fe2ccdb
@@ -76,7 +76,7 @@ def fp8_matmul(
     dtype: torch.dtype, # of the result
     fast_accum: bool = False, # on a GPU: keep fewer bits of the sums
 ) -> torch.Tensor: # (M, N)
-    "The product a bᵀ of two scaled fp8 matrices; emulated where there is no CUDA."
+    "The product a bᵀ of two fp8 matrices, times both scales; emulated where there is no CUDA."
     if a.is_cuda:
         return torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=dtype,
                                 use_fast_accum=fast_accum)
@@ -95,7 +95,7 @@ class _QuantizedWeight(NamedTuple):
 def quantize_weight(
     weight: torch.Tensor, # (out, in)
 ) -> _QuantizedWeight:
-    "Quantise a weight for both passes."
+    "Quantise a weight for the forward and the backward pass."
     data, scale = quantize(weight, torch.float8_e4m3fn)
     return _QuantizedWeight(data, data.t().contiguous(), scale)
 
@@ -143,15 +143,16 @@ def fp8_linear(
 
 # %% ../../nbs/model/13_precision.ipynb #d30e0688
 class _FP8Weight:
-    "The attribute `fp8` of a layer that trains in fp8: `fp8_linear` with a weight that it keeps."
+    "The attribute `fp8` of a layer that trains in fp8: `fp8_linear` with a cached weight."
     def __init__(self): self.quantized, self.version = None, None
-    def __getstate__(self): return vars(_FP8Weight()) # a copy is empty: its weight will be another
+    # a copy starts empty, because it belongs to a layer with another weight
+    def __getstate__(self): return vars(_FP8Weight())
 
     def fill(
         self,
         weight: torch.Tensor, # (out, in) the layer's weight
     ):
-        "Quantise the weight, for all calls until it changes."
+        "Quantise the weight for all calls until it changes."
         self.quantized, self.version = quantize_weight(weight), weight._version
 
     def forget(self):
@@ -183,8 +184,8 @@ def quantize_weights(
 # %% ../../nbs/model/13_precision.ipynb #776cb31c
 def fp8_supported(
     device, # torch.device, or its name
-) -> tuple[bool, str]: # does it have fp8 matrix units? a clause that says why, or which
-    "Does a device multiply in fp8? NVIDIA's GPUs do from compute capability 8.9 on."
+) -> tuple[bool, str]: # (supported, a clause for a message: the reason)
+    "Can a device multiply in fp8? NVIDIA's GPUs can from compute capability 8.9 on."
     device = torch.device(device)
     if device.type != "cuda": return False, f"a device of type {device.type} has no fp8 arithmetic"
     if torch.version.hip: return False, "on AMD's GPUs it has not been tried"
@@ -195,19 +196,19 @@ def fp8_supported(
     return False, f"{has}, and fp8 begins with 8.9 (Ada, Hopper)"
 
 # %% ../../nbs/model/13_precision.ipynb #5129717e
-_FP8_LEAST = 128 # rows and columns of a matrix from which on fp8 is worth it
+_FP8_LEAST = 128 # a matrix with fewer rows or columns gains nothing from fp8
 
 def _takes_fp8(
     layer: nn.Module,
 ) -> bool:
-    "Is this a linear layer that looks at its attribute `fp8`, and is it large enough?"
+    "Is this a linear layer with an attribute `fp8`, of a size that fits, and without a bias?"
     if not isinstance(layer, nn.Linear) or not hasattr(layer, "fp8"): return False
     fits = all(size % 16 == 0 and size >= _FP8_LEAST for size in layer.weight.shape)
     return fits and layer.bias is None
 
 # %% ../../nbs/model/13_precision.ipynb #9d3f8d76
 def use_fp8(
-    model: nn.Module, # a `GPT` on its device; its linear layers look at their attribute `fp8`
+    model: nn.Module, # a `GPT` on its device; its linear layers have the attribute `fp8`
     on: bool = True, # False: use ordinary products again
 ) -> list[str]: # the names of the layers, within the blocks
     "Train the blocks' large matrices in fp8. Raises `UserError` if the device or model cannot."
@@ -244,7 +245,7 @@ def int8_linear(
 ) -> torch.Tensor: # (..., n_out) in the dtype of x
     "Multiply by a matrix from `quantize_int8`."
     rows = x.numel() // x.size(-1)
-    # torch's kernel: for more rows it is slower than converting the weight
+    # torch's kernel; for more than 4 rows, converting the weight is faster
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= 4:
         y = torch._weight_int8pack_mm(x.reshape(rows, -1), weight, scale.to(x.dtype))
         return y.view(*x.shape[:-1], -1)
