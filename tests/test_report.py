@@ -244,7 +244,7 @@ def test_metrics_that_a_crash_cut_short(base):
     with open(run.dir/"metrics.jsonl", "a") as f: f.write('{"stage": "rl", "st')
     assert read_run(run).problems == []
     with open(run.dir/"metrics.jsonl", "a") as f: f.write('\n{"stage": "rl", "step": 4, "steps": 4, "reward": NaN}\n')
-    assert read_run(run).problems == ["metrics.jsonl is damaged: 1 of its lines hold no figures of a stage and are left out."]
+    assert read_run(run).problems == ["metrics.jsonl is damaged: 1 of its lines hold no values of a stage and are left out."]
     assert "reward nan" in written(run)[1]
 
 
