@@ -284,7 +284,7 @@ def test_the_dev_group_is_asked_for(tmp_path, monkeypatch):
     import importlib.util
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "nbdev" else real(name, *args))
-    with pytest.raises(Exception, match="built with nbdev, which is not installed: `uv sync`"): build_docs(tmp_path/"new", REPO)
+    with pytest.raises(Exception, match="built with nbdev, which is not installed: run `uv sync`"): build_docs(tmp_path/"new", REPO)
     assert not (tmp_path/"new").exists()
 
 

@@ -119,7 +119,7 @@ def test_whole_run(base):
     for title in ("loss", "bits per byte", "reward", "learning rate, of its peak"): assert title in page.text # text of the pictures
     assert "| data and tokenizer | 10 s | 24 s | 2.40 |" in text and "| memory of a process | 1.0 GB | 500 MB | 0.50 |" in text
     assert "| evaluation | of mid, sft, rl | 3.0 s | – |" in text and "| together |  | 1 min 15 s |" in text
-    assert "no figure to compare with a published one" in text and "nanochat eval r --stage base --tasks core" in text.replace("\\", "")
+    assert "no score to compare with a published one" in text and "nanochat eval r --stage base --tasks core" in text.replace("\\", "")
     assert "Not finished" not in text and "damaged" not in text
 
 
@@ -244,7 +244,7 @@ def test_metrics_that_a_crash_cut_short(base):
     with open(run.dir/"metrics.jsonl", "a") as f: f.write('{"stage": "rl", "st')
     assert read_run(run).problems == []
     with open(run.dir/"metrics.jsonl", "a") as f: f.write('\n{"stage": "rl", "step": 4, "steps": 4, "reward": NaN}\n')
-    assert read_run(run).problems == ["metrics.jsonl is damaged: 1 of its lines hold no figures of a stage and are left out."]
+    assert read_run(run).problems == ["metrics.jsonl is damaged: 1 of its lines hold no values of a stage and are left out."]
     assert "reward nan" in written(run)[1]
 
 

@@ -39,12 +39,12 @@ def _docs_root() -> Path: # the folder that holds _quarto.yml and nbs/
     return root
 
 # %% ../../nbs/lab/54_docs.ipynb #b16efc35
-MARK = ".nanochat-docs" # lies in every folder that `build_docs` made
+MARK = ".nanochat-docs" # a file in every folder that `build_docs` made
 
 def check_out(
     out: Path, # the folder for the site
-) -> Path: # the same, absolute
-    "Refuse a folder that contains anything but an older build."
+) -> Path: # `out`, absolute
+    "Raise `UserError` if a folder contains anything but an older build."
     out = Path(out).expanduser().resolve()
     advice = "name a folder that is new, empty or an older build of the docs."
     if out.exists() and not out.is_dir(): raise UserError(f"--out {out} is a file: {advice}")
@@ -53,27 +53,32 @@ def check_out(
     return out
 
 # %% ../../nbs/lab/54_docs.ipynb #85ad7c07
-NEEDED = {"nbdev": "nbdev", "smalldocs": "smalldocs", "djangocms_katex": "djangocms-katex"} # module: package
+NEEDED = { # module: package
+    "nbdev": "nbdev", "smalldocs": "smalldocs", "djangocms_katex": "djangocms-katex"}
 
 def _check_needed(modules: dict[str, str] = NEEDED):
     "Raise `UserError` if a package that builds the docs is missing."
-    missing = [package for module, package in modules.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(f"the docs are built with {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-                        "`uv sync` in the clone installs the dev group, and so does `pip install --group dev`.")
+    def is_missing(module): return importlib.util.find_spec(module) is None
+    missing = [package for module, package in modules.items() if is_missing(module)]
+    if not missing: return
+    verb = "is" if len(missing) == 1 else "are"
+    raise UserError(f"the docs are built with {' and '.join(missing)}, which {verb} not installed: "
+                    "run `uv sync` or `pip install --group dev` in the clone.")
 
 # %% ../../nbs/lab/54_docs.ipynb #efef0e9d
 def _home_page(
     text: str, # Markdown of nbs/guide/index.md
     folder: str = "nbs/guide", # the folder of that file
-) -> str: # the same page for the root
-    "Rewrite a page's relative links and images for the root of the site."
+) -> str: # the page, for the root of the site
+    "Make the relative links and images of a page relative to the root of the site."
     def at_root(m): return m[1] + posixpath.normpath(posixpath.join(folder, m[2]))
     return re.sub(r'(\]\(|\b(?:href|src)=")(?![a-z]+:|[#/])([^)"\s]+)', at_root, text)
 
 # %% ../../nbs/lab/54_docs.ipynb #5257443c
-def _modules(root: Path) -> dict[str, str]: # module: its notebook, as in {"model/gpt": "nbs/model/14_gpt"}
-    "Find the notebook that each module was exported from, which its first lines name."
+def _modules(
+    root: Path, # the clone
+) -> dict[str, str]: # module: its notebook, such as {"model/gpt": "nbs/model/14_gpt"}
+    "Find the notebook of each module: nbdev names it at the beginning of the exported file."
     package, found = root/"nanochat", {}
     for path in sorted(package.rglob("*.py")):
         exported = re.search(r"File to edit: (?:\.\./)+(\S+)\.ipynb", path.read_text()[:500])
@@ -91,13 +96,13 @@ def _source_page(name: str, code: str) -> str: # Markdown
 
 # %% ../../nbs/lab/54_docs.ipynb #3e1bfb2b
 def _unlink_code(text: str) -> str: # Markdown
-    "Remove nbdev's links from fenced code, where they would be shown as text."
+    "Remove nbdev's links from fenced code, which would show their Markdown as text."
     def plain(block): return re.sub(r"\[(`[^`\n]+`)\]\([^)\n]*\)", r"\1", block[0])
     return re.sub(r"^(```+)\w+\n.*?^\1", plain, text, flags=re.M | re.S)
 
 # %% ../../nbs/lab/54_docs.ipynb #064796f4
 def _tidy(path: Path): # of a processed notebook
-    "Remove the state of widgets, which loads a script from another host, and the page's own name."
+    "Remove the widgets' state (it loads a script from another host) and `output-file` lines."
     text = path.read_text()
     notebook = json.loads(text)
     notebook["metadata"].pop("widgets", None)
@@ -106,25 +111,32 @@ def _tidy(path: Path): # of a processed notebook
             cell["source"] = re.sub(r"^output-file:.*\n", "", "".join(cell["source"]), flags=re.M)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if "text/markdown" in data: data["text/markdown"] = _unlink_code("".join(data["text/markdown"]))
+            if "text/markdown" not in data: continue
+            data["text/markdown"] = _unlink_code("".join(data["text/markdown"]))
     new = json.dumps(notebook, ensure_ascii=False, indent=1) + "\n"
     if new != text: path.write_text(new)
 
 # %% ../../nbs/lab/54_docs.ipynb #60c88f38
-SKIP = r"^[_.]|^(nanochat|tests|target)$" # folders without pages
+SKIP = r"^[_.]|^(nanochat|tests|target)$" # names of folders without pages
 
-def _last_line(done: subprocess.CompletedProcess) -> str: # of a program that failed
+def _last_line(done: subprocess.CompletedProcess) -> str: # of a failed program's stderr
     return (done.stderr.strip().splitlines() or ["no message"])[-1]
 
 # %% ../../nbs/lab/54_docs.ipynb #a16830bc
-def _process_notebooks(root: Path, force: bool):
+def _process_notebooks(
+    root: Path, # the clone
+    force: bool, # process unchanged notebooks, too
+):
     "Run nbdev's first step in a process of its own."
     workers = min(8, os.cpu_count() or 1)
-    call = f"from nbdev.serve import proc_nbs; proc_nbs('.', n_workers={workers}, force={force}, skip_folder_re={SKIP!r})"
-    env = os.environ | {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", call], cwd=root, capture_output=True, text=True, env=env)
+    arguments = f"'.', n_workers={workers}, force={force}, skip_folder_re={SKIP!r}"
+    call = f"from nbdev.serve import proc_nbs; proc_nbs({arguments})"
+    quiet = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", call], cwd=root,
+                          capture_output=True, text=True, env=os.environ | quiet)
     if done.returncode:
-        raise UserError(f"nbdev could not process the notebooks ({_last_line(done)}): `uv run nbdev_test` shows which one, and why.")
+        raise UserError(f"nbdev could not process the notebooks ({_last_line(done)}): "
+                        "`uv run nbdev_test` shows which one, and why.")
 
 # %% ../../nbs/lab/54_docs.ipynb #b3395e98
 def _prepare_docs(root: Path) -> Path: # the folder to render
@@ -132,19 +144,21 @@ def _prepare_docs(root: Path) -> Path: # the folder to render
     proc, index, home = root/"_proc", root/"nanochat"/"_modidx.py", root/"nbs"/"guide"/"index.md"
     stamp = proc/"index.md"
     if not home.is_file():
-        raise UserError(f"there is no {home}, which is the home page of the docs: get it back with `git restore nbs/guide`.")
+        raise UserError(f"there is no {home}, which is the home page of the docs: "
+                        "get it back with `git restore nbs/guide`.")
     started, last = time.time(), stamp.stat().st_mtime if stamp.exists() else 0.0
-    # every page is processed again if the index of names has changed
+    # if the index of names has changed, the links of every page may have changed
     force = proc.exists() and index.exists() and index.stat().st_mtime > last
     # remove pages whose source was deleted or renamed
     for path in proc.rglob("*"):
         inside = path.relative_to(proc)
-        if path.is_file() and inside.parts[0] not in ("_docs", "source", "index.md") and not (root/inside).exists(): path.unlink()
+        made_here = inside.parts[0] in ("_docs", "source", "index.md")
+        if path.is_file() and not made_here and not (root/inside).exists(): path.unlink()
     if proc.exists(): os.utime(proc, (last, last))
     _process_notebooks(root, force)
     for path in proc.rglob("*.ipynb"):
         _tidy(path)
-        os.utime(path, (started, started)) # older than an edit made during the build
+        os.utime(path, (started, started)) # an edit during the build must be newer
     # the home page, and a page for each module
     stamp.write_text(_home_page(home.read_text()))
     os.utime(stamp, (started, started))
@@ -163,27 +177,30 @@ def _render_docs(
     "Render with Quarto if it is installed, otherwise with smalldocs."
     quarto = shutil.which("quarto")
     smalldocs = [sys.executable, "-m", "smalldocs.cli", "render", str(proc), "--quiet"]
-    done = subprocess.run([quarto, "render", str(proc)] if quarto else smalldocs, capture_output=True, text=True)
+    command = [quarto, "render", str(proc)] if quarto else smalldocs
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{'Quarto' if quarto else 'smalldocs'} could not render {proc} ({_last_line(done)}): fix what it names, and build again.")
+        program = "Quarto" if quarto else "smalldocs"
+        raise UserError(f"{program} could not render {proc} ({_last_line(done)}): "
+                        "fix what it names, and build again.")
     return proc/"_docs"
 
 # %% ../../nbs/lab/54_docs.ipynb #e6c609c1
 def _heading_id(
     text: str, # of a heading, or Jupyter's anchor for it
 ) -> str:
-    "Return pandoc's anchor for a heading."
+    "Return the anchor that pandoc gives to a heading."
     kept = "".join(c for c in text.lower() if c.isalnum() or c in " _-.")
     return re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", kept.strip())) or "section"
 
 # %% ../../nbs/lab/54_docs.ipynb #cdd6b85c
 class _Links:
-    "The targets that links of a site can have."
+    "Repairs links, from what it knows about the pages and modules of a site."
     def __init__(
         self,
         ids: dict[str, set[str]], # page, relative to the site: its anchors
         modules: dict[str, str], # module: its notebook, without suffix
-        lines: dict[str, dict[str, int]], # module: the line of each definition, by its name in lower case
+        lines: dict[str, dict[str, int]], # module: {name in lower case: line of its definition}
         docs_url: str, # prefix of nbdev's links to names
         source_url: str, # prefix of nbdev's links to source code
     ):
@@ -194,7 +211,7 @@ class _Links:
         self,
         path: str, # such as nanochat/model/gpt.py, or nbs/model/gpt.html
     ) -> str: # such as model/gpt
-        "Return the module that a link of nbdev's means."
+        "Return the module that a link of nbdev means."
         return path.partition("/")[2].rpartition(".")[0]
 
     def target(
@@ -202,7 +219,7 @@ class _Links:
         page: str, # the page with the link
         path: str, # the link, without its anchor
     ) -> str | None: # a page or file of the site; None if the link leaves the site
-        "Return the page that a link means."
+        "Return the page or file that a link means."
         if path.startswith(self.source_url):
             return f"source/{self.module(path.removeprefix(self.source_url))}.html"
         if path.startswith(self.docs_url): # nbdev names pages after modules
@@ -215,11 +232,11 @@ class _Links:
         return "index.html" if file in ("nbs/guide/index.html", ".") else file
 
     def _place(self, page: str, path: str, anchor: str) -> tuple[str, str]: # page, anchor
-        "Find the anchor of a link on its page, or the line of its name in the source code."
+        "Find an anchor on its page, or else the line of the name in the source code."
         if not anchor or anchor in self.ids[page]: return page, anchor
         if _heading_id(anchor) in self.ids[page]: return page, _heading_id(anchor)
         if not path.startswith(self.docs_url): return page, anchor
-        # a method is described under its class; a private function only has its line
+        # methods are described under their class; private functions only have a line of code
         name, owner = self.module(path.removeprefix(self.docs_url)), anchor.partition(".")[0]
         if owner in self.ids[page]: return page, owner
         line = self.lines.get(name, {}).get(owner)
@@ -229,8 +246,8 @@ class _Links:
         self,
         page: str, # the page with the link
         href: str,
-    ) -> str: # the same if it works already, or leaves the site
-        "Turn a link to a source, a name or Jupyter's anchor into a link to a page."
+    ) -> str: # unchanged if it leaves the site or leads to no page
+        "Turn a link to a file, to a name or to Jupyter's anchor into a link to a page."
         path, _, anchor = href.partition("#")
         target = self.target(page, path)
         if target is None or target not in self.ids: return href
@@ -245,7 +262,8 @@ def _number_lines(text: str) -> str: # HTML of a page of source code
     def number(m):
         lines = re.sub("\n", lambda _: f'\n<span id="L{next(count)}"></span>', m[2])
         return f'{m[1]}<span id="L1"></span>{lines}'
-    return re.sub(r"(<code class=\"sourceCode[^>]*>)(.*?)(?=</code>)", number, text, count=1, flags=re.S)
+    code = r'(<code class="sourceCode[^>]*>)(.*?)(?=</code>)'
+    return re.sub(code, number, text, count=1, flags=re.S)
 
 # %% ../../nbs/lab/54_docs.ipynb #b1ae4d19
 def _repair_page(
@@ -255,8 +273,10 @@ def _repair_page(
 ) -> str:
     "Repair a page's links, and load KaTeX from the site."
     up = posixpath.relpath(".", posixpath.dirname(page) or ".")
-    text = re.sub(r'(<a\b[^>]*?\shref=")([^"]*)"', lambda m: f'{m[1]}{links.repaired(page, m[2])}"', text)
-    text = re.sub(r"https://cdn\.jsdelivr\.net/npm/katex@[^/\"]+/dist/", f"{up}/site_libs/katex/", text)
+    def repair(m): return f'{m[1]}{links.repaired(page, m[2])}"'
+    text = re.sub(r'(<a\b[^>]*?\shref=")([^"]*)"', repair, text)
+    katex = r"https://cdn\.jsdelivr\.net/npm/katex@[^/\"]+/dist/"
+    text = re.sub(katex, f"{up}/site_libs/katex/", text)
     return _number_lines(text) if page.startswith("source/") else text
 
 # %% ../../nbs/lab/54_docs.ipynb #29f1ae0c
@@ -284,10 +304,12 @@ class _Page(HTMLParser):
         self.in_style = tag == "style"
         if "style" in attrs: self.styles.append(attrs["style"])
         if tag in ("a", "area") and "href" in attrs: self.links.append(attrs["href"])
-        if tag == "link" and attrs.get("rel") != "canonical" and "href" in attrs: self.loads.append(attrs["href"])
+        loads_href = tag == "link" and attrs.get("rel") != "canonical"
+        if loads_href and "href" in attrs: self.loads.append(attrs["href"])
         if tag == "a": return
         self.loads += [attrs[key] for key in ("src", "poster", "data") if attrs.get(key)]
-        self.loads += [part.split()[0] for part in attrs.get("srcset", "").split(",") if part.strip()]
+        images = attrs.get("srcset", "").split(",")
+        self.loads += [image.split()[0] for image in images if image.strip()]
 
     def handle_data(self, data):
         if self.in_style: self.styles.append(data)
@@ -296,8 +318,10 @@ class _Page(HTMLParser):
 
 # %% ../../nbs/lab/54_docs.ipynb #436c473f
 def _loaded_by(css: str) -> list[str]: # the addresses in a style sheet
-    return re.findall(r"url\(\s*[\"']?([^\"')]+)", css) + re.findall(r"@import\s+[\"']([^\"']+)", css)
+    addresses = re.findall(r"url\(\s*[\"']?([^\"')]+)", css)
+    return addresses + re.findall(r"@import\s+[\"']([^\"']+)", css)
 
+# an https address, or one on this machine
 HTTPS = r"https://[\w-]+(\.[\w-]+)+(:\d+)?([/?#]|$)|http://(127\.0\.0\.1|localhost)\b"
 
 # %% ../../nbs/lab/54_docs.ipynb #ad6793a0
@@ -306,8 +330,8 @@ def _fault(
     pages: dict[Path, _Page],
     path: Path, # the page or style sheet with the address
     address: str,
-    loads: bool, # the page loads it, rather than links to it
-) -> str: # empty if there is none
+    loads: bool, # True: the page loads the address; False: it links to it
+) -> str: # what follows the page's name in a sentence; empty: no fault
     "Describe what is wrong with one address of a page."
     if re.match(r"(https?:)?//", address, re.I):
         if loads: return f" loads {address}"
@@ -323,10 +347,10 @@ def _fault(
 
 # %% ../../nbs/lab/54_docs.ipynb #45400b8a
 def check_site(site: Path) -> list[str]: # one sentence per fault
-    "Follow every link of every page, and find everything that is loaded from another host."
+    "Check every link of every page, and find everything that is loaded from another host."
     site = site.resolve()
     pages = {path: _Page(path.read_text()) for path in sorted(site.rglob("*.html"))}
-    found = [] # path, address, loaded or not
+    found = [] # of (path, address, whether it is loaded)
     for path, page in pages.items():
         found += [(path, address, False) for address in page.links]
         found += [(path, address, True) for address in page.loads]
@@ -338,7 +362,7 @@ def check_site(site: Path) -> list[str]: # one sentence per fault
 
 # %% ../../nbs/lab/54_docs.ipynb #4bc33ade
 def _copy_katex(site: Path):
-    "Put KaTeX into the site."
+    "Copy KaTeX into the site."
     package = Path(importlib.util.find_spec("djangocms_katex").origin).parent
     katex = package/"static"/"djangocms_katex"/"vendor"/"katex"
     for part in ("katex.min.css", "katex.min.js", "contrib/auto-render.min.js", "LICENSE", "fonts"):
@@ -369,10 +393,12 @@ def _finish_docs(
 ):
     "Repair a rendered site: links, formulas, style sheets, search."
     _copy_katex(site)
-    texts = {path.relative_to(site).as_posix(): path.read_text() for path in sorted(site.rglob("*.html"))}
+    pages = sorted(site.rglob("*.html"))
+    texts = {path.relative_to(site).as_posix(): path.read_text() for path in pages}
     links = _site_links(root, texts)
     for page, text in texts.items(): (site/page).write_text(_repair_page(text, page, links))
     for path in site.rglob("*.css"): path.write_text(_repair_style(path.read_text()))
+    # the search engine of smalldocs
     fuse = site/"site_libs"/"fuse"/"fuse.min.js"
     if fuse.exists(): fuse.write_text(search_script())
     (site/".nojekyll").touch() # GitHub Pages would skip names that begin with an underscore
@@ -383,23 +409,25 @@ def build_docs(
     out: Path | None = None, # the folder for the site; default: `_docs` in the clone
     root: Path | None = None, # the clone
 ) -> Path: # the site's folder
-    "Build the site, and report broken links."
+    "Build the site, and print a note for each fault that `check_site` finds."
     root, started = (root or _docs_root()).resolve(), time.perf_counter()
     out = check_out(out or root/"_docs")
-    quarto = shutil.which("quarto")
-    _check_needed({module: package for module, package in NEEDED.items() if module != "smalldocs" or not quarto})
+    needed = dict(NEEDED)
+    if shutil.which("quarto"): del needed["smalldocs"]
+    _check_needed(needed)
     site = _render_docs(_prepare_docs(root))
     _finish_docs(site, root)
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(site, out)
     for fault in check_site(out): say(f"note: {fault}")
-    say(f"{len(list(out.rglob('*.html')))} pages in {out}, after {time.perf_counter() - started:.0f} s")
+    seconds = time.perf_counter() - started
+    say(f"{len(list(out.rglob('*.html')))} pages in {out}, after {seconds:.0f} s")
     return out
 
 # %% ../../nbs/lab/54_docs.ipynb #33a212cf
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args): pass
+    def log_message(self, *args): pass # print nothing for each request
 
 # %% ../../nbs/lab/54_docs.ipynb #066ec76e
 def docs_server(
@@ -408,7 +436,8 @@ def docs_server(
     "Listen on a port of 127.0.0.1. Raises `UserError` if it is not available."
     try: return socket.create_server(("127.0.0.1", port))
     except OSError as e:
-        raise UserError(f"port {port} is not available ({e.strerror}): choose another with --port, or 0 for any free one.") from None
+        raise UserError(f"port {port} is not available ({e.strerror}): choose another with --port, "
+                        "or 0 for any free one.") from None
 
 # %% ../../nbs/lab/54_docs.ipynb #98039fb1
 def serve_docs(
@@ -418,6 +447,7 @@ def serve_docs(
     "Serve a built site until Ctrl-C."
     handler = functools.partial(_Handler, directory=str(site))
     server = http.server.ThreadingHTTPServer(sock.getsockname(), handler, bind_and_activate=False)
+    # use the socket that listens already, in place of the server's own
     server.socket.close()
     server.socket = sock
     say(f"the docs are at http://127.0.0.1:{sock.getsockname()[1]}/ until Ctrl-C")

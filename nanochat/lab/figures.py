@@ -24,7 +24,7 @@ from .reading import Record, StageRecord, clean, cut, read_run
 
 # %% ../../nbs/lab/51_figures.ipynb #2fb496e7
 _COLOURS = ("#3b82c4", "#dd7a32", "#3a9d6e", "#a566c9", "#c9536b", "#8a8a2e")
-_INK = "#010203" # text and axes; becomes the page's own colour in HTML
+_INK = "#010203" # text and axes; an unusual black, so that it can be replaced in the SVG
 _STYLE = {
     "svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "nanochat",
     "font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -34,26 +34,26 @@ _STYLE = {
 
 # %% ../../nbs/lab/51_figures.ipynb #ecd95708
 def _grid(n: int): # figure, its n axes
-    "A figure of n panels."
+    "Make a figure of n panels."
     columns = 2 if n in (2, 4) else min(3, n)
     lines = math.ceil(n / columns)
     size = (2.9 * columns, 2.3 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    plt.close(figure) # a notebook would show it a second time
+    plt.close(figure) # or a notebook would show it a second time
     for ax in axes.flat[n:]: ax.remove()
     return figure, list(axes.flat[:n])
 
 # %% ../../nbs/lab/51_figures.ipynb #f22da6ef
 def _label(name: str) -> str:
-    "The name of a task or run in a figure: short, and not hidden from the legend by an underscore."
+    "Shorten the name of a task or run. The legend hides names with an underscore at the start."
     return (" " if name.startswith("_") else "") + clean(cut(name, 40))
 
 # %% ../../nbs/lab/51_figures.ipynb #5dc95b2f
 def _smooth(
-    values: list, # one number a step
-    beta: float, # the share of the past that is kept: an average over about 1/(1-beta) steps
+    values: list, # one for each step
+    beta: float, # weight of the past: averages over about 1/(1-beta) steps
 ) -> list:
-    "Exponential moving average, corrected for its start."
+    "Return the exponential moving average, corrected for its start."
     out, mean, weight = [], 0.0, 0.0
     for x in values:
         mean = beta * mean + (1 - beta) * x
@@ -63,7 +63,7 @@ def _smooth(
 
 # %% ../../nbs/lab/51_figures.ipynb #04da00ab
 def _trend(values: list) -> list:
-    "Average over about a fiftieth of the values."
+    "Return the moving average over about a fiftieth of the values, and at least three."
     return _smooth(values, beta=1 - 1 / max(3, len(values) / 50))
 
 # %% ../../nbs/lab/51_figures.ipynb #0a743dcd
@@ -81,26 +81,26 @@ _PANELS = { # title: the fields of a metrics line that it shows
 
 # %% ../../nbs/lab/51_figures.ipynb #f1e423ca
 def _thin(points: list) -> list:
-    "At most about 400 points: a screen shows no more."
+    "Return every k-th point, so that fewer than 800 are left: a screen shows no more."
     return points[::max(1, len(points) // 400)]
 
 # %% ../../nbs/lab/51_figures.ipynb #8d319df2
-def _panels(found: StageRecord) -> dict: # title: {field: its points}
-    "The panels of a stage, and what they show."
+def _panels(found: StageRecord) -> dict: # title: {name: its points}
+    "Return the panels of a stage, with the points that they show."
     panels = {}
     for title, names in _PANELS.items():
-        # RL's loss says nothing: its scale changes with the rewards
+        # RL's loss does not show progress: its scale changes with the rewards
         if title == "loss" and any("reward" in row for row in found.rows): continue
         lines = {name: _thin(found.series(name)) for name in names}
         if any(lines.values()): panels[title] = {k: v for k, v in lines.items() if v}
     return panels
 
 # %% ../../nbs/lab/51_figures.ipynb #e2f5d751
-_NOISY = ("loss", "reward", "entropy", "kl", "length", "finished") # of one batch each
+_NOISY = ("loss", "reward", "entropy", "kl", "length", "finished") # measured on one batch
 
 def _draw_curve(
     ax,
-    name: str, # of the figure
+    name: str, # of the values
     points: list, # of (step, value)
     colour: str,
 ):
@@ -117,7 +117,7 @@ def _draw_floor(
     ax,
     floor: float, # bits per byte
 ):
-    "Draw the entropy of the text."
+    "Draw the entropy of the text as a dashed line, with its value."
     ax.axhline(floor, color=_COLOURS[1], ls="--", lw=1)
     below_right = {"xytext": (0, -3), "textcoords": "offset points", "ha": "right", "va": "top"}
     ax.annotate(f"entropy of the text {floor:.3f}", (1, floor), fontsize=7,
@@ -128,7 +128,7 @@ def _draw_floor(
 def curves(
     found: StageRecord,
 ): # -> matplotlib.figure.Figure, or None if the stage logged nothing
-    "Draw what a stage logged."
+    "Draw the values that a stage logged, in a panel for each kind."
     panels = _panels(found)
     if not panels: return None
     floor = found.manifest.get("entropy_bits_per_byte") # only if the text came from the world
@@ -158,7 +158,7 @@ def show_curves(
     return figure
 
 # %% ../../nbs/lab/51_figures.ipynb #b8b876fd
-_COMPARED = { # title: stage, figure
+_COMPARED = { # title: (stage, name of the values)
     **{f"{stage}: bits per byte": (stage, "bits_per_byte") for stage in ("base", "mid", "sft")},
     "rl: reward": ("rl", "reward"),
     "rl: held-out accuracy": ("rl", "heldout_accuracy"),
@@ -172,7 +172,7 @@ def _against_tokens(
     found: StageRecord,
     points: list, # of (step, value)
 ) -> list: # of (tokens, value)
-    "Replace steps by the tokens that were seen until then."
+    "Replace each step by the number of tokens seen until then."
     tokens = {0: 0} | dict(found.series("tokens"))
     return [(tokens[p[0]], p[1]) for p in points if p[0] in tokens]
 
@@ -181,7 +181,7 @@ def _draw_runs(
     ax,
     records: list, # of `Record`
     stage: str,
-    name: str, # of the figure
+    name: str, # of the values
 ):
     "Draw one panel of several runs."
     stages = [r.stages[stage] for r in records]
@@ -193,7 +193,7 @@ def _draw_runs(
         points = _thin(points)
         x, y = [p[0] for p in points], [p[1] for p in points]
         if name == "reward": y = _trend(y)
-        # when all colours are used, other dashes come
+        # after the last colour, begin again with other dashes
         dashes = ("-", "--", ":")[k // len(_COLOURS) % 3]
         style = {"color": _COLOURS[k % len(_COLOURS)], "ls": dashes, "lw": 1.5}
         marker = "." if len(points) <= 20 else ""
@@ -206,7 +206,7 @@ def _draw_runs(
 def curves_of_runs(
     records: list, # of `Record`
 ): # -> matplotlib.figure.Figure, or None if there is nothing to draw
-    "Draw the same figure of every run in one panel."
+    "Draw the values of all runs, in a panel for each kind."
     panels = {}
     for title, (stage, name) in _COMPARED.items():
         if any(r.stages[stage].series(name) for r in records): panels[title] = stage, name
@@ -250,7 +250,7 @@ def score_picture(
         for k, (stage, colour) in enumerate(zip(record.trained(), _COLOURS)):
             points = []
             for i, name in enumerate(names):
-                height = i + 0.17 * (k - 1.5) # one stage below the other
+                height = i + 0.17 * (k - 1.5) # the stages of a task, below each other
                 task = record.stages[stage].tasks.get(name)
                 if task: points.append((height, task["accuracy"], *task["ci95"]))
             if points: _draw_intervals(ax, points, ms=4, color=colour, label=stage.upper())
@@ -262,14 +262,14 @@ def score_picture(
     return figure
 
 # %% ../../nbs/lab/51_figures.ipynb #c66d810c
-_CORE_TYPES = { # as in core.json: in words
+_CORE_TYPES = { # type in core.json: its name in words
     "multiple_choice": "multiple choice", "schema": "schema", "language_modeling": "completion"}
 
 # %% ../../nbs/lab/51_figures.ipynb #d67435a4
 def core_order(
     cores: dict, # name: core.json
 ) -> dict: # task: its type in words
-    "Tasks by type, the best ones of the first evaluation first."
+    "Sort the tasks by type, then by accuracy above chance in the first evaluation."
     tasks = {}
     for core in reversed(cores.values()): tasks |= core["tasks"]
     kinds = {}
@@ -282,8 +282,8 @@ def core_order(
     return {name: kinds[name] for name in order}
 
 # %% ../../nbs/lab/51_figures.ipynb #822ef936
-def _core_lines(order: dict) -> list: # of task, or None for the heading of a type; text
-    "The lines of a picture of CORE."
+def _core_lines(order: dict) -> list: # of (task, text); (None, type) is a heading
+    "Return the lines of a picture of CORE: the tasks, under headings."
     lines = []
     for task, kind in order.items():
         if (None, kind) not in lines: lines.append((None, kind))
@@ -292,7 +292,7 @@ def _core_lines(order: dict) -> list: # of task, or None for the heading of a ty
 
 # %% ../../nbs/lab/51_figures.ipynb #86f88301
 def _name_lines(ax, lines: list):
-    "Write the names of tasks and types beside the axis, with a line for the mean below."
+    "Write the names of tasks and types beside the axis, and the mean below them."
     mean = len(lines) + 0.5
     places = [*range(len(lines)), mean]
     lines = [*lines, (None, "mean: CORE")]
@@ -310,7 +310,7 @@ def _core_points(
     lines: list, # of `_core_lines`
     shift: float, # down from the middle of a line
 ) -> list: # of (height, value, lower end, upper end)
-    "The dots of an evaluation in a picture of CORE: its tasks, and their mean."
+    "Return the dots of an evaluation in a picture of CORE: a dot for each task, then the mean."
     points = []
     for i, (name, _) in enumerate(lines):
         task = core["tasks"].get(name)
@@ -322,7 +322,7 @@ def _core_points(
 def core_picture(
     cores: dict, # name: core.json
 ): # -> matplotlib.figure.Figure, or None without any
-    "Draw a line for each task, on it a dot for each evaluation with its interval, and the mean."
+    "Draw a line for each task, with a dot and an interval for each evaluation; the mean is below."
     if not cores: return None
     lines = _core_lines(core_order(cores))
     with matplotlib.rc_context(_STYLE):
@@ -344,24 +344,24 @@ def core_picture(
 # %% ../../nbs/lab/51_figures.ipynb #0912de8f
 @dataclass
 class Picture:
-    "A figure on a page."
-    name: str # of its file
+    "A figure with a caption, for HTML and for Markdown."
+    name: str # of the PNG file
     figure: object # matplotlib.figure.Figure
     caption: str
 
     def svg(self) -> str:
         "Return an `<svg>` element without a background, in the text colour of its page."
-        unsigned = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
         with matplotlib.rc_context(_STYLE):
             out = io.StringIO()
-            self.figure.savefig(out, format="svg", transparent=True, metadata=unsigned)
+            self.figure.savefig(out, format="svg", transparent=True, metadata=no_metadata)
         svg = out.getvalue()
         svg = _without_unused_ids(svg[svg.index("<svg"):].replace(_INK, "currentColor"))
         words = html.escape(clean(self.caption))
         return svg.replace("<svg", f'<svg role="img" aria-label="{words}"', 1)
 
     def png(self) -> bytes:
-        "Return a PNG on white."
+        "Return a PNG with a white background."
         with matplotlib.rc_context(_STYLE):
             out = io.BytesIO()
             self.figure.savefig(out, format="png", dpi=110, facecolor="white")
@@ -369,7 +369,7 @@ class Picture:
 
 # %% ../../nbs/lab/51_figures.ipynb #eff284f9
 def _without_unused_ids(svg: str) -> str:
-    "An SVG without the names that nothing refers to, which are the same in every figure."
+    "Remove ids that nothing refers to: two figures on a page would have the same ones."
     used = set()
     for pair in re.findall(r'url\(#([^)]+)\)|"#([^"]+)"', svg): used |= {*pair}
     def keep_used(match): return match[0] if match[1] in used else ""

@@ -24,12 +24,12 @@ from ..post.core_eval import CORE, mean_interval, wilson_interval
 # %% ../../nbs/lab/50_reading.ipynb #4e42b0ca
 def _simulate_task(
     rng: random.Random,
-    p: float, # chance that an answer is right
+    p: float, # probability that an answer is right
     n: int, # questions
-    chance: float = 0.0, # share of right answers by guessing
+    chance: float = 0.0, # share of right answers that guessing gives
 ) -> dict: # as in eval.json
     "Draw the answers to a task."
-    right = "".join("01"[rng.random() < p] for _ in range(n)) # a digit for each question
+    right = "".join("01"[rng.random() < p] for _ in range(n)) # 1 is a right answer
     items = []
     for i, mark in enumerate(right[:20], 3):
         answer = 2 * i + 2 if mark == "1" else 7
@@ -64,16 +64,16 @@ def _simulate_core(
     return {"step": 600, "score": score, "ci95": ends, **asked, "tasks": tasks}
 
 # %% ../../nbs/lab/50_reading.ipynb #42513523
-_SHAPES = { # stage: steps, final loss, initial loss
+_SHAPES = { # stage: (steps, final loss, initial loss); RL has no loss
     "base": (600, 3.6, 7.5), "mid": (150, 0.9, 1.6), "sft": (60, 0.5, 0.8), "rl": (40, 0, 0)}
 
 # %% ../../nbs/lab/50_reading.ipynb #9537cb39
 def _simulate_metrics(
     rng: random.Random,
     stage: str, # one of `TRAINED`
-): # -> iterator over (step, figures)
+): # -> iterator over (step, values)
     "Draw the lines of metrics of a stage."
-    steps, floor, start = _SHAPES[stage]
+    steps, final, initial = _SHAPES[stage]
     for step in range(1, steps + 1):
         done = step / steps
         warmup = min(1, step / 20)
@@ -87,7 +87,7 @@ def _simulate_metrics(
             row["entropy"] = 0.5 - 0.3 * done + rng.gauss(0, 0.02)
             if evaluated: row["heldout_accuracy"] = 0.55 + 0.3 * done + rng.gauss(0, 0.02)
         else:
-            loss = floor + (start - floor) * math.exp(-6 * done)
+            loss = final + (initial - final) * math.exp(-6 * done)
             row["loss"] = loss + rng.gauss(0, 0.05)
             if evaluated: row["bits_per_byte"] = row["loss"] / 3.5
         yield step, row
@@ -98,7 +98,7 @@ _SKILLS = {"base": 0.05, "mid": 0.55, "sft": 0.75, "rl": 0.85} # share of right 
 def _simulate_eval(
     rng: random.Random,
     stage: str, # one of `TRAINED`
-    public: bool, # include two public tasks?
+    public: bool, # with arc-easy and mmlu
 ) -> dict: # as in eval.json
     "Draw the evaluation of a stage."
     skill = _SKILLS[stage]
@@ -120,11 +120,11 @@ _SIMULATED_PLAN = {
 
 # %% ../../nbs/lab/50_reading.ipynb #6b11ab68
 def simulate_run(
-    seed: int, # of every figure; also in the run's name
-    stages: tuple = ("data", "tokenizer", *TRAINED), # the stages that "ran"
+    seed: int, # of every value; also in the run's name
+    stages: tuple = ("data", "tokenizer", *TRAINED), # that are supposed to have run
     public: bool = False, # evaluate public tasks and CORE too?
 ) -> Run:
-    "Write the folder of a run whose figures are simulated."
+    "Write the folder of a run whose values are simulated."
     rng = random.Random(seed)
     run = Run.create(f"simulated-{seed}", {"preset": "simulated", "seed": seed, **_SIMULATED})
     atomic_write(run.dir/"plan.json", json.dumps(_SIMULATED_PLAN))
@@ -148,23 +148,15 @@ def simulate_run(
 def number(
     x, # anything that a file held
 ) -> float | int | None:
-    "A number that can be drawn as it is, `None` for everything else."
+    "Return `x` if it is a number that can be drawn, else `None`."
     if isinstance(x, bool) or not isinstance(x, (int, float)): return None
-    return x if -1e100 < x < 1e100 else None # False for NaN too
+    return x if -1e100 < x < 1e100 else None # the comparison is False for NaN, too
 
 # %% ../../nbs/lab/50_reading.ipynb #14ffdf6e
 def _interval(
     x, # anything that a file held
 ) -> tuple | None: # low, high
-    "Two finite numbers in order, `None` for everything else."
-    if not isinstance(x, list) or len(x) != 2 or None in map(number, x): return None
-    return tuple(x) if x[0] <= x[1] else None
-
-# %% ../../nbs/lab/50_reading.ipynb #14ffdf6e
-def _interval(
-    x, # anything that a file held
-) -> tuple | None: # low, high
-    "Two finite numbers in order, `None` for everything else."
+    "Return `x` as a tuple if it is a list of two valid numbers in order, else `None`."
     if not isinstance(x, list) or len(x) != 2 or None in map(number, x): return None
     return tuple(x) if x[0] <= x[1] else None
 
@@ -176,17 +168,17 @@ def cut(
     text: str,
     limit: int, # characters
 ) -> str:
-    "The beginning of a text."
+    "Return at most `limit` characters of a text; … marks that it was longer."
     return text if len(text) <= limit else text[:limit - 1] + "…"
 
 # %% ../../nbs/lab/50_reading.ipynb #784a93f2
 def clean(text) -> str:
-    "Text in which every character can be written and seen."
+    "Return a text with `�` for characters that cannot be written or seen."
     return _INVISIBLE.sub("\ufffd", str(text).replace("\r\n", "\n").replace("\r", "\n"))
 
 # %% ../../nbs/lab/50_reading.ipynb #ada30cd2
 def _sound_items(items) -> list:
-    "Questions and answers that are text."
+    "Return the items whose question and answer are text; `right` becomes True, False or None."
     sound = []
     for item in items if isinstance(items, list) else []:
         if not isinstance(item, dict): continue
@@ -198,10 +190,10 @@ def _sound_items(items) -> list:
 # %% ../../nbs/lab/50_reading.ipynb #d4011832
 def _sound_task(
     task, # a value of "tasks"
-    numbers: tuple = ("n", "accuracy"), # figures that it must have
-    intervals: tuple = ("ci95",), # intervals that it must have
+    numbers: tuple = ("n", "accuracy"), # keys of the numbers that it must have
+    intervals: tuple = ("ci95",), # keys of the intervals that it must have
 ) -> dict | None:
-    "A task with valid figures, `None` if one of them is missing."
+    "Return the task with valid values, `None` if one of those that it must have is invalid."
     if not isinstance(task, dict): return None
     if None in [number(task.get(k)) for k in numbers]: return None
     if None in [_interval(task.get(k)) for k in intervals]: return None
@@ -214,21 +206,21 @@ def _sound_task(
 _ALL_STAGES = (*STAGES, *EXTRA_STAGES)
 
 def _sound_row(line: str) -> dict | None:
-    "The figures of a line of metrics: `None` if it is not JSON, empty if it is of no stage."
+    "Return the values of a line: `None` if it is not JSON, empty if it lacks a stage or step."
     try: row = json.loads(line)
     except (ValueError, RecursionError): return None
     if not isinstance(row, dict) or row.get("stage") not in _ALL_STAGES: return {}
     if number(row.get("step")) is None: return {}
-    figures = {k: v for k, v in row.items() if isinstance(v, float) or number(v) is not None}
-    return {"stage": row["stage"], **figures}
+    values = {k: v for k, v in row.items() if isinstance(v, float) or number(v) is not None}
+    return {"stage": row["stage"], **values}
 
 
 
 # %% ../../nbs/lab/50_reading.ipynb #f22864de
 def _sound_rows(
     text: str, # of metrics.jsonl
-) -> tuple[dict, int]: # stage: its lines; the number of other lines
-    "Lines of metrics by stage."
+) -> tuple[dict, int]: # (stage: its lines), and the number of damaged lines
+    "Sort the lines of metrics by stage."
     rows, lost = {stage: [] for stage in _ALL_STAGES}, 0
     lines = text.splitlines()
     for i, line in enumerate(lines, 1):
@@ -239,7 +231,7 @@ def _sound_rows(
 
 # %% ../../nbs/lab/50_reading.ipynb #93723c2f
 def show_time(seconds: float | None) -> str:
-    "A duration in words: 41 s, 3 min 20 s, 2 h 5 min."
+    "Return a duration such as 41 s, 3 min 20 s or 2 h 5 min; a dash for `None`."
     if seconds is None: return "–"
     s = round(seconds)
     if s < 60: return f"{seconds:.1f} s" if s < 10 else f"{s} s"
@@ -251,7 +243,7 @@ def show_number(
     x: float | int | None,
     digits: int = 3, # significant digits
 ) -> str:
-    "Integers and large floats with thousands separated, small floats with some digits."
+    "Return integers and floats from 1000 with thousands separators, other floats with `digits`."
     if x is None: return "–"
     if isinstance(x, float) and not math.isfinite(x): return str(x)
     if isinstance(x, int) or abs(x) >= 1000: return f"{x:,.0f}"
@@ -259,14 +251,14 @@ def show_number(
 
 # %% ../../nbs/lab/50_reading.ipynb #6237e36c
 def show_money(dollars: float | None) -> str:
-    "Dollars and cents."
+    "Return dollars and cents; a dash for `None`."
     return "–" if dollars is None else f"${dollars:,.2f}"
 
 # %% ../../nbs/lab/50_reading.ipynb #331e9e24
 def show_score(
-    task: dict, # "accuracy" and "ci95", from 0 to 1
+    task: dict, # with accuracy and ci95, from 0 to 1
 ) -> str:
-    "A share and its interval in per cent."
+    "Return a task's accuracy and its 95 % interval in per cent."
     share, low, high = (f"{100 * x:.0f}" for x in (task["accuracy"], *task["ci95"]))
     return f"{share} % ({low}–{high})"
 
@@ -275,30 +267,30 @@ def show_range(
     ends, # low, high
     digits: int = 2, # after the decimal point
 ) -> str:
-    "An interval whose ends may be negative."
+    "Return an interval as text; its ends may be negative."
     return " to ".join(f"{x:.{digits}f}".replace("-", "−") for x in ends)
 
 # %% ../../nbs/lab/50_reading.ipynb #40665c21
 @dataclass
 class StageRecord:
-    "Everything that is known about a stage."
+    "What the files of a run say about one stage."
     rows: list = field(default_factory=list)     # its lines of metrics.jsonl
-    manifest: dict = field(default_factory=dict) # manifest.json, empty if it is unfinished
-    eval: dict = field(default_factory=dict)     # eval.json, empty if it was not evaluated
-    core: dict = field(default_factory=dict)     # core.json, empty if it was not evaluated
-    error: str = ""                              # why it failed
+    manifest: dict = field(default_factory=dict) # manifest.json, empty if the stage is unfinished
+    eval: dict = field(default_factory=dict)     # eval.json, empty if there is none
+    core: dict = field(default_factory=dict)     # core.json, empty if there is none
+    error: str = ""                              # why the stage failed, empty if it did not
 
     @property
-    def tasks(self) -> dict: # task: its figures
-        "The tasks of its evaluation."
+    def tasks(self) -> dict: # task: its values
+        "The tasks of the stage's evaluation."
         return self.eval.get("tasks", {})
 
     def last(self) -> dict:
-        "The last value of every figure."
+        "The last logged value of every name."
         return {name: value for row in self.rows for name, value in row.items()}
 
     def series(self, name: str) -> list: # of (step, value)
-        "The valid values of a figure, in order."
+        "The valid values that were logged under a name, in order."
         return [(r["step"], r[name]) for r in self.rows if number(r.get(name)) is not None]
 
     def progress(self) -> str: # empty without metrics
@@ -307,40 +299,40 @@ class StageRecord:
         return f"{show_number(last['step'])} of {show_number(last.get('steps'))}" if last else ""
 
     def seconds(self) -> float | None: # None if it is unknown
-        "The time that it took."
+        "The time that the stage took."
         if (seconds := self.manifest.get("seconds")) is not None: return seconds
         times = [time for _, time in self.series("time") if time]
         return times[-1] - times[0] if len(times) > 1 else None
 
     def evaluation_seconds(self) -> float | None: # None if it is unknown
-        "The time of its evaluations, which `seconds` does not include."
+        "The time of the stage's evaluations, which `seconds` does not include."
         found = [*self.tasks.values(), self.core]
         return _total(number(x.get("seconds")) for x in found)
 
 # %% ../../nbs/lab/50_reading.ipynb #6fdb2442
 def _total(parts) -> float | None:
-    "The sum of the parts that are not `None`; `None` if all of them are."
+    "Return the sum of the parts that are not `None`; `None` if all are `None`."
     known = [x for x in parts if x is not None]
     return sum(known) if known else None
 
 # %% ../../nbs/lab/50_reading.ipynb #258de790
 @dataclass
 class Record:
-    "Everything that a report is made from."
+    "What a report is made from: all files of a run, checked."
     name: str # of the run
     config: dict = field(default_factory=dict) # config.yaml
     stages: dict = field( # stage: its `StageRecord`
         default_factory=lambda: {stage: StageRecord() for stage in _ALL_STAGES})
     plan: dict = field(default_factory=dict) # plan.json
-    problems: list = field(default_factory=list) # a sentence for each file that cannot be read
+    problems: list = field(default_factory=list) # sentences on damaged files
 
     def trained(self) -> list:
-        "The stages that train a model; optional ones only if they have left something."
+        "The stages that train a model. An extra stage (DPO) counts only if it has left something."
         used = [stage for stage in EXTRA_STAGES if self.stages[stage] != StageRecord()]
         return [*TRAINED, *used]
 
     def task_names(self) -> list:
-        "Tasks of all stages, in order of first appearance."
+        "The tasks of all stages, in order of first appearance."
         names = {}
         for stage in self.trained(): names |= dict.fromkeys(self.stages[stage].tasks)
         return list(names)
@@ -360,14 +352,14 @@ class Record:
         return "not requested"
 
     def machine(self) -> dict: # what: value
-        "The machine of the last finished stage; this one if no stage is finished."
+        "The machine of the last finished stage; if there is none, this machine, with a note."
         for found in reversed(self.stages.values()):
             if machine := found.manifest.get("environment"): return machine
         note = "no finished stage says where it ran: this is the machine that wrote the report"
         return environment() | {"note": note}
 
     def hourly_price(self, stage: str) -> float: # dollars; 0 if it is unknown
-        "The price of a stage's devices together."
+        "The price of an hour on all devices of a stage."
         machine = self.stages[stage].manifest.get("environment") or self.machine()
         if not isinstance(gpu := machine.get("gpu"), str): return 0.0
         try: return named_hardware(gpu).dollars_per_hour * _device_count(self, stage)
@@ -375,7 +367,7 @@ class Record:
 
 # %% ../../nbs/lab/50_reading.ipynb #52d1e14d
 def _device_count(record: Record, stage: str) -> int: # at least 1
-    "Devices of a stage: by its manifest, by the largest of other manifests, or as configured."
+    "Count a stage's devices: as in its manifest, else the most in any, else as configured."
     sizes = {}
     for name, found in record.stages.items():
         if (size := found.manifest.get("world_size", 0)) >= 1: sizes[name] = int(size)
@@ -386,7 +378,7 @@ def _device_count(record: Record, stage: str) -> int: # at least 1
 def time_and_cost(
     record: Record,
 ) -> dict: # stage, "evaluation" or "together": (seconds, dollars), `None` where unknown
-    "Time and cost of each stage, of all evaluations, and of everything."
+    "Return time and cost of each stage, of all evaluations, and of everything together."
     prices = {stage: record.hourly_price(stage) for stage in record.stages}
     def priced(stage, seconds):
         known = prices[stage] and seconds is not None
@@ -405,8 +397,8 @@ def _load(
     name: str, # of a JSON file in it
     remedy: str, # what to do if it is damaged
     problems: list, # gets a sentence if it is damaged
-) -> dict: # empty without a sound file
-    "Read a JSON object."
+) -> dict: # empty if the file is missing or damaged
+    "Read a JSON object. A damaged file adds a sentence to `problems`."
     if not (folder/name).exists(): return {}
     try: found = json.loads((folder/name).read_text("utf-8"))
     except (ValueError, OSError, RecursionError) as e: why = cut(str(e), 200)
@@ -429,13 +421,13 @@ def _read_rows(
         problems.append(f"metrics.jsonl cannot be read ({e.strerror}).")
         return _sound_rows("")[0]
     if lost:
-        problems.append(f"metrics.jsonl is damaged: {lost} of its lines hold no figures of a stage "
+        problems.append(f"metrics.jsonl is damaged: {lost} of its lines hold no values of a stage "
                         "and are left out.")
     return rows
 
 # %% ../../nbs/lab/50_reading.ipynb #e8c8c648
 def _sound_config(config: dict) -> dict:
-    "A configuration without what only a damaged one has."
+    "Return a configuration without invalid entries; empty if no fingerprint can be made of it."
     sections = {"hardware", "dial"}
     for _, names in STAGES.values(): sections |= {*names} - {"seed"}
     sound = {}
@@ -451,24 +443,24 @@ def _sound_config(config: dict) -> dict:
 
 # %% ../../nbs/lab/50_reading.ipynb #0744472a
 def _sound_numbers(values) -> dict:
-    "The entries of a dictionary that are valid numbers."
+    "Return the entries of a dictionary that are valid numbers; empty if it is no dictionary."
     if not isinstance(values, dict): return {}
     return {k: v for k, v in values.items() if number(v) is not None}
 
 # %% ../../nbs/lab/50_reading.ipynb #5554ed41
 def _sound_plan(found: dict) -> dict:
-    "The figures of a plan."
-    figures = {k: found.get(k) for k in ("minutes", "dollars", "memory_bytes")}
-    return _sound_numbers(figures) | {"seconds": _sound_numbers(found.get("seconds"))}
+    "Return the valid numbers of a plan."
+    totals = {k: found.get(k) for k in ("minutes", "dollars", "memory_bytes")}
+    return _sound_numbers(totals) | {"seconds": _sound_numbers(found.get("seconds"))}
 
 # %% ../../nbs/lab/50_reading.ipynb #09041036
-_NUMERIC = { # figures of a manifest that the report computes with
+_NUMERIC = { # keys of a manifest whose numbers the report computes with
     "seconds", "world_size", "parameters", "step", "tokens", "memory_mb", "world_score", "core",
     "loss", "reward", "bits_per_byte", "bits_per_byte_of_beginnings", "entropy_bits_per_byte"}
 
 # %% ../../nbs/lab/50_reading.ipynb #c047bf14
 def _sound_manifest(manifest: dict) -> dict:
-    "A manifest without invalid figures."
+    "Return a manifest without invalid values."
     bad = {k for k in _NUMERIC if number(manifest.get(k)) is None}
     if not isinstance(manifest.get("environment"), dict): bad.add("environment")
     return {k: v for k, v in manifest.items() if k not in bad}
@@ -482,27 +474,27 @@ def _read_error(path: Path) -> str:
 
 # %% ../../nbs/lab/50_reading.ipynb #3cfef031
 def _sound_tasks(
-    tasks, # what a file has under "tasks"
-    file: str, # its name
+    tasks, # the value of "tasks" in a file
+    file: str, # the file's name
     problems: list, # gets a sentence if tasks cannot be shown
-    *needed, # the figures and the intervals that a task must have
-) -> dict: # task: its figures
-    "The tasks of an evaluation that can be shown."
+    *needed, # `numbers` and `intervals` of `_sound_task`
+) -> dict: # task: its values
+    "Return the tasks of an evaluation that can be shown."
     tasks = tasks if isinstance(tasks, dict) else {}
     sound = {name: _sound_task(task, *needed) for name, task in tasks.items()}
     sound = {name: task for name, task in sound.items() if task}
     if others := [k for k in tasks if k not in sound]:
-        problems.append(f"{file}: no figures that can be shown of {cut(', '.join(others), 200)}.")
+        problems.append(f"{file} lacks valid values of {cut(', '.join(others), 200)}.")
     elif not tasks: problems.append(f"{file} holds no tasks.")
     return sound
 
 # %% ../../nbs/lab/50_reading.ipynb #68468570
 def _sound_eval(
-    found: dict, # as the file holds it
-    file: str, # its name
+    found: dict, # content of the file
+    file: str, # the file's name
     problems: list, # gets a sentence if tasks cannot be shown
 ) -> dict: # empty without tasks
-    "The valid part of an `eval.json`."
+    "Return the valid part of an `eval.json`."
     tasks = found and _sound_tasks(found.get("tasks"), file, problems)
     if not tasks: return {}
     scores = {k: number(found.get(k)) for k in ("world_score", "chat_core", "chat_core_of")}
@@ -511,12 +503,12 @@ def _sound_eval(
 
 # %% ../../nbs/lab/50_reading.ipynb #46f40504
 def _sound_core(
-    found: dict, # as the file holds it
-    file: str, # its name
+    found: dict, # content of the file
+    file: str, # the file's name
     remedy: str, # what to do if it is damaged
     problems: list, # gets a sentence if something cannot be shown
 ) -> dict: # empty without tasks and a score
-    "The valid part of a `core.json`."
+    "Return the valid part of a `core.json`."
     needed = ("n", "accuracy", "baseline", "centred"), ("ci95", "centred_ci95")
     tasks = found and _sound_tasks(found.get("tasks"), file, problems, *needed)
     if not tasks: return {}
@@ -554,7 +546,7 @@ def read_run(
     run = Run.open(run) if isinstance(run, str) else run
     config, problems = _sound_config(run.config), []
     if dropped := [str(key) for key in run.config if key not in config]:
-        problems.append("config.yaml holds entries that no run writes, and that are left out here: "
+        problems.append("config.yaml holds invalid entries, which are left out here: "
                         f"{cut(', '.join(dropped), 200)}.")
     rows = _read_rows(run.dir, problems)
     plan = _sound_plan(_load(run.dir, "plan.json", "it is left out.", problems))

@@ -38,8 +38,8 @@ def _fetch_questions(run: Run):
             say(f"{name} cannot be fetched, so the evaluation will leave it out: {e}")
 
 # %% ../../nbs/lab/55_stages.ipynb #ebcbe3a0
-def _training_sets(config: dict) -> list[tuple[str, str, str]]: # set, split, setting without it
-    "List the public sets that the stages of a run train on."
+def _training_sets(config: dict) -> list[tuple[str, str, str]]: # set, split, option without it
+    "List the public sets that the stages of a run, up to `dial.until`, train on."
     from nanochat.core.dataset import SETS
     from nanochat.post.mixture import trained_splits
     order, sets = list(STAGES), []
@@ -50,7 +50,7 @@ def _training_sets(config: dict) -> list[tuple[str, str, str]]: # set, split, se
             sets.append((name, split, f"--set {stage}.mixture.{name}=0"))
     if "rl" in stages:
         names = [name for name in names_in(config["rl"]["task"]) if name in SETS]
-        sets += [(name, "train", "--set rl.task=…") for name in names]
+        sets += [(name, "train", "--set rl.task=problems") for name in names]
     return sets
 
 # %% ../../nbs/lab/55_stages.ipynb #3d348579
@@ -87,7 +87,7 @@ def _data_stage(run: Run) -> dict: # the manifest
 def _token_counts(
     folder: Path, # of token shards
 ) -> dict: # for the manifest
-    "Count the tokens of both splits, and the bytes that a token has on average."
+    "Return the number of tokens in both splits, and the mean number of bytes per token."
     counts = json.loads((folder/"manifest.json").read_text())
     def per_token(split): return round(counts[split]["bytes"] / counts[split]["tokens"], 3)
     return {
@@ -102,10 +102,10 @@ def _tokenizer_stage(run: Run) -> dict: # the manifest
     from nanochat.core.tokenizer import Tokenizer
     started, section = time.perf_counter(), run.config["tokenizer"]
     run.needs("data")
-    most = section["max_characters"]
+    limit = section["max_characters"]
     with start_download(run.config) as arriving:
-        text = prepare_text(run.config, first=most)
-        documents = iter_texts(text, "train", most, section["max_doc_characters"])
+        text = prepare_text(run.config, first=limit)
+        documents = iter_texts(text, "train", limit, section["max_doc_characters"])
         tokenizer = Tokenizer.train(documents, section["vocab_size"])
         tokenizer.save(run.stage_dir("tokenizer"))
         counts = _token_counts(prepare_tokens(run, arriving))
@@ -114,7 +114,7 @@ def _tokenizer_stage(run: Run) -> dict: # the manifest
 
 # %% ../../nbs/lab/55_stages.ipynb #211928d4
 def _report_stage(run: Run) -> dict: # the manifest
-    "Write the report. The stage is done only when all other stages are."
+    "Write the report. The stage gets a manifest only when all other stages have one."
     from nanochat.lab.report import Report
     path = Report(run).write().name
     others = [stage for stage in STAGES if stage != "report"]
@@ -126,7 +126,7 @@ def compute_stage(
     run: Run,
     stage: str, # one of `STAGES`
 ) -> dict: # the manifest
-    "Compute a stage in this process, which may be one rank of `torch.distributed.run`."
+    "Compute a stage in this process, which may be a rank that `torch.distributed.run` started."
     with _as_rank(run, stage):
         if stage == "data": return _data_stage(run)
         if stage == "tokenizer": return _tokenizer_stage(run)
@@ -148,7 +148,7 @@ def run_stage(
     run: Run,
     stage: str, # one of `STAGES`
 ) -> dict: # the manifest
-    "Run a stage unless it is done, on as many processes as the configuration says."
+    "Run a stage unless it is done; a training stage runs in `hardware.nproc` processes."
     if stage != "report" and (done := run.manifest(stage)):
         finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(done["finished"]))
         say(f"{stage}: already done on {finished}.")
@@ -161,27 +161,28 @@ def run_stage(
 
 # %% ../../nbs/lab/55_stages.ipynb #28d48e6d
 def _added_lines(path: Path): # -> an iterator that never ends
-    "Yield the complete lines that were added to a file since the last time."
+    "Yield, each time, the list of complete lines that were added to a file since the last time."
     inode, offset = None, 0
     while True:
         text = b""
         if path.exists():
             with open(path, "rb") as f:
-                now = os.fstat(f.fileno()).st_ino
-                if now != inode: inode, offset = now, 0
+                current = os.fstat(f.fileno()).st_ino
+                if current != inode: inode, offset = current, 0
                 f.seek(offset)
                 text = f.read()
-        complete = text[:text.rfind(b"\n") + 1] # the last line may still grow
+        complete = text[:text.rfind(b"\n") + 1] # the last line may be incomplete
         offset += len(complete)
         yield complete.splitlines()
 
 # %% ../../nbs/lab/55_stages.ipynb #d72b71c8
-_SHOWN = {"loss": "loss", "reward": "reward", "bits_per_byte": "bpb"} # in metrics: in the bar
+_SHOWN = { # key in the metrics: name in the bar
+    "loss": "loss", "reward": "reward", "bits_per_byte": "bpb"}
 
 def _facts(
     row: dict, # a line of metrics
 ) -> str:
-    "Name the numbers of a step for the progress bar."
+    "Return what the progress bar shows of a step: its `_SHOWN` numbers, then its speed."
     shown = {name: row[key] for key, name in _SHOWN.items() if key in row}
     facts = [f"{name} {value:.3f}" for name, value in shown.items()]
     if speed := in_words(row): facts.append(speed)
@@ -196,11 +197,11 @@ class _Follower:
         self.news_file = run.dir/stage/"restarts.txt"
         self.news = self._read_news()
 
-    def _read_news(self) -> str: # written by a rank that was restarted
+    def _read_news(self) -> str: # written by rank 0 after a restart
         return self.news_file.read_text() if self.news_file.exists() else ""
 
     def poll(self):
-        "Read the new metrics, move the bar, and report a restart."
+        "Read the new metrics, move the bar, and print the news of a restart."
         before, self.news = self.news, self._read_news()
         if self.news not in ("", before): say(f"\n{self.stage}: {self.news}")
         for row in map(json.loads, next(self.lines)):
@@ -218,7 +219,7 @@ class _Follower:
         if self.bar is not None: self.bar.close()
 
 # %% ../../nbs/lab/55_stages.ipynb #3580460b
-_PATIENCE = 120 # seconds in which a rank that receives a signal ends its step and saves
+_PATIENCE = 120 # seconds that a rank has, after a signal, to end its step and save
 
 # %% ../../nbs/lab/55_stages.ipynb #78ef2173
 def _end_with(
@@ -233,7 +234,7 @@ def _end_with(
         if os.getppid() != launcher: os.kill(os.getpid(), signal.SIGTERM)
         elif os.environ.get("LOCAL_RANK") == "0": os.kill(launcher, signal.SIGTERM)
         time.sleep(_PATIENCE)
-        os._exit(1) # the signal had no effect
+        os._exit(1) # this rank has not ended in time
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/lab/55_stages.ipynb #fe88196e
@@ -241,29 +242,29 @@ def _leave_message(
     folder: Path, # of the stage
     error: UserError,
 ):
-    "Write why the ranks end. Rank 0's message replaces those of other ranks."
+    "Write why the ranks end. Rank 0's message replaces one of another rank, and not vice versa."
     file = folder/("stopped.txt" if isinstance(error, Stopped) else "error.txt")
     if rank_and_world()[0] == 0 or not file.exists(): atomic_write(file, str(error))
 
 # %% ../../nbs/lab/55_stages.ipynb #72c00ca3
 def _check_launcher(folder: Path):
-    "Report a restart. Raises `UserError` if the launcher's settings would break the next one."
-    starts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    most = int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
-    if starts and rank_and_world()[0] == 0:
-        news = f"a rank died: restarted from the last checkpoint, {starts} of {most}."
+    "Report a restart. Raises `UserError` if the launcher's settings would make a restart hang."
+    restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    max_restarts = int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
+    if restarts and rank_and_world()[0] == 0:
+        news = f"a rank died: restarted from the last checkpoint, {restarts} of {max_restarts}."
         say(news)
         atomic_write(folder/"restarts.txt", news)
-    if most and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        raise UserError("after a restart, torchrun would give the ranks the addresses of those "
+    if max_restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError("after a restart, torchrun would give the ranks the addresses of ranks "
                         "that died: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.")
 
 # %% ../../nbs/lab/55_stages.ipynb #a2337c1b
 @contextmanager
 def _as_rank(run: Run, stage: str):
-    """Tie this process to `torch.distributed.run`, if that started it.
+    """Run the block as a rank, if `torch.distributed.run` started this process.
 
-    Both end together, and a `UserError` in the block ends all ranks without a restart."""
+    The process ends if its launcher does. A `UserError` ends all ranks without a restart."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
@@ -274,21 +275,23 @@ def _as_rank(run: Run, stage: str):
         yield
     except UserError as e:
         _leave_message(folder, e)
-        # the launcher will send SIGTERM, and the message is still to be printed
+        # the launcher will send SIGTERM, but this process must still print the message
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        # tell the launcher before this process ends, or it would restart it
+        # stop the launcher before this process ends, or it would restart all ranks
         if os.getppid() == launcher: os.kill(launcher, signal.SIGTERM)
         raise
 
 # %% ../../nbs/lab/55_stages.ipynb #efbf9f0f
 LAUNCHER_ENV = {
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", # or restarted ranks would look for dead ones
-    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_PATIENCE), # 30 seconds do not save a large model
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", # a new server for each start
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_PATIENCE), # 30 s are too few for a large model
 }
 
 # %% ../../nbs/lab/55_stages.ipynb #3279c76a
 def _end(launcher: subprocess.Popen):
-    "Send SIGTERM to the launcher, which passes it to its ranks, and SIGKILL if it does not end."
+    """Send SIGTERM to the launcher, which passes it to its ranks, and wait.
+
+    Then send SIGKILL to all processes of its group that are left."""
     launcher.terminate()
     try: launcher.wait(timeout=_PATIENCE + 10)
     except subprocess.TimeoutExpired: pass
@@ -298,7 +301,7 @@ def _end(launcher: subprocess.Popen):
 
 # %% ../../nbs/lab/55_stages.ipynb #7c46da8a
 def _failure(folder: Path, stage: str) -> Exception:
-    "Return the error that the ranks ended with, or the end of what they printed."
+    "Return the error that the ranks ended with: their message, or the end of what they printed."
     for name, kind in (("error.txt", UserError), ("stopped.txt", Stopped)):
         if (folder/name).exists(): return kind((folder/name).read_text("utf-8").strip())
     log = folder/"ranks.log"
@@ -339,19 +342,19 @@ def _launch(
 
 # %% ../../nbs/lab/55_stages.ipynb #2aa24dc4
 def default_preset() -> str:
-    "`gpu` where torch finds a CUDA device, `laptop` elsewhere."
+    "Return `gpu` if torch finds a CUDA device, else `laptop`."
     import torch
     return "gpu" if torch.cuda.is_available() else "laptop"
 
 # %% ../../nbs/lab/55_stages.ipynb #50e91b0d
 def run_name(
     preset: str,
-    data: str | None = None, # source or path, if it is not the preset's
-    depth: int | None = None, # if it is not the preset's
+    data: str | None = None, # source or path; None: the preset's
+    depth: int | None = None, # None: the preset's
     minutes: float | None = None, # a budget instead of a depth
-    dollars: float | None = None, # a budget instead of a depth
+    dollars: float | None = None, # likewise
 ) -> str:
-    "Make the name of a run that was not given one."
+    "Make a name from the preset and the choices, for a run that was not given one."
     parts = [preset]
     if data:
         words = re.sub(r"[^\w-]", "-", Path(data).name.removesuffix(".gz"))
@@ -363,14 +366,14 @@ def run_name(
 
 # %% ../../nbs/lab/55_stages.ipynb #005b0cf7
 def open_run(
-    name: str = "", # the run's folder; empty: named after the preset
+    name: str = "", # the run's name; empty: made from the preset
     preset: str = "", # of a new run; empty: chosen by the hardware
     stage: str = "data", # the stage that runs next; only "data" may create the run
-    **overrides, # settings of a new run, as `--set` takes them
+    **overrides, # settings of a new run, with the short names that `--set` accepts
 ) -> Run:
     """Open the run of a stage notebook, or create it.
 
-    Raises `UserError` if it does not exist before a later stage, or has another preset."""
+    Raises `UserError` if a later stage finds no run, or if the run has another preset."""
     from nanochat.train.plan import make_plan
     name = name or run_name(preset or default_preset())
     if not (runs_dir()/name/"config.yaml").exists():
@@ -379,14 +382,14 @@ def open_run(
         raise UserError(f"run {name!r} has not been started: run 1_data.ipynb with the same name "
                         f"and preset first, or `nanochat speedrun --run {name}`.")
     run = Run.open(name)
-    theirs = run.config["preset"]
-    if preset not in ("", theirs):
-        raise UserError(f"run {name!r} has the preset {theirs!r}, not {preset!r}: give another "
+    existing = run.config["preset"]
+    if preset not in ("", existing):
+        raise UserError(f"run {name!r} has the preset {existing!r}, not {preset!r}: give another "
                         "name for a new run.")
     return run
 
 # %% ../../nbs/lab/55_stages.ipynb #17e4b590
-def run_lock(run: Run): # -> a context
+def run_lock(run: Run): # -> a context manager
     "Lock a run's folder for this process. Raises `UserError` if another process holds it."
     remedy = "wait for it, or choose another name with --run."
     return file_lock(run.dir/".lock", f"working on run {run.name!r}", remedy)
@@ -403,7 +406,7 @@ def _last_lines(
 def _joined(
     outputs: list[dict], # of a cell
 ) -> list[dict]:
-    "Join neighbouring pieces of the same stream, and keep their last lines."
+    "Join adjacent outputs of one stream (stdout or stderr), and keep what a terminal would show."
     joined = []
     for output in outputs:
         if "text" not in output: joined.append(output)
@@ -428,12 +431,12 @@ def _notebook_error(
     stage_dir: Path | None, # where the report looks for `error.txt`; None: not a stage
     copy: Path, # the executed notebook
 ) -> Exception:
-    "Turn the error of a notebook into one of this process, and write it down for the report."
-    users = len(error.traceback) == 1
+    "Return the error that a notebook ended with, and leave its message for the report."
+    is_user_error = len(error.traceback) == 1
     stopped = error.ename == Stopped.__name__
-    message = error.evalue if users else f"{error.ename}: {error.evalue}"
+    message = error.evalue if is_user_error else f"{error.ename}: {error.evalue}"
     if stage_dir and not stopped: atomic_write(stage_dir/"error.txt", message)
-    if users: return (Stopped if stopped else UserError)(message)
+    if is_user_error: return (Stopped if stopped else UserError)(message)
     return RuntimeError(f"{copy.name} failed with {message} (the executed copy is {copy})")
 
 # %% ../../nbs/lab/55_stages.ipynb #956e7002
@@ -454,8 +457,8 @@ def _followed(run: Run, stage: str):
 # %% ../../nbs/lab/55_stages.ipynb #dcb06cd7
 def _execute_notebook(
     run: Run,
-    stage: str, # that the notebook computes; "chat" for the last one
-    notebook: str, # its name, without .ipynb
+    stage: str, # the stage that the notebook computes; "chat": none of them
+    notebook: str, # the notebook's name, without .ipynb
 ):
     """Execute a stage notebook with papermill; the copy goes into the run's folder.
 
@@ -469,14 +472,14 @@ def _execute_notebook(
     stage_dir = run.dir/stage if stage in STAGES else None
     if stage_dir: (stage_dir/"error.txt").unlink(missing_ok=True)
     parameters = {"run_name": run.name, "preset": run.config["preset"]}
-    # a kernel that is told to end needs time for its step and a checkpoint
+    # a kernel that is told to end needs time to finish its step and to save a checkpoint
     config = Config({"KernelManager": {"shutdown_wait_time": _PATIENCE + 10}})
     try:
         with _followed(run, stage):
             pm.execute_notebook(
                 source, copy, parameters, cwd=str(run.dir), config=config,
-                kernel_name="python3", progress_bar=False, # ours shows steps, and not cells
-                extra_arguments=["--log-level=50"]) # warnings would break the bar
+                kernel_name="python3", progress_bar=False, # papermill's would count cells
+                extra_arguments=["--log-level=50"]) # no warnings into the bar
     except pm.PapermillExecutionError as e: raise _notebook_error(e, stage_dir, copy) from None
     finally:
         if copy.exists(): _tidy_outputs(copy)
@@ -485,9 +488,9 @@ def _execute_notebook(
 def run_notebooks(
     run: Run,
 ) -> bool: # was anything computed?
-    """Execute the notebooks of all stages that are not done, up to the configuration's last one.
+    """Execute the notebooks of all stages up to `dial.until` that are not done.
 
-    After the report comes the notebook of the chat."""
+    After the report, execute the chat notebook."""
     worked, until = False, run.config["dial"]["until"]
     with run_lock(run):
         for stage, (notebook, _) in STAGES.items():
@@ -496,7 +499,7 @@ def run_notebooks(
                 say(f"{notebook} …")
                 started, worked = time.perf_counter(), True
                 _execute_notebook(run, stage, notebook)
-                run.needs(stage) # a notebook that did not do its work must not pass
+                run.needs(stage) # fails if the notebook did not compute its stage
                 say(f"{notebook}: finished in {time.perf_counter() - started:.0f} s")
             if stage == until and stage != "report": return worked
         if worked or not (run.dir/"notebooks"/"8_chat.ipynb").exists():

@@ -29,14 +29,15 @@ import numpy as np
 from ...core.files import UserError
 
 # %% ../../../nbs/lab/bench/60_measure.ipynb #38b2e0e7
+# how the names of files with English prose and with code end
 _ENGLISH = (".md", ".rst", ".txt", "METADATA")
 _CODE = (".py", ".pyi", ".rs", ".c", ".h", ".hpp")
 
 # %% ../../../nbs/lab/bench/60_measure.ipynb #7c450e70
 def _machine_files(
-    endings: tuple[str, ...], # of the files wanted
+    endings: tuple[str, ...], # of the names of the files
 ) -> list[Path]: # in the order of their paths' hashes, which mixes the packages
-    "Sources and documentation that this machine happens to have."
+    "Find sources and documentation on this machine."
     order, paths, home = {}, sysconfig.get_paths(), Path.home()
     roots = (paths["stdlib"], paths["purelib"], paths["platlib"],
              "/usr/lib/python3", "/usr/share/doc", "/usr/include",
@@ -54,7 +55,7 @@ def _new_paragraphs(
     text: str, # prose
     seen: set[int], # hashes of the paragraphs so far; the new ones are added
 ) -> str:
-    "The paragraphs that did not occur before."
+    "Return the paragraphs that did not occur before."
     new = [p for p in re.split(r"\n\s*\n", text) if hash(p) not in seen]
     seen.update(map(hash, new))
     return "\n\n".join(new)
@@ -64,7 +65,7 @@ _DOCUMENT = 20_000 # characters at most
 
 # %% ../../../nbs/lab/bench/60_measure.ipynb #c36298fe
 def _pieces(text: str) -> Iterator[str]:
-    "A text in documents."
+    "Cut a text into documents."
     for i in range(0, len(text), _DOCUMENT): yield text[i:i + _DOCUMENT]
 
 # %% ../../../nbs/lab/bench/60_measure.ipynb #8500bb2b
@@ -72,7 +73,7 @@ def _documents_of(
     endings: tuple[str, ...], # of the files
     seen: set[int], # hashes of documents and paragraphs so far; the new ones are added
 ) -> Iterator[tuple[str, str]]: # ending of the file, document
-    "Documents of one kind, no two alike."
+    "Yield documents from files with these endings, no two alike."
     for path in _machine_files(endings):
         try: text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError): continue
@@ -85,7 +86,7 @@ def _documents_of(
 
 # %% ../../../nbs/lab/bench/60_measure.ipynb #0f20ccb7
 def machine_documents() -> Iterator[tuple[str, str]]: # ending of the file, document
-    "Documents of this machine, half English and half code in bytes for as long as both last."
+    "Yield documents of this machine: as many bytes of English as of code, while both last."
     seen = set()
     sources, total = {kind: _documents_of(kind, seen) for kind in (_ENGLISH, _CODE)}, Counter()
     while sources:
@@ -99,7 +100,7 @@ def machine_documents() -> Iterator[tuple[str, str]]: # ending of the file, docu
 def given_documents(
     paths: Iterable[Path], # folders or files of parquet, jsonl, txt or md
 ) -> Iterator[tuple[str, str]]: # ending of the file, document
-    "Documents of your own, without validation. Raises `UserError` if a path is not readable."
+    "Yield your own training documents. Raises `UserError` for a path without text."
     from nanochat.core.dataset import iter_texts, text_files
     for path in paths:
         ending = text_files(path)[0].suffix
@@ -109,8 +110,8 @@ def given_documents(
 # %% ../../../nbs/lab/bench/60_measure.ipynb #68bb5119
 def write_documents(
     documents: Iterable[tuple[str, str]], # ending of the file, document
-    folder: Path, # is made; gets documents.bin, offsets.npy and separated.txt
-    megabytes: float, # enough for this much
+    folder: Path, # made if missing; gets documents.bin, offsets.npy, separated.txt
+    megabytes: float, # when to stop
 ) -> dict: # documents, megabytes, endings: {ending: megabytes}
     "Write documents until there are enough bytes. Raises `UserError` if there are none."
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,16 +132,16 @@ def write_documents(
 
 # %% ../../../nbs/lab/bench/60_measure.ipynb #c32c9ff7
 def read_documents(folder: Path) -> Iterator[str]:
-    "The documents that `write_documents` wrote, one after the other."
+    "Yield the documents that `write_documents` wrote."
     with open(folder/"documents.bin", "rb") as f:
         for size in np.diff(np.load(folder/"offsets.npy")).tolist(): yield f.read(size).decode()
 
 # %% ../../../nbs/lab/bench/60_measure.ipynb #53a4ce25
 def describe_text(
-    wrote: dict, # as from `write_documents`
-    wanted: float, # MB
+    wrote: dict, # what `write_documents` returned
+    wanted: float, # megabytes that were requested
 ) -> str:
-    "One or two sentences about the documents."
+    "Describe the documents in one or two sentences."
     parts = ", ".join(f"{ending} {mb:.1f}" for ending, mb in wrote["endings"].items())
     said = f"{wrote['megabytes']:,.1f} MB of text in {wrote['documents']:,} documents ({parts})"
     if set(wrote["endings"]) <= {*_ENGLISH, *_CODE}:
@@ -159,7 +160,7 @@ def timed(work: Callable, *arguments) -> tuple[float, object]: # seconds, what i
 
 # %% ../../../nbs/lab/bench/60_measure.ipynb #e4274c7d
 def run_child(
-    function: str, # module and name: "tokenizer._measure_load"
+    function: str, # module and name, such as "tokenizer._measure_load"
     *,
     env: dict[str, str] = {}, # added to the environment
     timeout: float | None = None, # seconds until it is killed
@@ -179,9 +180,9 @@ def run_child(
 # %% ../../../nbs/lab/bench/60_measure.ipynb #22b3c9e5
 def figure(
     values: list[float], # one for each run
-    digits: int = 1, # after the point
+    digits: int = 1, # after the decimal point
 ) -> str:
-    "The median, and the range if there is one: `figure([3, 1, 2])` is `2.0 (1.0–3.0)`."
+    "Return the median, and the range if there is one: `figure([3, 1, 2])` is `2.0 (1.0–3.0)`."
     if not values or values[0] is None: return "–"
     middle, low, high = (f"{f(values):,.{digits}f}" for f in (median, min, max))
     return middle if low == high else f"{middle} ({low}–{high})"
@@ -192,7 +193,7 @@ def times(
     theirs: list[float],
     better: str, # "more" for speeds, "less" for times
 ) -> str:
-    "How many times as good our median is as theirs: `times([35], [3], \"more\")` is `11.7×`."
+    "Return how many times as good our median is: `times([35], [3], \"more\")` is `11.7×`."
     if not ours or not theirs or None in (ours[0], theirs[0]): return "–"
     ratio = median(ours) / median(theirs)
     if better == "less": ratio = median(theirs) / median(ours)
@@ -202,7 +203,7 @@ def times(
 def table(
     rows: list[list[str]], # the headings first
 ) -> str:
-    "Columns that line up: the first to the left, figures to the right."
+    "Return aligned columns: the first flush left, the others flush right."
     widths = [max(map(len, column)) for column in zip(*rows)]
     def line(row):
         first, *rest = zip(row, widths)
@@ -218,4 +219,4 @@ text_option = click.option(
          "Default: sources and documentation on this machine.")
 rounds_option = click.option(
     "--rounds", type=click.IntRange(1), default=3, show_default=True,
-    help="How often everything is measured.")
+    help="How many times each measurement is made.")
