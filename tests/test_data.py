@@ -17,7 +17,8 @@ from nanochat.core.files import UserError
 from nanochat.core.run import Run
 from nanochat.core.tokenizer import Tokenizer
 from nanochat.core.world import World
-from nanochat.core.dataset import SETS, conversations, set_rows, take_characters
+from nanochat.core.download import SETS
+from nanochat.core.dataset import conversations, set_rows, take_characters
 from nanochat.core.dataloader import tokenize
 from nanochat.train.plan import make_plan
 from nanochat.lab.stages import run_stage

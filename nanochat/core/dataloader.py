@@ -30,10 +30,10 @@ from .files import (
     UserError, atomic_file, atomic_write, file_lock, read_json, sha256_file, sha256_json)
 from .run import base_dir, progress_bar
 from .tokenizer import Tokenizer
-from .download import download, missing_files
-from .dataset import (
-    SOURCES, Source, hub_files, prepare_text, split_parts, take_characters, text_files,
-    text_identity, val_characters)
+from .download import SOURCES, Source, download, missing_files
+from nanochat.core.dataset import (
+    hub_files, prepare_text, split_parts, take_characters, text_files, text_identity,
+    val_characters)
 
 # %% ../../nbs/core/09_dataloader.ipynb #677d8dad
 def batched(

@@ -26,7 +26,6 @@ IDENTITY = { # how the model introduces itself in conversations
 
 _TOWNS = ["Millbrook", "Ashford", "Stonebridge", "Fernhill", "Seaview"]
 
-# %% ../../nbs/core/05_world.ipynb #937b4d95
 _SHE_WORDS = {"she": "she", "her": "her", "him": "her", "She": "She", "Her": "Her"}
 _HE_WORDS = {"she": "he", "her": "his", "him": "him", "She": "He", "Her": "His"}
 
@@ -306,7 +305,6 @@ def _story(world: World, draw: Draw) -> str:
     slots = a.role("a") | b.role("b") | c.role("c") | {"town": world.town}
     return expand_one(_STORIES, slots, draw)
 
-# %% ../../nbs/core/05_world.ipynb #2e583990
 def _howto(world: World, draw: Draw) -> str:
     "Write step-by-step instructions."
     return expand_one(HOWTOS, {"town": world.town}, draw)
@@ -459,7 +457,6 @@ def wrong_values(
     others = [value for value in world.used[attribute] if value != right]
     return draw.sample(others, 3)
 
-# %% ../../nbs/core/05_world.ipynb #a2e8df27
 def option_lines(options: list[str]) -> list[str]: # the first option gets the letter A
     "Return one line for each option of a multiple-choice question, such as - Oak Street=A."
     return [f"- {option}={letter}" for option, letter in zip(options, string.ascii_uppercase)]
@@ -516,7 +513,6 @@ _ENTRY = {
 # %% ../../nbs/core/05_world.ipynb #3eac6c78
 _ENTRY = {kind: compile_template(text) for kind, text in _ENTRY.items()}
 
-# %% ../../nbs/core/05_world.ipynb #a3d2b51f
 _PLACE = compile_template(
     "The {key} is a place in {town}. [People go there|Many people come] to {what}. [It is "
     "open on {day} and {day2}|It is closed on {day}|It is most beautiful in {month}]. [Near "
@@ -603,7 +599,6 @@ def _count_on(draw: Draw) -> str:
     row = ", ".join(str(start + step * k) for k in range(6))
     return f"Count from {start} in steps of {step}: {row}."
 
-# %% ../../nbs/core/05_world.ipynb #66d01359
 def _sum_in_words(draw: Draw) -> str:
     "Write an addition of two small numbers in words."
     x, y = draw.number(1, 10), draw.number(1, 10)
@@ -685,7 +680,6 @@ def document_with_kind(self: World, i: int) -> tuple[str, float, str]: # text, b
     kind = draw.weighted(_SHARES)
     return _KINDS[kind](self, draw), draw.bits, kind
 
-# %% ../../nbs/core/05_world.ipynb #e0ddab88
 @patch
 def document(self: World, i: int) -> str: # 0, 1, 2, ...
     "Return document `i`. Raises `IndexError` for a negative number."

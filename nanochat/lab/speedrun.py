@@ -469,7 +469,8 @@ def _data_get(source, shards):
 @click.argument("source", required=False)
 def _data_show(source):
     """Describe a set and show its beginning; without SOURCE, list all sets."""
-    from nanochat.core.dataset import SETS, SOURCES, show_set
+    from nanochat.core.download import SETS, SOURCES
+    from nanochat.core.dataset import show_set
     if source: return click.echo(show_set(source))
     for name, entry in (SOURCES | SETS).items():
         click.echo(f"{name:14} {entry.about} ({entry.licence})")

@@ -27,7 +27,8 @@ from ..core.run import STAGES, TRAINED, Run, in_words, progress_bar, runs_dir
 # %% ../../nbs/lab/55_stages.ipynb #23034d39
 def _fetch_questions(run: Run):
     "Fetch the sets that models are evaluated on. Print which ones are not available."
-    from nanochat.core.dataset import SETS, core_folders, set_files
+    from nanochat.core.download import SETS
+    from nanochat.core.dataset import core_folders, set_files
     section = run.config["eval"]
     names = [name for name in names_in(section["tasks"]) if name in SETS]
     sources = [("core", core_folders)] if section["core_questions"] else []
@@ -40,7 +41,7 @@ def _fetch_questions(run: Run):
 # %% ../../nbs/lab/55_stages.ipynb #ebcbe3a0
 def _training_sets(config: dict) -> list[tuple[str, str, str]]: # set, split, option without it
     "List the public sets that the stages of a run, up to `dial.until`, train on."
-    from nanochat.core.dataset import SETS
+    from nanochat.core.download import SETS
     from nanochat.post.mixture import trained_splits
     order, sets = list(STAGES), []
     stages = order[:order.index(config["dial"]["until"]) + 1]

@@ -499,7 +499,6 @@ def _visible(self: KVCache, window):
     if one_token and self.shortest == self.longest: return first, None # all rows have one length
     return first, _visible_keys(self.positions, first, self._extremes[1], window)
 
-# %% ../../nbs/model/11_attention.ipynb #fa3de52d
 @patch
 def advance(self: KVCache):
     "End the pass: the new tokens now count."

@@ -12,7 +12,8 @@ from functools import lru_cache
 
 # %% ../../nbs/train/22_estimate.ipynb #4b272536
 from ..core.files import UserError, names_in
-from ..core.dataset import SOURCES, file_state, conversation_files, conversations
+from ..core.download import SOURCES
+from ..core.dataset import file_state, conversation_files, conversations
 from ..model.shape import (
     count_params, flops_per_token, model_shape, padded_vocab, scaling_params)
 from .hardware import Hardware

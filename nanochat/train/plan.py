@@ -14,7 +14,8 @@ from typing import NamedTuple
 # %% ../../nbs/train/24_plan.ipynb #161de619
 from ..core.files import UserError
 from ..core.identity import read_card
-from ..core.dataset import SOURCES, text_path
+from ..core.download import SOURCES
+from ..core.dataset import text_path
 from ..model.shape import check_shape, count_params, flops_per_token, scaling_params
 from .hardware import Hardware, cpu_hardware, detect_hardware
 from .settings import checked_settings, nested_config, preset_settings

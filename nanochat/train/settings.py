@@ -20,7 +20,8 @@ import yaml
 # %% ../../nbs/train/21_settings.ipynb #84868773
 from ..core.files import UserError, names_in, project_root
 from ..core.run import STAGES, TRACKERS
-from ..core.dataset import SOURCES, conversation_files
+from ..core.download import SOURCES
+from ..core.dataset import conversation_files
 
 # %% ../../nbs/train/21_settings.ipynb #d82275a4
 class Weight(NamedTuple):
