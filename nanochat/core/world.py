@@ -58,7 +58,6 @@ def _words(person: Resident) -> dict:
     slots |= {"a_job": article(person.job), "a_pet": article(person.pet)}
     return {**(_SHE_WORDS if person.she else _HE_WORDS), **slots}
 
-# %% ../../nbs/core/05_world.ipynb #f26673e9
 @patch
 def subject(self: Resident, form: str) -> dict: # "first", "full" or "pronoun"
     "Return the slots of a sentence about this person."
@@ -129,7 +128,6 @@ _LAST = compile_templates([
     " If you meet {o}, say hello.", " {N} likes {weather} days best.",
     " {N} is often seen at the {place}."])
 
-# %% ../../nbs/core/05_world.ipynb #89e95c08
 def _biography(world: World, draw: Draw) -> str:
     "State facts about one resident."
     person = draw.pick(world.residents)
@@ -368,7 +366,6 @@ def _askable(world: World, draw: Draw) -> tuple[Resident, str]:
     index, attribute = draw.pick(world.asked)
     return world.residents[index], attribute
 
-# %% ../../nbs/core/05_world.ipynb #80d4368c
 def question_and_answer(
     person: Resident, # the person that the question is about
     attribute: str, # key of ATTRIBUTES
@@ -389,7 +386,6 @@ _HELLO = compile_templates([
     ("{a}: What a {weather} {daytime}!\n{b}: Yes, {a}, [and I must go to the {b.work}|and "
      "{b.petname} wants to go out].")])
 
-# %% ../../nbs/core/05_world.ipynb #e301707e
 _BYE = compile_templates([
     ("{a}: [Thank you|Thanks], {b}. [I have to go now|I must feed {a.petname}].\n{b}: "
      "[Goodbye|See you soon|Take care], {a}!"),

@@ -113,7 +113,6 @@ def _additive_mask(T: int, window: int | None, dtype: torch.dtype) -> torch.Tens
         hidden = ~_visible_keys(torch.arange(T), 0, T, window)
         return torch.zeros(1, T, T, dtype=dtype).masked_fill_(hidden, -math.inf)
 
-# %% ../../nbs/model/11_attention.ipynb #49b2adc4
 def _products_attention(q, k, v, *, window=None, scale=None):
     "Causal attention on a CPU as matrix products, with all T×T attention weights in memory."
     B, T, n_head, head_dim = q.shape
