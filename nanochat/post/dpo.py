@@ -522,9 +522,9 @@ def _gather_preferences(run, start, engine, simulate, kept) -> list[Preference]:
         say(f"{FEEDBACK}: {damaged} damaged line{'s are' if damaged > 1 else ' is'} left out.")
     if not records:
         raise UserError(f"run {run.name!r} has no feedback yet: tick the box below the chat cell "
-                        f"(or run `nanochat chat --run {run.name} --keep-feedback`), rate some answers and "
-                        "regenerate others, and start this command again. To try it with a "
-                        "simulated judge, add --simulate 200.")
+                        f"(or run `nanochat chat --run {run.name} --keep-feedback`), rate some "
+                        "answers and regenerate others, and start this command again. To try it "
+                        "with a simulated judge, add --simulate 200.")
     return preferences_from(records)
 
 # %% ../../nbs/post/39_dpo.ipynb #d37461be
