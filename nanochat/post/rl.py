@@ -183,7 +183,7 @@ class RolloutSettings:
     prompts_per_step: int  # problems, over all ranks
     samples_per_prompt: int  # answers to each
     sampling: Sampling
-    seed: int = 0  # the run's
+    seed: int = 0  # the run's seed
 
 # %% ../../nbs/post/38_rl.ipynb #aee22ece
 def _problem(
@@ -244,7 +244,7 @@ def rollout(
 def _rollout_sums(
     answers: list[SampledAnswer],  # this rank's; samples of the same prompt are adjacent
     samples_per_prompt: int,
-    names: list[str],  # of the tasks
+    names: list[str],  # names of the tasks
     device: torch.device = "cpu",
 ) -> dict[str, float]:
     "Sum what a step's log entry needs over the answers of all ranks."
@@ -270,7 +270,7 @@ def _rollout_sums(
 # %% ../../nbs/post/38_rl.ipynb #1c434ada
 def _figures(
     sums: dict[str, float],
-    names: list[str],  # of the tasks
+    names: list[str],  # names of the tasks
     clipped: float | None,  # share of tokens beyond the clip; None: not logged
 ) -> dict[str, float]:
     "Compute a step's logged means from its sums."
