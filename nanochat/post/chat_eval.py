@@ -33,10 +33,10 @@ from .core_eval import centred, wilson_interval
 
 # %% ../../nbs/post/36_chat_eval.ipynb #72e5aec5
 def items_to_tell_apart(
-    p: float, # accuracy of the one model
-    difference: float, # by which the other is better or worse
-    confidence: float = 0.95, # of not calling equal models different
-    power: float = 0.8, # share of experiments that find the difference
+    p: float, # accuracy of one model
+    difference: float, # accuracy of the other model minus `p`
+    confidence: float = 0.95, # probability that equal models are not called different
+    power: float = 0.8, # probability of finding the difference
 ) -> int: # questions for each model
     "Return how many questions each model needs to show a difference (Fleiss, Levin and Paik 2003)."
     q = p + difference
@@ -50,43 +50,43 @@ def items_to_tell_apart(
 
 # %% ../../nbs/post/36_chat_eval.ipynb #34a4c206
 def mcnemar(
-    first: list[bool], # was the one model right? question by question
-    second: list[bool], # was the other, on the same questions?
+    first: list[bool], # for each question, was the first model right?
+    second: list[bool], # the same for the second model
 ) -> float: # p-value, two-sided
-    "Return how likely two equal models are to differ this much (McNemar 1947, exact)."
+    "Return the probability that equal models differ at least this much (McNemar 1947, exact)."
     b = sum(x and not y for x, y in zip(first, second, strict=True))
     c = sum(y and not x for x, y in zip(first, second))
     fewer = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
     return min(1.0, 2 * fewer / 2**(b + c))
 
 # %% ../../nbs/post/36_chat_eval.ipynb #a14d0677
-# leads that rounding might turn, as shares of the distance from the best logit to the mean of all
+# leads that rounding might reverse, as shares of the distance from the best logit to the mean
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.05, torch.float16: 0.0125}
 
 def _might_turn(
-    lead: torch.Tensor, # (B,) how far the best candidate's logit is ahead
+    lead: torch.Tensor, # (B,) logit of the best candidate minus that of the second
     logits: torch.Tensor, # (B, vocab_size) all logits, or log-probabilities
     dtype: torch.dtype, # of the matrix products that made them
 ) -> list[bool]:
-    "Might another batch shape have another winner?"
+    "Return for each row whether another batch shape might have another winner."
     distance = logits.amax(-1) - logits.mean(-1)
-    # 2e-6: log-probabilities of thousands of equal tokens are no finer
+    # 2e-6: the rounding of log-probabilities when all tokens are equally likely
     return (lead < ROUNDING[dtype] * distance + 2e-6).tolist()
 
 # %% ../../nbs/post/36_chat_eval.ipynb #6ad45dad
 def _exact(engine: Engine) -> Engine:
-    "Return an engine that computes in float32: this one, or another on the same model."
+    "Return an engine that computes in float32: `engine` itself, or a new one for the same model."
     if engine.dtype == torch.float32: return engine
     return Engine(engine.model, engine.tokenizer, torch.float32)
 
 # %% ../../nbs/post/36_chat_eval.ipynb #cdd0f9e0
-BATCH_TOKENS = 32768 # in a batch, padding included
+BATCH_TOKENS = 32768 # most tokens in a batch, with padding
 
 def length_groups(
     lengths: list[int], # tokens of each row
-    batch: int, # rows in a group, at most
+    batch: int, # most rows in a group
 ) -> list[list[int]]: # indices of the rows
-    "Return rows in groups of similar length, the shortest first."
+    "Group rows of similar length, the shortest first."
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         n = len(groups[-1]) if groups else batch
@@ -97,14 +97,15 @@ def length_groups(
 # %% ../../nbs/post/36_chat_eval.ipynb #466c0b9b
 def _choose_letters(
     engine: Engine,
-    prompts: list[list[int]], # token ids up to the place of the letter
-    letters: list[list[str]], # to choose from, for each prompt
-    batch: int = 64, # prompts to read at a time, at most
+    prompts: list[list[int]], # token ids up to where the letter follows
+    letters: list[list[str]], # the letters to choose from, for each prompt
+    batch: int = 64, # most prompts to read at a time
 ) -> list[str]: # one for each prompt
-    "Return the most likely letter after each prompt, independent of the rest of the batch."
+    "Return the most likely letter after each prompt, the same in every batch."
     alphabet, exact = sorted({letter for some in letters for letter in some}), _exact(engine)
     ids = [engine.tokenizer.encode(letter)[0] for letter in alphabet]
     def best_and_lead(row: list[float], own: list[str]):
+        # negative logits, so that equal ones are ordered by letter
         first, second, *_ = sorted((-row[alphabet.index(letter)], letter) for letter in own)
         return first[1], second[0] - first[0]
 
@@ -125,11 +126,11 @@ def _choose_letters(
 
 # %% ../../nbs/post/36_chat_eval.ipynb #89231c06
 def greedy_answers(
-    engine: Engine, # computes in float32
+    engine: Engine, # must compute in float32
     prompts: list[list[int]], # token ids
-    max_new_tokens: int, # for each
+    max_new_tokens: int, # for each answer
 ) -> list[Completion]:
-    "Return the most likely continuation, token by token, independent of the other prompts."
+    "Write an answer to each prompt greedily, the same in every batch."
     greedy = Sampling(max_new_tokens, temperature=0)
     rows = [Row(prompt=prompt, number=i, sampling=greedy) for i, prompt in enumerate(prompts)]
     # note the rows with a near tie
@@ -137,6 +138,7 @@ def greedy_answers(
     for grew, log_p in engine.steps(rows): # (rows that grew, vocab_size)
         first, second = log_p.topk(2).values.T
         for row, again in zip(grew, _might_turn(first - second, log_p, torch.float32)):
+            # `mask` is 0 where a tool forced the token; a single prompt is alone already
             if again and row.mask[-1] and len(prompts) > 1: unsure.add(row.number)
 
     def alone(prompt): return engine.generate([prompt], greedy)[0]
@@ -151,7 +153,8 @@ def pass_at_k(
 ) -> float:
     "Estimate the chance that one of k tries is right, from n samples (Chen et al. 2021)."
     if not 1 <= k <= n:
-        raise UserError(f"pass@{k} cannot be told from {n} samples: draw at least {k}.")
+        raise UserError(f"pass@{k} cannot be estimated from {n} samples: k must be at least 1, "
+                        f"and there must be at least {max(1, k)} samples.")
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
 # %% ../../nbs/post/36_chat_eval.ipynb #625d559c
@@ -162,7 +165,7 @@ def _plain_text(content: str | list[dict]) -> str:
 
 # %% ../../nbs/post/36_chat_eval.ipynb #81a48e32
 def _write_answers(engine, task, asked, max_new_tokens, batch, temperature, seed, samples):
-    "Let the model answer [(item, conversation, prompt)] in words; record the result in the items."
+    "Let the model write answers to `asked`, [(item, conversation, prompt)]; update the items."
     engine = _exact(engine)
     rows = [(*one, sample) for one in asked for sample in range(samples)]
     # write
@@ -187,7 +190,7 @@ def _write_answers(engine, task, asked, max_new_tokens, batch, temperature, seed
 
 # %% ../../nbs/post/36_chat_eval.ipynb #4370f1ba
 def _item(index: int, conversation: dict) -> dict:
-    "A question that is not answered yet."
+    "Make the item of a question that is not answered yet."
     question = [m for m in conversation["messages"] if m["role"] == "user"][-1]
     letters = conversation.get("letters")
     return {
@@ -196,7 +199,7 @@ def _item(index: int, conversation: dict) -> dict:
 
 # %% ../../nbs/post/36_chat_eval.ipynb #99b49ada
 def _answer(engine, task, n, batch, max_new_tokens, **how):
-    "Return this rank's items of a task's first n."
+    "Ask this rank's share of a task's first n questions; return their items."
     if hasattr(task, "prepare"): task.prepare()
     rank, world_size = group_rank_and_world()
     items, choices, written = [], [], []
@@ -222,26 +225,26 @@ def _answer(engine, task, n, batch, max_new_tokens, **how):
 # %% ../../nbs/post/36_chat_eval.ipynb #c2ac7ee3
 def _check_samples(samples: int, temperature: float):
     if samples < 1 or samples > 1 and temperature == 0:
-        raise UserError(f"{samples} samples at temperature {temperature:g} make no sense: draw at "
+        raise UserError(f"samples is {samples} at temperature {temperature:g}: it must be at "
                         "least 1, and more than 1 only at a temperature above 0.")
 
 # %% ../../nbs/post/36_chat_eval.ipynb #51a88fe9
 def evaluate_task(
     engine: Engine,
     task, # from `nanochat.post.mixture.open_task`
-    n: int, # of its questions, at most
+    n: int, # most questions to ask
     *,
-    max_new_tokens: int = 64, # for each written answer; a task that needs more takes more
-    batch: int = 64, # questions at a time
+    max_new_tokens: int = 64, # for each written answer; a task's own larger limit wins
+    batch: int = 64, # most rows in a batch
     temperature: float = 0.0, # of written answers; 0 is greedy
-    seed: int = 0, # matters only at a temperature above 0
-    samples: int = 1, # written answers to each question, at a temperature above 0
-) -> dict: # see below
+    seed: int = 0, # of sampled answers; used only at a temperature above 0
+    samples: int = 1, # written answers to each question; above 1 only with a temperature
+) -> dict: # described below
     """Ask a task's first n questions and count the right answers, on all ranks together.
 
     The result has name, n, accuracy, ci95, chance, tokens, seconds, too_long and
     items: [{index, prompt, answer, right}]. Written answers add samples, pass_at and finished
-    (the share that ended by themselves); one answer to each question adds right: "0110…".
+    (the share that the model ended itself). With one sample, right has a digit per question.
     Raises `UserError` on all ranks if one of them cannot evaluate.
     """
     if n < 1: raise UserError(f"{n} questions cannot measure {task.name!r}: ask at least 1.")
@@ -250,7 +253,7 @@ def evaluate_task(
     how = {"temperature": temperature, "seed": seed, "samples": samples}
     items = on_every_rank(lambda: _answer(engine, task, n, batch, max_new_tokens, **how))
     items = sorted(gather(items), key=lambda item: item["index"])
-    # the counts leave the items
+    # take the counts out of the items
     def totals(key): return [item.pop(key) for item in items]
     n, passed, chances = len(items), totals("passed"), totals("chance")
     tokens, finished = sum(totals("tokens")), sum(totals("finished"))
@@ -264,7 +267,7 @@ def evaluate_task(
         tries = sorted(k for k in {1, 10, 100, samples} if k <= samples)
         pass_at = {str(k): sum(pass_at_k(samples, c, k) for c in passed) / n for k in tries}
         result |= {"samples": samples, "finished": finished / (n * samples), "pass_at": pass_at}
-    # a digit a question, for paired comparisons
+    # one digit per question, for `mcnemar`
     if samples == 1: result["right"] = "".join(str(int(c)) for c in passed)
     return result | {"items": items}
 
@@ -274,25 +277,25 @@ CHAT_CORE = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval")
 def world_score(
     results: list[dict], # from `evaluate_task`
 ) -> float: # at most 1; below 0 is worse than guessing
-    "Mean over tasks of the accuracy above chance level."
+    "Mean of the centred accuracies of some tasks."
     return sum(centred(r["accuracy"], r["chance"]) for r in results) / len(results)
 
 # %% ../../nbs/post/36_chat_eval.ipynb #77cc2370
 def chat_core(
     results: list[dict], # from `evaluate_task`; tasks outside `CHAT_CORE` do not count
-) -> float | None: # None if there is none of them
-    "`world_score` of those of the five public tasks that are there."
+) -> float | None: # None if no result is of `CHAT_CORE`
+    "Mean of the centred accuracies of the tasks in `CHAT_CORE` that have a result."
     found = [r for r in results if r["name"] in CHAT_CORE]
     return world_score(found) if found else None
 
 # %% ../../nbs/post/36_chat_eval.ipynb #3d08e589
 def overlap(
     texts: str | Iterable[str], # documents to search
-    questions: list[str], # of a test, best with their answers
+    questions: list[str], # test questions, best with their answers
     n: int = 13, # words in a row
-) -> list[int]: # indices of questions
-    "Find the questions of which n words in a row stand in a text (Brown et al. 2020)."
-    runs = {} # run of words → questions that have it
+) -> list[int]: # indices of the questions that were found
+    "Find questions that share a run of n words with a text (Brown et al. 2020)."
+    runs = {} # run of words → indices of the questions that contain it
     for i, words in enumerate(normal(question).split() for question in questions):
         for at in range(max(1, len(words) - n + 1)):
             runs.setdefault(tuple(words[at:at + n]), set()).add(i)
@@ -307,7 +310,7 @@ def overlap(
 
 # %% ../../nbs/post/36_chat_eval.ipynb #21b7e686
 def read_task_names(
-    text: str, # names with commas between them; empty means "world"
+    text: str, # names, separated by commas; empty means "world"
 ) -> list[str]:
     "Return the names in a setting, each once, with the town's tasks in place of \"world\"."
     names = []
@@ -318,8 +321,8 @@ def read_task_names(
 def _summarize(
     results: dict[str, dict], # task → as from `evaluate_task`
     missing: dict[str, str], # task → why it is not available
-) -> dict: # tasks, world_score, chat_core, chat_core_of: number of tasks in it, missing
-    "Return some tasks' results with the scores that they make."
+) -> dict: # tasks, world_score, chat_core, chat_core_of (its number of tasks), missing
+    "Combine the results of tasks with their mean scores."
     of_world = [r for name, r in results.items() if name in TASKS]
     return {
         "tasks": results, "world_score": world_score(of_world) if of_world else None,
@@ -330,17 +333,17 @@ def _summarize(
 def evaluate_chat(
     engine: Engine,
     names: list[str], # tasks, see `read_task_names`
-    n: int, # questions of each, at most
+    n: int, # most questions of each task
     *,
-    split: str = "test", # of the public sets, or another one that they have, such as "validation"
+    split: str = "test", # split of the public sets, or another one, such as "validation"
     seed: int = 42, # of the world and its questions
     card: str = "none", # the file of an identity card
     desc: str = "questions", # title of the progress bar
     **how, # max_new_tokens, batch, temperature, samples: as in `evaluate_task`
-) -> dict: # tasks, world_score, chat_core, chat_core_of: number of tasks in it, missing
-    "Evaluate a model on those of several tasks that are available, on all ranks together."
+) -> dict: # tasks, world_score, chat_core, chat_core_of (its number of tasks), missing
+    "Evaluate a model on several tasks, on all ranks together. Tasks that fail are left out."
     if n < 1: raise UserError(f"{n} questions cannot measure anything: ask at least 1.")
-    # a wrong setting is not a missing task
+    # check settings here: an error below would count as a missing task
     _check_samples(how.get("samples", 1), how.get("temperature", 0.0))
     results, missing = {}, {}
     world = World(seed) if set(names) & set(TASKS) else None
@@ -358,7 +361,7 @@ def evaluate_chat(
     return _summarize(results, missing)
 
 # %% ../../nbs/post/36_chat_eval.ipynb #e77f5bac
-SAMPLES = 20 # answers of each task that eval.json keeps
+SAMPLES = 20 # items of each task that eval.json keeps
 
 # %% ../../nbs/post/36_chat_eval.ipynb #74f4d812
 def save_evaluation(
@@ -366,7 +369,7 @@ def save_evaluation(
     stage: str, # whose model it is
     found: dict, # from `evaluate_chat`
     step: int = 0, # at which the stage ended, for the metrics
-    add: bool = False, # keep the file's other tasks
+    add: bool = False, # keep the other tasks that are in the file
 ) -> dict: # the file's content
     "Write a stage's `eval.json` and log its scores, on rank 0 alone."
     path = run.stage_dir(stage)/"eval.json"
@@ -389,7 +392,7 @@ def save_evaluation(
 # %% ../../nbs/post/36_chat_eval.ipynb #54ec4f42
 def evaluate_stage(
     run: Run,
-    stage: str, # whose model it is: "mid", "sft", "rl"
+    stage: str, # whose model it is: "mid", "sft", "rl" or "dpo"
     model: GPT,
     tokenizer: Tokenizer,
     step: int = 0, # at which the stage ended, for the metrics

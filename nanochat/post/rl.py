@@ -40,20 +40,20 @@ def advantages(
     rewards: torch.Tensor,  # (prompts, samples) float
     sigma_norm: bool = False,  # divide by the group's standard deviation
 ) -> torch.Tensor:  # the same shape; each row sums to 0
-    "Advantage of each answer over the mean of its group; 0 where all earned the same."
+    "Advantage of each answer over its group's mean; 0 if all rewards of the group are equal."
     highest, lowest = rewards.amax(dim=1, keepdim=True), rewards.amin(dim=1, keepdim=True)
-    same = highest == lowest  # the mean of equal numbers may be rounded
+    same = highest == lowest  # exactly 0 then, although their mean may be rounded
     above = (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(same, 0)
     if not sigma_norm: return above
     return above / rewards.std(dim=1, correction=0, keepdim=True).masked_fill(same, 1)
 
 # %% ../../nbs/post/38_rl.ipynb #5b72d012
 def k3(
-    nll: torch.Tensor,  # −log π of tokens that the policy drew
+    nll: torch.Tensor,  # −log π of tokens that the policy sampled
     reference: torch.Tensor,  # −log π_ref of the same tokens
 ) -> torch.Tensor:  # the same shape, in nats; 0 where both are equal
     "Schulman's estimate of KL(π ‖ π_ref), token by token."
-    log_r = nll - reference
+    log_r = nll - reference  # r = π_ref / π
     return log_r.expm1() - log_r
 
 # %% ../../nbs/post/38_rl.ipynb #e436875c
@@ -63,7 +63,7 @@ def _beyond_clip(
     advantage: torch.Tensor,  # (B,)
     clip: float,  # ε
 ) -> torch.Tensor:  # (B, T) bool
-    "Tokens whose ratio has left 1 ± ε in the direction of the advantage: they have no gradient."
+    "Mark tokens without gradient: their ratio has left 1 ± ε in the advantage's direction."
     ratio, advantage = (old - nll).exp(), advantage[:, None]
     return (advantage > 0) & (ratio > 1 + clip) | (advantage < 0) & (ratio < 1 - clip)
 
@@ -72,15 +72,15 @@ def policy_loss(
     nll: torch.Tensor,  # (B, T) −log π of each sampled token, 0 where nothing was sampled
     advantage: torch.Tensor,  # (B,) of each answer
     n_tokens: float,  # sampled tokens of the complete batch, over all ranks
-    old: torch.Tensor | None = None,  # (B, T) `nll` of the policy that answered; None: this one
+    old: torch.Tensor | None = None,  # (B, T) `nll` of the policy that answered; None: `nll` itself
     reference: torch.Tensor | None = None,  # (B, T) `nll` of the reference; needed with `kl`
     clip: float = 0.0,  # ε of the ratio; 0: no limit
     kl: float = 0.0,  # β, weight of the distance to the reference
 ) -> torch.Tensor:  # scalar
-    "REINFORCE with token-level normalisation; with `old`, an importance ratio corrects for the answers' age."
+    "REINFORCE, divided by the count of tokens; with `old`, a ratio corrects for stale answers."
     if old is None: loss = (advantage[:, None] * nll).sum()
     else:
-        moved = (old - nll).expm1()  # ρ − 1: a constant less than ρ, and 0 where nothing was sampled
+        moved = (old - nll).expm1()  # ρ − 1: the gradient of ρ, but 0 where nothing was sampled
         gain = advantage[:, None] * moved
         if clip: gain = torch.minimum(gain, advantage[:, None] * moved.clamp(-clip, clip))
         loss = -gain.sum()
@@ -93,32 +93,32 @@ class SampledAnswer:
     "One sampled answer and its reward."
     prompt: list[int]  # token ids
     completion: Completion
-    reward: float
+    reward: float  # a task decides the scale; usually 0 or 1
     advantage: float = 0.0
     task: str = ""  # name of the problem's task
 
 # %% ../../nbs/post/38_rl.ipynb #c812c99c
 @dataclass
 class _MicroBatch:
-    "Answers side by side, and the log-probabilities of their tokens under two models."
+    "A padded batch of answers, with the log-probabilities of their tokens under two models."
     x: torch.Tensor  # (B, T) token ids, padded with 0
-    y: torch.Tensor  # (B, T) the next token where the policy chose it, −1 elsewhere
+    y: torch.Tensor  # (B, T) the next token where the policy sampled it, −1 elsewhere
     advantage: torch.Tensor  # (B,)
-    old: torch.Tensor | None = None  # (B, T) −log π of `y` under the policy that answered, 0 elsewhere
+    old: torch.Tensor | None = None  # (B, T) −log π of `y` under the sampling policy, 0 elsewhere
     reference: torch.Tensor | None = None  # (B, T) the same under the reference
 
     def nll(self, model: GPT, dtype: torch.dtype = torch.float32) -> torch.Tensor: # (B, T)
-        "−log π of the tokens in `y` under a model, 0 elsewhere."
+        "Compute −log π of the tokens in `y` under `model`; 0 where `y` is −1."
         with autocast(self.x.device, dtype): return model(self.x, self.y, loss_reduction="none")
 
 # %% ../../nbs/post/38_rl.ipynb #05dc4811
 def _length(answer: SampledAnswer) -> int:
-    "Tokens of an answer's row in `x`."
+    "The number of tokens in `x` for an answer: all but the last."
     return len(answer.prompt) + len(answer.completion.tokens) - 1
 
 # %% ../../nbs/post/38_rl.ipynb #1fe5c9cd
 def _micro_batch(group: list[SampledAnswer], device: torch.device) -> _MicroBatch:
-    "Lay out some answers, the longest first, as one micro-batch."
+    "Pad answers, sorted from the longest, to one micro-batch."
     x = torch.zeros(len(group), _length(group[0]), dtype=torch.long)
     y = torch.full_like(x, -1)
     for i, answer in enumerate(group):
@@ -132,22 +132,22 @@ def _micro_batch(group: list[SampledAnswer], device: torch.device) -> _MicroBatc
 # %% ../../nbs/post/38_rl.ipynb #94c016f0
 def policy_batches(
     answers: list[SampledAnswer],
-    micro_tokens: int,  # limit of the tokens in a micro-batch, padding included
+    micro_tokens: int,  # most tokens in a micro-batch, with padding; a longer answer is alone
     device: torch.device = "cpu",
 ) -> list[_MicroBatch]:
-    "Lay answers out for the backward pass, the longest first."
+    "Sort answers by length and divide them into micro-batches, the longest first."
     groups = fill_micro_batches([_length(answer) for answer in answers], micro_tokens)
     return [_micro_batch([answers[i] for i in group], device) for group in groups]
 
 # %% ../../nbs/post/38_rl.ipynb #447c9aeb
 def policy_gradient(
     model: GPT,
-    batches: list[_MicroBatch],  # of this rank's answers that have a signal
+    batches: list[_MicroBatch],  # this rank's answers to train on
     n_tokens: float,  # sampled tokens of all answers, over all ranks
     dtype: torch.dtype = torch.float32,  # of the matrix products
     clip: float = 0.0,  # as in `policy_loss`
-    kl: float = 0.0,  # likewise; needs the batches' `reference`
-) -> tuple[float, float]:  # loss, tokens beyond the clip; both over all ranks
+    kl: float = 0.0,  # as in `policy_loss`; needs the batches' `reference`
+) -> tuple[float, float]:  # loss, count of tokens beyond the clip; both summed over ranks
     "Add the gradient of the policy loss to `.grad`. The first call on a batch also stores `old`."
     device = next(model.parameters()).device
     _, world_size = group_rank_and_world()
@@ -163,11 +163,11 @@ def policy_gradient(
 
 # %% ../../nbs/post/38_rl.ipynb #596da400
 def _reward_of(
-    task,
+    task,  # any object with `name` and `reward(conversation, text)`
     conversation: dict,  # one of the task's
     text: str,  # visible text of an answer
 ) -> float:
-    "A task's reward for an answer. Raises `UserError` if the reward fails, or is not a finite number."
+    "Return an answer's reward. Raises `UserError` if that fails or gives no finite number."
     subject = f"the reward of task {task.name!r}, called with the answer {text[:40]!r},"
     remedy = "fix the task's `reward`, and start the same command again."
     try: reward = task.reward(conversation, text)
@@ -179,22 +179,22 @@ def _reward_of(
 # %% ../../nbs/post/38_rl.ipynb #f55ba388
 @dataclass
 class RolloutSettings:
-    "How many answers a step samples, and how."
+    "How many answers a step samples, and with which sampling settings."
     prompts_per_step: int  # problems, over all ranks
     samples_per_prompt: int  # answers to each
     sampling: Sampling
-    seed: int = 0  # the run's
+    seed: int = 0  # the run's seed
 
 # %% ../../nbs/post/38_rl.ipynb #aee22ece
 def _problem(
-    tasks: list,  # take turns
+    tasks: list,  # take turns, problem by problem
     settings: RolloutSettings,
     step: int,
-    j: int,  # number of the problem in the step
+    j: int,  # index of the problem in the step
     tokenizer: Tokenizer,
-    max_prompt: int,  # tokens that a prompt may have
+    max_prompt: int,  # most tokens in a prompt
 ) -> tuple:  # task, conversation, prompt (token ids)
-    "A step's j-th problem. Raises `UserError` if a hundred in a row are too long."
+    "Choose a step's j-th problem at random. Raises `UserError` if no prompt is short enough."
     task = tasks[(step * settings.prompts_per_step + j) % len(tasks)]
     first, tries = derive_seed(settings.seed, "rl problem", step, j), min(100, len(task))
     for i in range(tries):
@@ -204,20 +204,22 @@ def _problem(
         say(f"Problems of {task.name} whose prompt has more than {max_prompt} tokens leave no room "
             "for an answer, and are skipped.", once=True)
     raise UserError(f"{tries} problems of {task.name!r} in a row have prompts of more than "
-                    f"{max_prompt} tokens, which leave no room for an answer: choose a model with "
-                    "a longer context, or lower rl.max_new_tokens.")
+                    f"{max_prompt} tokens, which leave no room for an answer: lower "
+                    "rl.max_new_tokens, or train a model with a longer "
+                    "context (model.sequence_len).")
 
 # %% ../../nbs/post/38_rl.ipynb #8c12ddae
 def rollout(
     engine: Engine,
-    tasks: list,  # take turns; each judges: `task.reward(conversation, text) -> float`
+    tasks: list,  # take turns; each has `reward(conversation, text) -> float`
     step: int,
     settings: RolloutSettings,
     sigma_norm: bool = False,  # as in `advantages`
-) -> list[SampledAnswer]:  # this rank's, samples of a prompt side by side
-    "Answer this rank's share of a step's problems, several times each, and judge the answers."
+) -> list[SampledAnswer]:  # this rank's; samples of the same prompt are adjacent
+    "Sample several answers to each problem in this rank's share of a step, and score them."
     s, (rank, world_size) = settings, group_rank_and_world()
     mine = range(rank, s.prompts_per_step, world_size)
+    # the answer may take up to half of the context
     longest = engine.context - min(s.sampling.max_new_tokens, engine.context // 2)
     def draw(j): return _problem(tasks, s, step, j, engine.tokenizer, longest)
     problems = on_every_rank(lambda: [draw(j) for j in mine])
@@ -228,10 +230,10 @@ def rollout(
     seeds = [derive_seed(s.seed, "rl sample", step, j, sample) for j in mine for sample in samples]
     completions = engine.generate([prompt for _, _, prompt in asked], s.sampling, seed=seeds)
 
-    def judged():
+    def scored():
         pairs = zip(asked, completions)
         return [_reward_of(task, conversation, c.text) for (task, conversation, _), c in pairs]
-    rewards = on_every_rank(judged)
+    rewards = on_every_rank(scored)
     if not completions: return []
     groups = torch.tensor(rewards).view(-1, s.samples_per_prompt)
     advantage = advantages(groups, sigma_norm).flatten().tolist()
@@ -240,12 +242,13 @@ def rollout(
 
 # %% ../../nbs/post/38_rl.ipynb #7733f7f0
 def _rollout_sums(
-    answers: list[SampledAnswer],  # this rank's, samples of a prompt side by side
+    answers: list[SampledAnswer],  # this rank's; samples of the same prompt are adjacent
     samples_per_prompt: int,
-    names: list[str],  # of the tasks
+    names: list[str],  # names of the tasks
     device: torch.device = "cpu",
 ) -> dict[str, float]:
-    "Sums over the answers of all ranks, from which a step's line in the log is made."
+    "Sum what a step's log entry needs over the answers of all ranks."
+    # rewards, prompt by prompt
     starts = range(0, len(answers), samples_per_prompt)
     groups = [[a.reward for a in answers[i:i + samples_per_prompt]] for i in starts]
     completions = [a.completion for a in answers]
@@ -267,10 +270,10 @@ def _rollout_sums(
 # %% ../../nbs/post/38_rl.ipynb #1c434ada
 def _figures(
     sums: dict[str, float],
-    names: list[str],  # of the tasks
-    clipped: float | None,  # None: there is no clip
+    names: list[str],  # names of the tasks
+    clipped: float | None,  # share of tokens beyond the clip; None: not logged
 ) -> dict[str, float]:
-    "A step's means, as they are logged."
+    "Compute a step's logged means from its sums."
     answers = sums["answers"]
     found = {"entropy": sums["surprise"] / sums["sampled"], "length": sums["tokens"] / answers}
     for name in ("finished", "useful"): found[name] = sums[name] / answers
@@ -284,31 +287,31 @@ def _figures(
 # %% ../../nbs/post/38_rl.ipynb #d4b4915e
 def lay_out(
     answers: list[SampledAnswer],
-    micro_tokens: int,  # tokens in a micro-batch
+    micro_tokens: int,  # most tokens in a micro-batch, with padding
     device: torch.device = "cpu",
     all_train: bool = False,  # also answers whose advantage is 0
 ) -> tuple[list[_MicroBatch], list[_MicroBatch]]:  # to train on; only to measure
-    "Micro-batches of the answers with a signal, and of the others."
+    "Make micro-batches of the answers whose advantage is not 0, and of the others."
     chosen = [a for a in answers if all_train or a.advantage != 0]
     others = [a for a in answers if not all_train and a.advantage == 0]
-    return policy_batches(chosen, micro_tokens, device), policy_batches(others, micro_tokens, device)
+    return tuple(policy_batches(some, micro_tokens, device) for some in (chosen, others))
 
 # %% ../../nbs/post/38_rl.ipynb #2bdd3b82
 @torch.no_grad()
 def note_distance(
     model: GPT,
     reference: GPT,
-    batches: list[_MicroBatch],  # the loss will compute their log-probabilities under the model
-    others: list[_MicroBatch],  # these need them computed now
+    batches: list[_MicroBatch],  # to train on: their `old` is stored by `policy_gradient`
+    others: list[_MicroBatch],  # not trained on: their `old` is computed here
     dtype: torch.dtype = torch.float32,
 ):
-    "Store the reference's log-probabilities of all tokens, and the policy's where the loss does not compute them."
+    "Store `reference` of all micro-batches, and `old` of those that are not trained on."
     for b in [*batches, *others]: b.reference = b.nll(reference, dtype)
     for b in others: b.old = b.nll(model, dtype)
 
 # %% ../../nbs/post/38_rl.ipynb #de5c0609
 def _mean_distance(batches: list[_MicroBatch], n_sampled: float, device: torch.device) -> float:
-    "KL to the reference before the update, mean over the sampled tokens of all ranks."
+    "KL to the reference before the first update: the mean over the sampled tokens of all ranks."
     total = sum(k3(b.old, b.reference).sum() for b in batches)
     total = torch.as_tensor(total, dtype=torch.float32, device=device)
     return all_reduce_sum(total).item() / n_sampled
@@ -325,18 +328,18 @@ class PolicySettings:
 # %% ../../nbs/post/38_rl.ipynb #26e36431
 @dataclass
 class HeldOutTasks:
-    "What an evaluation asks."
+    "The tasks that an evaluation asks, and how many of their problems."
     tasks: list  # test splits
-    problems: int  # over all tasks
+    problems: int  # in an evaluation, over all tasks
     batch: int  # answers generated at a time
 
     def evaluate(self, engine: Engine, max_new_tokens: int) -> tuple[dict, dict]:
-        "Answer the held-out problems greedily. Return mean scores and, with several tasks, the accuracy of each."
+        "Answer greedily. Returns mean scores and, with several tasks, the accuracy of each."
         n = math.ceil(self.problems / len(self.tasks))
         how = {"max_new_tokens": max_new_tokens, "batch": self.batch}
         found = [evaluate_task(engine, task, n, **how) for task in self.tasks]
         scores = {"heldout_accuracy": sum(f["accuracy"] for f in found) / len(found)}
-        ended = [f["finished"] for f in found if "finished" in f]  # multiple choice writes no answer
+        ended = [f["finished"] for f in found if "finished" in f]  # not for multiple choice
         if ended: scores["heldout_finished"] = sum(ended) / len(ended)
         per_task = {f"heldout/{f['name']}": f["accuracy"] for f in found}
         return scores, per_task if len(found) > 1 else {}
@@ -346,7 +349,7 @@ def _update(
     model: GPT,
     optimizer,
     batches: list[_MicroBatch],
-    sums: dict[str, float],  # of the step's answers
+    sums: dict[str, float],  # from `_rollout_sums`
     policy: PolicySettings,
     lr: float,  # factor on the learning rates
     step: int,  # for messages
@@ -354,12 +357,14 @@ def _update(
 ) -> tuple[float, float]:  # loss of the last update, share of tokens beyond the clip
     "Train on a step's answers. Raises `UserError` if the loss is not finite."
     n_sampled, clipped = sums["sampled"], 0.0
+    # even without a useful answer, one pass computes the loss (for the log) and `old`
     for _ in range(policy.updates if sums["useful"] else 1):
         model.zero_grad()
         loss, beyond = policy_gradient(model, batches, n_sampled, dtype, policy.clip, policy.kl)
         if not math.isfinite(loss):
             raise UserError(f"the RL loss became {loss} at step {step}: "
-                            "lower rl.lr_scale and use another --run; the last checkpoint is untouched.")
+                            "start another --run with a lower rl.lr_scale. "
+                            "The last checkpoint is still good.")
         if sums["useful"]: optimizer.step(lr_mult=lr, wd_mult=0.0)
         clipped += beyond / n_sampled / max(1, policy.updates - 1)
     return loss, clipped
@@ -368,22 +373,23 @@ def _update(
 def reinforce(
     engine: Engine,
     optimizer,  # `MuonAdamW` over the engine's model
-    tasks: list,  # give problems and rewards, in turns
+    tasks: list,  # as in `rollout`
     heldout: HeldOutTasks,  # test splits of the same tasks
     settings: LoopSettings,
     rollouts: RolloutSettings,
     policy: PolicySettings = PolicySettings(),
     *,
-    micro_tokens: int,  # tokens in a micro-batch of the backward pass
-    metrics: Callable[[int], Metrics],  # step to resume from → the log
+    micro_tokens: int,  # most tokens in a micro-batch, with padding
+    metrics: Callable[[int], Metrics],  # opens the log, given the step to resume from
     dtype: torch.dtype = torch.float32,  # of the matrix products
 ) -> dict:  # step, seconds, tokens, reward, kl, heldout_accuracy, heldout_finished
     "Train a policy on its own answers, from the last checkpoint if there is one."
     if policy.clip and policy.updates == 1:
         raise UserError(f"rl.clip is {policy.clip:g}, but with rl.updates=1 every ratio is 1, "
-                        "and there is nothing to clip: set rl.updates to 2 or more, or rl.clip to 0.")
+                        "and there is nothing to clip: set rl.updates to 2 or more, "
+                        "or rl.clip to 0.")
     model, device, names = engine.model, engine.device, [task.name for task in tasks]
-    reference = copy.deepcopy(model).requires_grad_(False)  # before a checkpoint is loaded
+    reference = copy.deepcopy(model).requires_grad_(False)  # copied before a checkpoint is loaded
 
     def evaluate():
         scores, per_task = heldout.evaluate(engine, rollouts.sampling.max_new_tokens)
@@ -394,7 +400,7 @@ def reinforce(
                 evaluate=evaluate, once_by="heldout_accuracy")
     memory, result = loop.memory, loop.memory["result"]
     for step in loop:
-        # sample and judge
+        # sample and score
         started = time.perf_counter()
         answers = rollout(engine, tasks, step, rollouts, policy.sigma_norm)
         sums = _rollout_sums(answers, rollouts.samples_per_prompt, names, device)
@@ -419,8 +425,8 @@ def reinforce(
 
 # %% ../../nbs/post/38_rl.ipynb #d2891e23
 class _TaskSlice:
-    "Some of a task's problems."
-    def __init__(self, task, numbers: range): # of the problems
+    "A task with some of another task's problems."
+    def __init__(self, task, numbers: range): # indices of the problems
         self.task, self.numbers, self.name, self.split = task, numbers, task.name, task.split
         self.max_new_tokens = getattr(task, "max_new_tokens", 0)
         self.evaluate, self.reward = task.evaluate, task.reward
@@ -429,10 +435,10 @@ class _TaskSlice:
 
 # %% ../../nbs/post/38_rl.ipynb #a2de1bf8
 def rl_tasks(
-    names: str,  # of `rl.task`, separated by commas
-    seed: int,  # the run's
-) -> tuple[list, list]: # to practise on, held-out
-    "The tasks of a setting. Raises `UserError` for one that does not exist or is not available."
+    names: str,  # names of tasks, separated by commas, as in `rl.task`
+    seed: int,  # the run's seed
+) -> tuple[list, list]: # to train on; held-out
+    "Make the tasks of `rl.task`. Raises `UserError` if one does not exist or has no data."
     practice, heldout = [], []
     for name in dict.fromkeys(names_in(names)):
         splits = getattr((TASKS | REAL_TASKS).get(name), "splits", ())
@@ -442,16 +448,16 @@ def rl_tasks(
             test = make_task(name, "test", seed)
             len(test)
         except UserError as e:
-            say(f"The test split of {name} is not available ({e}): a tenth of its problems "
-                "for practice is held out instead.", once=True)
+            say(f"The test split of {name} is not available ({e}): a tenth of its training "
+                "problems is held out instead.", once=True)
             task, test = _TaskSlice(task, range(n // 10, n)), _TaskSlice(task, range(n // 10))
         practice.append(task)
         heldout.append(test)
     return practice, heldout
 
 # %% ../../nbs/post/38_rl.ipynb #dd2aa608
-def _rollout_settings(section: dict, seed: int) -> RolloutSettings: # `rl` of a configuration
-    "The settings of sampling in a configuration."
+def _rollout_settings(section: dict, seed: int) -> RolloutSettings:
+    "Read the sampling settings from the section `rl` of a configuration."
     sampling = Sampling(section["max_new_tokens"], section["temperature"], section["top_k"] or None)
     return RolloutSettings(
         section["prompts_per_step"], section["samples_per_prompt"], sampling, seed)
@@ -460,9 +466,9 @@ def _rollout_settings(section: dict, seed: int) -> RolloutSettings: # `rl` of a 
 def train_rl(
     run: Run,  # a run whose stage "sft" is done
 ) -> dict:  # the stage's manifest
-    """Train a run's SFT model by reinforcement learning, from the start or from its last checkpoint.
+    """Train a run's SFT model by reinforcement learning, or resume from the last checkpoint.
 
-    Under `torch.distributed.run`, on all its ranks."""
+    Under `torch.distributed.run`, call it on all ranks."""
     run.needs("sft")
     if done := run.manifest("rl"): return done
     config, section = run.config, run.config["rl"]
@@ -489,8 +495,8 @@ def train_rl(
 # %% ../../nbs/post/38_rl.ipynb #c238a37b
 _GREY = "color:#888;font-size:.85em"
 
-def _token_html(text: str, p: float, forced: bool) -> str:
-    "A token as HTML. Less likely tokens are redder, with full red at a probability of 1/1000 or less."
+def _token_html(text: str, p: float, forced: bool) -> str: # forced: the calculator inserted it
+    "A token as HTML. Less likely tokens are redder; full red is a probability of 1/1000 or less."
     surprise = min(1, -math.log10(max(p, 1e-3)) / 3)
     tip, look = f"probability {p:.3g}", f"background:rgba(214,69,65,{0.8 * surprise:.2f})"
     if forced: tip, look = "the calculator wrote it", "border-bottom:2px dotted #888"
@@ -499,7 +505,7 @@ def _token_html(text: str, p: float, forced: bool) -> str:
 
 # %% ../../nbs/post/38_rl.ipynb #ecbaa6ba
 def _legend_html() -> str:
-    "The scale of colours."
+    "A legend of the colours as HTML."
     steps = (("1", 1), ("½", 0.5), ("1/10", 0.1), ("1/100", 0.01), ("1/1000 or less", 1e-3))
     scale = " ".join(_token_html(name, p, False) for name, p in steps)
     forced = _token_html("written by the calculator", 1, True)
@@ -507,13 +513,14 @@ def _legend_html() -> str:
 
 # %% ../../nbs/post/38_rl.ipynb #0bf6f36b
 def _prompt_html(task: str, prompt: str) -> str:
-    "A prompt and the name of its task."
+    "A prompt and the name of its task as HTML."
     return (f'<div style="margin:.8em 0 .3em"><span style="{_GREY}">{html.escape(task)}</span>'
-            f'<div style="white-space:pre-wrap;unicode-bidi:isolate">{html.escape(prompt)}</div></div>')
+            f'<div style="white-space:pre-wrap;unicode-bidi:isolate">{html.escape(prompt)}</div>'
+            '</div>')
 
 # %% ../../nbs/post/38_rl.ipynb #1853f883
 def _answer_html(a: SampledAnswer, pieces: list[tuple[str, float, bool]]) -> str:
-    "An answer, as its `Rollouts.pieces`, beside its reward."
+    "An answer and its reward as HTML. `pieces` comes from `Rollouts.pieces`."
     sign = "#2e8b57" if a.advantage > 0 else "#c0392b" if a.advantage < 0 else "#888"
     text = "".join(_token_html(*piece) for piece in pieces)
     if a.completion.finish != "stop": text += f' <span style="{_GREY}">(no room left)</span>'
@@ -524,21 +531,22 @@ def _answer_html(a: SampledAnswer, pieces: list[tuple[str, float, bool]]) -> str
 
 # %% ../../nbs/post/38_rl.ipynb #b151b769
 class Rollouts:
-    "Answers to some prompts, for people: `_repr_html_` for a notebook, `repr` for a terminal."
+    "Answers to display: as HTML in a notebook, as text in a terminal."
     def __init__(
         self,
-        answers: list[SampledAnswer],  # samples of a prompt side by side
+        answers: list[SampledAnswer],  # samples of the same prompt are adjacent
         tokenizer: Tokenizer,
     ):
         self.answers, self.tokenizer = answers, tokenizer
 
     def groups(self) -> list[tuple[str, str, list[SampledAnswer]]]: # task, prompt as text, answers
-        "The answers, prompt by prompt."
+        "Group the answers by prompt."
         found = groupby(self.answers, key=lambda a: (a.task, a.prompt))
-        return [(task, self.tokenizer.decode(prompt), list(group)) for (task, prompt), group in found]
+        text = self.tokenizer.decode
+        return [(task, text(prompt), list(group)) for (task, prompt), group in found]
 
     def pieces(self, answer: SampledAnswer) -> list[tuple[str, float, bool]]:
-        "An answer's tokens: text, probability, and whether the calculator inserted it."
+        "Return an answer's tokens: text, probability, and whether the calculator inserted it."
         decoder, c = StreamDecoder(self.tokenizer), answer.completion
         texts = [decoder.add(t) for t in c.tokens]
         if texts: texts[-1] += decoder.flush()
@@ -563,13 +571,13 @@ class Rollouts:
 
 # %% ../../nbs/post/38_rl.ipynb #350bc4ea
 def show_rollouts(
-    run: Run,  # a run whose stage is done
-    problems: int = 2,
-    samples: int = 4,  # of each
-    stage: str = "rl",  # or "sft", to see what it began with
-    number: int = 0,  # another number, other problems
+    run: Run,  # a run in which `stage` is done
+    problems: int = 2,  # prompts to show
+    samples: int = 4,  # answers to each problem
+    stage: str = "rl",  # "sft" shows the model that RL started from
+    number: int = 0,  # another number chooses other problems
 ) -> Rollouts:
-    "Draw answers from a run's model to held-out problems of `rl.task`. Raises `UserError` if there is no such model."
+    "Sample answers to held-out problems of `rl.task`. Raises `UserError` without a model."
     section, device = run.config["rl"], pick_device(run.config["hardware"]["device"])
     model, tokenizer, _ = load_model(run, stage, device)
     engine = Engine(model, tokenizer, unscaled_dtype(device, run.config))
