@@ -406,7 +406,6 @@ _NEWS = compile_templates([
 _REACT = compile_template(
     "{b}: [Yes, I know.|Really?|How nice!|That is good to hear.|I did not know that.]")
 
-# %% ../../nbs/core/05_world.ipynb #49fc172b
 def _ask_fact(
     world: World,
     slots: dict, # of the dialogue; the person and the wordings are added
