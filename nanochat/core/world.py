@@ -29,7 +29,6 @@ _TOWNS = ["Millbrook", "Ashford", "Stonebridge", "Fernhill", "Seaview"]
 _SHE_WORDS = {"she": "she", "her": "her", "him": "her", "She": "She", "Her": "Her"}
 _HE_WORDS = {"she": "he", "her": "his", "him": "him", "She": "He", "Her": "His"}
 
-# %% ../../nbs/core/05_world.ipynb #4ce4de29
 @dataclass(frozen=True)
 class Resident:
     "A person of the town. The fields after `she` are the seven attributes."
