@@ -39,14 +39,14 @@ from .checkpoint import (
     latest_checkpoint, load_checkpoint, mark_best, rng_state, save_checkpoint, set_rng_state)
 
 # %% ../../nbs/train/26_loop.ipynb #687844e8
-def all_reduce_sum(x: torch.Tensor) -> torch.Tensor: # the same shape
+def all_reduce_sum(x: torch.Tensor) -> torch.Tensor: # `x` itself
     "Sum a tensor over all ranks, in place; on one process, return it unchanged."
     if dist.is_initialized(): dist.all_reduce(x)
     return x
 
 # %% ../../nbs/train/26_loop.ipynb #c2fccd3d
 def autocast(device: torch.device, dtype: torch.dtype):
-    "Context in which matrix products run in `dtype`, while weights and sums stay fp32."
+    "Return a context in which matrix products run in `dtype`; weights and sums stay float32."
     if dtype == torch.float32: return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
 
@@ -54,12 +54,12 @@ def autocast(device: torch.device, dtype: torch.dtype):
 @torch.no_grad()
 def bits_per_byte(
     model: GPT, # any module that gives losses: `model(x, y, loss_reduction="none")`
-    loader, # yields (x, y), each int64 (B, T); y is -1 where there is no target
+    loader, # `next_batch()` → (x, y), each int64 (B, T); y is -1 where there is no target
     token_bytes: torch.Tensor, # (vocab_size,) bytes of each token, 0 for special ones
-    batches: int, # batches of this rank to average over
+    batches: int, # how many batches this rank reads
     dtype: torch.dtype = torch.float32, # of the matrix products
 ) -> float: # bits per byte over all ranks
-    "Mean surprise per byte of text, in bits."
+    "Measure the mean of -log₂ p per byte of text over the loader's next batches."
     was_training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64) # nats, bytes
@@ -83,8 +83,11 @@ def accumulate_gradients(
     optimizer: MuonAdamW | None = None, # averages gradients during the last backward pass
     loss_scale: float = 1.0, # factor of the gradients, see `LossScaler`
 ) -> tuple[torch.Tensor, torch.Tensor]: # mean loss and number of targets, over all ranks (scalars)
-    "Add the gradient of the mean loss over all targets of all micro-batches and ranks to `.grad`."
-    # the optimizer averages gradients over ranks, so each rank scales its share up by their number
+    """Add this rank's part of the gradient to `.grad`.
+
+    Its average over ranks, which the optimizer takes, is `loss_scale` times the gradient of the
+    mean loss over all targets of all micro-batches and ranks."""
+    # that average divides by the number of ranks, so each rank multiplies its part by it
     _, world_size = group_rank_and_world()
     counts = torch.stack([(y >= 0).sum() for _, y in batches])
     n_targets = all_reduce_sum(counts.sum().float()).clamp(min=1)
@@ -100,7 +103,7 @@ def accumulate_gradients(
 
 # %% ../../nbs/train/26_loop.ipynb #b33a7651
 def agree(*wishes: bool, device: torch.device) -> list[bool]:
-    "For each wish: does any rank have it?"
+    "Tell for each wish whether it is true on any rank. Every rank must call it."
     if not dist.is_initialized(): return list(wishes)
     votes = torch.tensor(wishes, dtype=torch.float32, device=device)
     return (all_reduce_sum(votes) > 0).tolist()
@@ -110,7 +113,7 @@ def _checkpoint_to_resume(
     dir: Path, # a stage's `checkpoints` folder; need not exist
     device: torch.device, # on which the ranks exchange tensors
 ) -> Path | None:
-    "The latest checkpoint that rank 0 sees. Raises `UserError` on all ranks if one does not see it."
+    "Find the latest checkpoint that rank 0 sees. Raises `UserError` if any rank does not see it."
     path = latest_checkpoint(dir)
     if not dist.is_initialized(): return path
     step = torch.tensor(-1 if path is None else int(path.name.removeprefix("step_")), device=device)
@@ -126,7 +129,7 @@ def _checkpoint_to_resume(
 def resume(
     checkpoints: Path | None, # a stage's `checkpoints` folder; None: there are none
     model: GPT, # gets the weights
-    optimizer, # `MuonAdamW` over it; gets its state
+    optimizer, # `MuonAdamW` over the model; gets the saved state
 ) -> dict | None: # the checkpoint's meta; None: start from the beginning
     "Load a stage's latest checkpoint on every rank. Raises `UserError` if a rank does not see it."
     if checkpoints is None: return None
@@ -135,6 +138,7 @@ def resume(
     if path is None: return None
     model_state, optim_state, saved = load_checkpoint(path, device)
     model.load_state_dict(model_state)
+    # a checkpoint of the last step has no optimizer state
     if optim_state: optimizer.load_full_state(optim_state)
     set_rng_state(saved["rng"])
     return saved
@@ -142,20 +146,24 @@ def resume(
 # %% ../../nbs/train/26_loop.ipynb #6fb58163
 @dataclass
 class LoopSettings:
-    "How long a loop runs, when it evaluates, and what it saves where."
+    "Say how long a loop runs, when it evaluates, and what it saves where."
     steps: int # optimizer steps in total
     eval_every: int = 0 # steps between evaluations; 0: only after the last step
     save_minutes: float = 10 # minutes between checkpoints
-    keep: int = 2 # checkpoints that stay; the best one in addition
+    keep: int = 2 # how many of the latest checkpoints to keep, besides the best one
     checkpoints: Path | None = None # folder of checkpoints; None: save none
-    meta: dict = field(default_factory=dict) # what each checkpoint says of the model
+    meta: dict = field(default_factory=dict) # facts about the model, stored in each checkpoint
     desc: str = "training" # title of the progress bar
 
-BEST_BY = "bits_per_byte" # number of an evaluation that marks the best checkpoint; lower is better
+# key of the evaluation's result by which the best checkpoint is chosen; lower is better
+BEST_BY = "bits_per_byte"
 
 # %% ../../nbs/train/26_loop.ipynb #2b0ac69c
 class Loop:
-    "The steps of a training stage: `for step in loop:` yields those that are left, counted from 0."
+    """Iterate over the steps of a training stage that are left.
+
+    In `for step in loop:`, `step` is the number of finished steps, from 0. `loop.step` is the
+    number of the current step, from 1; logs, checkpoints and messages use `loop.step`."""
     def __init__(
         self,
         model: GPT, # on its device; gets the weights of the latest checkpoint
@@ -163,49 +171,50 @@ class Loop:
         settings: LoopSettings,
         metrics, # `Metrics`, or a function (step to resume from) → `Metrics`
         *,
-        memory: dict | None = None, # JSON-able values, saved and restored with each checkpoint
-        parts: dict | None = None, # name → object with `state()` and `load_state()`, likewise
-        evaluate: Callable[[], dict] | None = None, # → named numbers to log
-        once_by: str = "", # number of `evaluate`; if the log has it for this step, do not repeat
+        memory: dict | None = None, # JSON-able values, saved in each checkpoint and restored
+        parts: dict | None = None, # name → object whose `state()` is saved and restored likewise
+        evaluate: Callable[[], dict] | None = None, # returns the numbers to log, by name
+        once_by: str = "", # do not evaluate a resumed step again if its log has this key; "": do
     ):
         self.model, self.optimizer, self.settings = model, optimizer, settings
         self.memory, self.parts = memory or {}, parts or {}
         self.evaluate, self.once_by = evaluate, once_by
         self.device = next(model.parameters()).device
-        self.step, self.last_eval, self._seconds = 0, {}, 0.0 # `step` counts from 1 inside the loop
+        self.step, self.last_eval = 0, {} # `step` is raised as each step begins
+        self._earlier_seconds = 0.0 # of the runs before this one
         if saved := resume(settings.checkpoints, model, optimizer): self._restore(saved)
         self.metrics = metrics(self.step) if callable(metrics) else metrics
         self._began = self._saved_at = self.evaluated_at = time.perf_counter()
 
     def _restore(self, saved: dict):
-        "Restore the state that is not weights or random numbers."
-        self.step, self._seconds = saved["step"], saved["seconds"]
+        "Restore step, seconds, `memory` and `parts`; `resume` has restored the rest."
+        self.step, self._earlier_seconds = saved["step"], saved["seconds"]
         for name in self.memory: self.memory[name] = saved[name]
         for name, part in self.parts.items(): part.load_state(saved[name])
         say(f"{self.settings.desc}: resuming from step {self.step} of {self.settings.steps}.")
 
     @property
     def seconds(self) -> float:
-        "Seconds that the stage has taken so far, in all processes that worked on it."
-        return self._seconds + time.perf_counter() - self._began
+        "Seconds that the stage has taken so far, with earlier runs that were interrupted."
+        return self._earlier_seconds + time.perf_counter() - self._began
 
     def due(self) -> bool:
-        "Is an evaluation due after this step?"
+        "Tell whether an evaluation is due after this step."
         every = self.settings.eval_every
         return self.step == self.settings.steps or bool(every and self.step % every == 0)
 
     def log(self, **values):
-        "Write a line of named numbers about this step."
+        "Write a line with these values for the current step to the log."
         self.metrics.log(self.step, steps=self.settings.steps, **values)
 
     def show(self, text: str):
-        "Show text after the progress bar."
+        "Show text after the progress bar, which exists only inside the loop."
         self._bar.set_postfix_str(text, refresh=False)
 
 # %% ../../nbs/train/26_loop.ipynb #4d55ba6d
 @patch
-def _wishes(self: Loop) -> list[bool]: # save, stop
-    "Does any rank want to save or to stop after this step?"
+def _wishes(self: Loop) -> list[bool]: # [save, stop]
+    "Tell whether any rank wants to save, and whether any wants to stop, after this step."
     if self._agreed is None:
         late = time.perf_counter() - self._saved_at > self.settings.save_minutes * 60
         self._agreed = agree(late, self._stop.requested, device=self.device)
@@ -214,7 +223,7 @@ def _wishes(self: Loop) -> list[bool]: # save, stop
 # %% ../../nbs/train/26_loop.ipynb #440fa481
 @patch
 def pauses(self: Loop) -> bool:
-    "Will the loop save, evaluate or stop after this step?"
+    "Tell whether the loop will save, evaluate or stop after this step."
     return any(self._wishes()) or self.due()
 
 # %% ../../nbs/train/26_loop.ipynb #4048ce02
@@ -240,7 +249,7 @@ def _between_steps(self: Loop):
     if save or stop or due: self._save()
     if due and not stop:
         self._evaluate()
-        stop, = agree(self._stop.requested, device=self.device) # an evaluation may take long
+        stop = agree(self._stop.requested, device=self.device)[0] # it may have come meanwhile
     if not stop: return
     kept = "which is saved: the same command or cell resumes there"
     if self.settings.checkpoints is None:
@@ -252,9 +261,10 @@ def _between_steps(self: Loop):
 # %% ../../nbs/train/26_loop.ipynb #95e3730c
 @patch
 def _save(self: Loop):
-    "Write a checkpoint on rank 0; the finished model needs no optimizer state."
+    "Write a checkpoint on rank 0. That of the last step has no optimizer state."
     s = self.settings
     if s.checkpoints is None: return
+    # every rank must call `full_state`
     optim_state = self.optimizer.full_state() if self.step < s.steps else None
     if rank_and_world()[0] == 0:
         parts = {name: part.state() for name, part in self.parts.items()}
@@ -272,6 +282,7 @@ def _evaluate(self: Loop):
     self.last_eval = self.evaluate()
     self.log(**self.last_eval)
     s = self.settings
+    # step 0 has no checkpoint to mark
     if s.checkpoints and self.step and BEST_BY in self.last_eval and rank_and_world()[0] == 0:
         mark_best(s.checkpoints, self.step, self.last_eval[BEST_BY])
     self.evaluated_at = time.perf_counter()
@@ -279,7 +290,7 @@ def _evaluate(self: Loop):
 # %% ../../nbs/train/26_loop.ipynb #b871a449
 @patch
 def _was_evaluated(self: Loop) -> bool:
-    "Does rank 0's log hold the evaluation of this step already?"
+    "Tell whether the log, which only rank 0 writes, already holds this step's evaluation."
     if not self.once_by: return False
     rows = read_metrics(self.metrics.path, self.metrics.stage) if self.metrics.writes else []
     seen = any(row["step"] == self.step and self.once_by in row for row in rows)
@@ -291,17 +302,17 @@ def _rows_in_words(
     after: dict, # and after it
 ) -> str:
     "Name the rows of the data that a step has read, over all ranks and micro-batches."
-    def place(state):
+    def place(state): # the largest unit comes first in `state`; `rows_id` is not a position
         names = [f"{name} {n}" for name, n in state.items() if name != "rows_id"]
         return " of ".join(reversed(names))
-    if "row" in before and before | {"row": 0} == after | {"row": 0}: # all else is the same
+    if "row" in before and before | {"row": 0} == after | {"row": 0}: # only the row differs
         rest = place(before).removeprefix(f"row {before['row']}")
         return f"rows {before['row']} to {after['row'] - 1}{rest}"
     return f"from {place(before)} to just before {place(after)}"
 
 # %% ../../nbs/train/26_loop.ipynb #175ebf95
 class _Losses:
-    "Losses and norms of gradients that wait on the device, until `check` fetches all at once."
+    "Keep losses and gradient norms on the device until `check` fetches all of them at once."
     def __init__(self, checkpoints: Path | None): # the folder that holds the last good checkpoint
         self.checkpoints, self.waiting = checkpoints, []
 
@@ -309,8 +320,8 @@ class _Losses:
         "Remember a step's numbers, and the loader's state before and after it."
         self.waiting.append((step, loss, norm, before, after))
 
-    def check(self) -> tuple[float, float]: # loss and norm of the last step
-        "Fetch the numbers. Raises `UserError` at the first that is not finite."
+    def check(self) -> list[float]: # loss and norm of the last step
+        "Fetch the numbers. Raises `UserError` for the first that is not finite."
         pairs = [torch.stack([loss, norm]) for _, loss, norm, *_ in self.waiting]
         numbers = torch.stack(pairs).tolist()
         for (step, _, _, before, after), pair in zip(self.waiting, numbers):
@@ -321,24 +332,26 @@ class _Losses:
         return numbers[-1]
 
     def _refuse(self, what: str, number: float, step: int, rows: str):
+        "Raise `UserError` for a number that is not finite."
         good = self.checkpoints and latest_checkpoint(self.checkpoints)
         kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise UserError(
-            f"the {what} became {number} at step {step}, which read {rows}: lower the learning rates "
-            "(--set base.matrix_lr and base.embedding_lr, or lr_scale of a later stage) "
+            f"the {what} became {number} at step {step}, which read {rows}: lower the learning "
+            "rates (--set base.matrix_lr and base.embedding_lr, or lr_scale of a later stage) "
             f"and use another --run; {kept}.")
 
 # %% ../../nbs/train/26_loop.ipynb #d306a68f
 def measured(
-    model: GPT, # tells its FLOPs per token
+    model: GPT, # its configuration gives the FLOPs per token
     tokens_per_second: float, # over all ranks
     peak_flops: float, # peak FLOP/s of all devices together; 0: unknown
     device: torch.device, # whose memory counts
 ) -> dict: # tokens_per_second; mfu (0 to 1) and memory_mb where they are known
-    "Throughput, MFU and memory, as they go into the log."
+    "Return throughput, MFU and memory for the log."
     speed = {"tokens_per_second": round(tokens_per_second, 1)}
     if peak_flops:
-        speed["mfu"] = round(flops_per_token(vars(model.config)) * tokens_per_second / peak_flops, 4)
+        flops = flops_per_token(vars(model.config)) * tokens_per_second
+        speed["mfu"] = round(flops / peak_flops, 4)
     on_cuda = device.type == "cuda"
     memory = torch.cuda.max_memory_allocated(device) / 1e6 if on_cuda else peak_memory()
     if memory: speed["memory_mb"] = round(memory, 1)
@@ -353,7 +366,7 @@ def train(
     *,
     schedule: Callable[[int], dict], # step → keyword arguments of `optimizer.step`
     metrics, # `Metrics`, or a function (step to resume from) → `Metrics`
-    evaluate: Callable[[], dict] | None = None, # → named numbers to log
+    evaluate: Callable[[], dict] | None = None, # returns the numbers to log, by name
     grad_accum: int = 1, # micro-batches per step on each rank
     dtype: torch.dtype = torch.float32, # of the matrix products
     peak_flops: float = 0.0, # peak FLOP/s of one device, for the MFU; 0: unknown
@@ -375,24 +388,27 @@ def train(
         with quantize_weights(model):
             loss, n_targets = accumulate_gradients(model, batches, dtype, optimizer, scaler.scale)
 
-        # update; float16 leaves out a step whose gradients overflowed
+        # update; in float16, a step whose gradients overflowed is skipped
         how = schedule(step)
         scaling = {"grad_scale": scaler.scale, "skip_nonfinite": True} if scaler.enabled else {}
         norm = optimizer.step(**how, **scaling)
         if scaler.enabled and not scaler.update(bool(norm.isfinite())):
-            norm = torch.zeros_like(norm)
+            norm = torch.zeros_like(norm) # the overflow is handled, so `losses` must not see it
         memory["tokens"] += sum(x.numel() for x, _ in batches) * world_size
         losses.add(loop.step, loss, norm, before, loader.state())
 
-        # nothing is saved before its losses are checked
+        # check the losses before a pause, because the loop may then save
         if not loop.pauses() and loop.step % log_every: continue
-        (loss_value, norm_value), now = losses.check(), time.perf_counter()
+        loss_value, norm_value = losses.check() # waits for the device
+        # the speed since the last log; an evaluation in between does not count
+        now = time.perf_counter()
         seconds = max(now - max(logged_at, loop.evaluated_at), 1e-9)
         rate = (memory["tokens"] - logged_tokens) / seconds
         logged_at, logged_tokens = now, memory["tokens"]
         speed = measured(model, rate, peak_flops * world_size, loop.device)
         loop.log(loss=round(loss_value, 5), lr=how.get("lr_mult", 1.0),
-                 grad_norm=round(norm_value, 5), tokens=memory["tokens"], **speed, targets=int(n_targets))
+                 grad_norm=round(norm_value, 5), tokens=memory["tokens"], **speed,
+                 targets=int(n_targets))
         loop.show(f"loss {loss_value:.3f}, {in_words(speed)}")
     done = {"step": loop.step, "seconds": round(loop.seconds, 1), "tokens": memory["tokens"]}
     return done | {"loss": loss_value, **loop.last_eval}
@@ -404,7 +420,7 @@ def grad_accum_steps(
     seq_len: int, # tokens per row
     world_size: int = 1, # ranks
 ) -> int:
-    "Micro-batches of a step. Raises `UserError` if they do not divide the batch."
+    "Count the micro-batches of a step on a rank. Raises `UserError` if they do not fill the batch."
     per_round = device_batch * seq_len * world_size
     if batch_tokens % per_round == 0 and batch_tokens >= per_round: return batch_tokens // per_round
     fitting = max(1, round(batch_tokens / per_round)) * per_round
@@ -416,11 +432,12 @@ def grad_accum_steps(
 def optimizer_for(
     model: GPT, # the model to train
     config: dict, # a run's configuration: `base` holds the learning rates
-    lr_scale: float = 1.0, # the stage's factor on all of them
+    lr_scale: float = 1.0, # the stage's factor on all learning rates
 ):
-    "The run's optimizer, with the learning rates of pretraining times `lr_scale`."
+    "Make the run's optimizer, with the learning rates of pretraining times `lr_scale`."
     base, kinds = config["base"], ("matrix", "embedding", "head", "scalar")
     rates = {f"{kind}_lr": base[f"{kind}_lr"] * lr_scale for kind in kinds}
+    # the dtype of Muon's Polar Express; None: its default for the device
     dtype = torch.bfloat16 if config["hardware"]["dtype"] == "bfloat16" else None
     return make_optimizer(model, **rates, weight_decay=base["weight_decay"], dtype=dtype)
 
@@ -430,12 +447,14 @@ def prepare_model(
     config: dict, # a run's configuration
     device: torch.device, # where the model goes
 ) -> GPT:
-    "Move a model to its device; choose its kernels, and compile its trunk, if the configuration says so."
+    """Move a model to its device.
+
+    If the configuration says so, use fp8, or choose the attention kernels and compile the trunk."""
     model, hardware, c = model.to(device).train(), config["hardware"], model.config
     if hardware.get("fp8"): use_fp8(model)
     if hardware.get("compile"):
         dtype = pick_dtype(device, hardware["dtype"])
-        # now, not while it compiles
+        # choose now: choosing inside a compiled model would cut its graph
         choose_backends(device, dtype, c.head_dim, T=c.sequence_len, window=min(c.windows))
         model.compiled_trunk = torch.compile(model.trunk)
     return model
@@ -445,7 +464,7 @@ def fill_micro_batches(
     lengths: list[int], # tokens of each row
     micro_tokens: int, # limit of the tokens in a micro-batch, padding included
 ) -> list[list[int]]: # indices of the rows
-    "Group rows into micro-batches, the longest first. A row beyond the limit has one of its own."
+    "Group rows into micro-batches, the longest first. A row beyond the limit is its own group."
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
         fits = groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= micro_tokens
@@ -455,7 +474,7 @@ def fill_micro_batches(
 
 # %% ../../nbs/train/26_loop.ipynb #f1110005
 def unscaled_dtype(device: torch.device, config: dict) -> torch.dtype:
-    "Dtype of the matrix products where the loss is not scaled: the configured one, but never float16."
+    "Return the configured dtype of the matrix products, or float32 in place of float16."
     dtype = pick_dtype(device, config["hardware"]["dtype"])
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -463,7 +482,9 @@ def unscaled_dtype(device: torch.device, config: dict) -> torch.dtype:
 class _OneEpoch:
     "Yield each row of a loader once; rows of the next epoch have no targets."
     def __init__(self, loader: PackedLoader):
-        self.loader, self.left = loader, loader.epoch_rows - loader.rank * loader.batch_size
+        self.loader = loader
+        # rows that are left in the epoch where this rank's next batch begins
+        self.left = loader.epoch_rows - loader.rank * loader.batch_size
     def next_batch(self):
         x, y = self.loader.next_batch()
         y[max(0, self.left):] = -1
@@ -473,12 +494,12 @@ class _OneEpoch:
 # %% ../../nbs/train/26_loop.ipynb #35f67a83
 def validation_bits_per_byte(
     model: GPT, # on its device
-    tokenizer: Tokenizer, # the one that it was trained with
+    tokenizer: Tokenizer, # the model's
     tokens_dir: Path, # its token shards, from `nanochat.core.dataloader.prepare_tokens`
-    rows: int = 8, # at a time
+    rows: int = 8, # rows of a batch
     dtype: torch.dtype = torch.float32, # of the matrix products
 ) -> float: # bits per byte
-    "Bits per byte of the complete validation text."
+    "Measure bits per byte on the complete validation text."
     device, (rank, world_size) = model.lm_head.weight.device, group_rank_and_world()
     loader = PackedLoader(tokens_dir, "val", rows, model.config.sequence_len, rank, world_size,
                           device=device, tokenizer_hash=tokenizer.hash)
@@ -492,7 +513,7 @@ def loop_settings(
     stage: str, # whose section holds `eval_every` and `save_minutes`
     steps: int, # optimizer steps in total
     model: GPT, # its configuration goes into each checkpoint
-    tokenizer: Tokenizer, # its hash likewise
+    tokenizer: Tokenizer, # its hash goes there as well
     desc: str, # title of the progress bar
     section: dict | None = None, # the stage's settings, if they are not those of the configuration
 ) -> LoopSettings:
@@ -520,7 +541,7 @@ def pretrain(
     run: Run, # a run whose stage "tokenizer" is done
     examine: Callable[..., dict] | None = None, # (model, tokenizer, step, dtype) → manifest entries
 ) -> dict: # the stage's manifest
-    "Pretrain the base model of a run, or resume it. Under `torch.distributed.run`, on all its ranks."
+    "Pretrain the base model of a run, or resume it; under `torch.distributed.run`, on all ranks."
     run.needs("tokenizer")
     if done := run.manifest("base"): return done
     config, section = run.config, run.config["base"]
@@ -532,7 +553,7 @@ def pretrain(
         tokenizer = Tokenizer.load(run.stage_dir("tokenizer"))
         tokens_dir = prepare_tokens(run)
 
-        # the model; a small text may have ended the merges early
+        # the model; a tokenizer from a small text may be smaller than configured
         model = GPT(GPTConfig(**config["model"] | {"vocab_size": tokenizer.vocab_size}))
         model.init_weights(derive_seed(run.seed, "init"))
         model = prepare_model(model, config, device)
@@ -546,12 +567,12 @@ def pretrain(
         val = loader("val", tokenizer_hash=tokenizer.hash)
         token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=device)
         eval_batches = max(1, section["eval_tokens"] // (B * T * world_size))
-        def bpb(rows): return round(bits_per_byte(model, rows, token_bytes, eval_batches, dtype), 5)
+        def bpb(on): return round(bits_per_byte(model, on, token_bytes, eval_batches, dtype), 5)
         def evaluate():
             val.seek(0) # always the same rows
             return {"bits_per_byte": bpb(val)}
 
-        # the world knows how well a model can do at best
+        # the entropy of the world's text is the least bits per byte that a model can reach
         floor = {}
         if config["data"]["source"] == "world":
             floor["entropy_bits_per_byte"] = round(World(run.seed).entropy_bits_per_byte(), 5)
@@ -561,9 +582,10 @@ def pretrain(
         peak_flops = config["hardware"].get("peak_flops") or 0.0
         def metrics(step): return run.metrics("base", step)
         result = train(
-            model, optimizer_for(model, config), rows, settings, schedule=_pretrain_schedule(section),
-            metrics=metrics, evaluate=evaluate, grad_accum=grad_accum, dtype=dtype, peak_flops=peak_flops)
-        beginnings = loader("val", crop=True) # rows begin where documents do
+            model, optimizer_for(model, config), rows, settings,
+            schedule=_pretrain_schedule(section), metrics=metrics, evaluate=evaluate,
+            grad_accum=grad_accum, dtype=dtype, peak_flops=peak_flops)
+        beginnings = loader("val", crop=True) # pieces begin where documents do
         result["bits_per_byte_of_beginnings"] = bpb(beginnings)
         if examine: result |= examine(model, tokenizer, result["step"], dtype)
         parameters = model.num_params()["total"]
