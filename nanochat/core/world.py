@@ -94,7 +94,6 @@ def _draw_residents(
 # %% ../../nbs/core/05_world.ipynb #7a98f782
 _HELD_OUT_SHARE = 0.2 # of the facts of each attribute, and of the words
 
-# %% ../../nbs/core/05_world.ipynb #4d0ac87a
 class World:
     "A town that is drawn from a seed, and documents about it."
 
