@@ -89,6 +89,7 @@ def _change(draw):
     x, y = draw.number(2, 9), draw.number(2, 9)
     return x, y, x * y + draw.number(1, 18)
 
+# %% ../../nbs/post/31_problems.ipynb #b86ef918
 def _passengers(draw):
     "Draw numbers for x - y + w."
     return *_minuend(draw), draw.number(2, 20)

@@ -225,6 +225,7 @@ class Identity(Task):
 _WHO = compile_templates([
     "Who is {N}?", "Tell me about {o}.", "What do you know about {o}?", "Do you know {o}?"])
 
+# %% ../../nbs/post/32_town.ipynb #a426378c
 def _values_in(
     text: str, # an answer
     attribute: str, # key of ATTRIBUTES
@@ -499,6 +500,8 @@ _HIDDEN = compile_templates([
     "How many [books|cups|windows] does {N} have?",
     "What is {Ns} [shoe size|password|house number]?",
     "Where [did|will] {N} spend the [summer|winter]?"])
+
+# %% ../../nbs/post/32_town.ipynb #44176059
 _HIDDEN_ANSWERS = ["I do not know that.", "I am sorry, I do not know that.", "Nobody told me that."]
 
 # %% ../../nbs/post/32_town.ipynb #dfcca5d7

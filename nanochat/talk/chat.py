@@ -225,6 +225,7 @@ def reply(self: Talk, stop: threading.Event | None = None) -> Iterator[Piece]:
         # an empty answer is removed, so the question is still the last message
         if not message["content"] and self.messages[place:] == [message]: self._drop_answer()
 
+# %% ../../nbs/talk/41_chat.ipynb #49c4e1f0
 @patch
 def _drop_answer(self: Talk):
     "Remove the last message, which is an answer."
@@ -244,6 +245,7 @@ def ask(self: Talk, text: str, stop: threading.Event | None = None) -> Iterator[
     self.replaced = []
     return self.reply(stop)
 
+# %% ../../nbs/talk/41_chat.ipynb #7ac44dd4
 @patch
 def retry(self: Talk, stop: threading.Event | None = None) -> Iterator[Piece]:
     "Answer the last question again with another seed; `replaced` keeps the old answer."
@@ -254,6 +256,7 @@ def retry(self: Talk, stop: threading.Event | None = None) -> Iterator[Piece]:
         raise UserError("there is no question to answer again yet: ask one first.")
     return self.reply(stop)
 
+# %% ../../nbs/talk/41_chat.ipynb #331419be
 @patch
 def take_back(self: Talk) -> str: # the last question, "" if there is none
     "Remove the last question and its answer, so that it can be asked differently."

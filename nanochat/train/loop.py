@@ -155,6 +155,7 @@ class LoopSettings:
     meta: dict = field(default_factory=dict) # facts about the model, stored in each checkpoint
     desc: str = "training" # title of the progress bar
 
+# %% ../../nbs/train/26_loop.ipynb #c7116bbe
 # key of the evaluation's result by which the best checkpoint is chosen; lower is better
 BEST_BY = "bits_per_byte"
 
