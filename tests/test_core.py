@@ -563,4 +563,4 @@ def test_too_few_questions(tmp_path):
 def test_a_model_whose_logits_are_no_numbers():
     model = spread_model(1, TOKENIZER.vocab_size)
     model.lm_head.weight.data.fill_(math.nan)
-    with pytest.raises(UserError, match="not numbers"): ask(GPTReader(model, TOKENIZER), CoreTask("", "", CHOICE, 2, " ", 0), questions_of(CHOICE))
+    with pytest.raises(UserError, match="not finite"): ask(GPTReader(model, TOKENIZER), CoreTask("", "", CHOICE, 2, " ", 0), questions_of(CHOICE))
