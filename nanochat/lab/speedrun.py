@@ -90,9 +90,9 @@ _plan_options = _options(
                  "parquet, jsonl, txt or md."),
     click.option("--depth", type=int,
                  help="Layers of the model: the one dial that determines the rest."),
-    click.option("--minutes", type=float,
+    click.option("--minutes", type=click.FloatRange(0, min_open=True),
                  help="Minutes for the whole run: the plan chooses the depth."),
-    click.option("--dollars", type=float,
+    click.option("--dollars", type=click.FloatRange(0, min_open=True),
                  help="Dollars for the whole run: the plan chooses the depth."),
     click.option("--until", type=click.Choice(list(STAGES)),
                  help="The last stage to run; a budget covers the stages up to it."),
@@ -152,7 +152,7 @@ def _train(run: Run):
     until = run.config["dial"]["until"]
     if until == "report":
         click.echo(f"report: {run.dir/'report.html'}")
-        click.echo(f"to talk to it: nanochat chat --run {run.name}")
+        click.echo(f"to talk to it: uv run nanochat chat --run {run.name}")
     else: click.echo(f"ended after {until}; the same command with --until report continues")
 
 # %% ../../nbs/lab/56_speedrun.ipynb #d4fe50ab
@@ -208,7 +208,10 @@ def _speedrun_command(preset, name, settings, hardware, plan_only, **options):
 def _chat_command(name, stage, **how):
     """Talk to a trained model in the terminal."""
     from nanochat.talk.chat import terminal_chat
-    terminal_chat(name or last_run(), stage, **how)
+    if not name:
+        name = last_run()
+        click.echo(f"run {name}", err=True) # not a part of the answer
+    terminal_chat(name, stage, **how)
 
 # %% ../../nbs/lab/56_speedrun.ipynb #fca2ddec
 _limit_options = _options( # fields of `ServerLimits`
@@ -312,6 +315,9 @@ def _measure_chat(
     how |= {"max_new_tokens": section["max_new_tokens"], "batch": section["batch"]}
     scores = evaluate_chat(engine, names, most or section["questions"], seed=run.seed,
                            card=card_of(run.config), **how)
+    if not scores["tasks"]:
+        why = "; ".join(f"{name}: {reason}" for name, reason in scores["missing"].items())
+        raise UserError(f"none of the tasks could be measured: {why}")
     step = run.needs(stage)["step"]
     if how["split"] == "test": save_evaluation(run, stage, scores, step, add=True)
     return scores
@@ -336,10 +342,15 @@ def _measure_run(
     # the device's dtype, because the run's may not work here, such as float16 on a CPU
     model, tokenizer, dtype = engine.model, engine.tokenizer, pick_dtype(device)
     core = chat = bpb = None
-    if not wanted: wanted = ["core", "bpb"] if stage == "base" else [run.config["eval"]["tasks"]]
+    say(f"run {run.name}, stage {stage}")
+    asked = bool(wanted) # or the default of the stage?
+    if not asked: wanted = ["core", "bpb"] if stage == "base" else [run.config["eval"]["tasks"]]
     if "core" in wanted:
         step = run.needs(stage)["step"]
-        core = evaluate_core_stage(run, stage, model, tokenizer, step, dtype, most)
+        try: core = evaluate_core_stage(run, stage, model, tokenizer, step, dtype, most)
+        except UserError as e:
+            if asked: raise
+            say(f"CORE is left out: {e}")
     if "bpb" in wanted:
         tokens, rows = prepare_tokens(run), run.config["base"]["device_batch"]
         bpb = validation_bits_per_byte(model, tokenizer, tokens, rows, dtype)
@@ -414,8 +425,8 @@ def _dpo_command(name, simulate, settings):
         say(f"Preference training runs on one process, not on {nproc}: pairs are few.")
     with run_lock(run): manifest = train_dpo(run, simulate or 0, changed)
     click.echo(show_dpo(run, manifest))
-    click.echo(f"to talk to it: nanochat chat --run {run.name}; "
-               f"in the report: nanochat report {run.name}")
+    click.echo(f"to talk to it: uv run nanochat chat --run {run.name}; "
+               f"in the report: uv run nanochat report {run.name}")
 
 # %% ../../nbs/lab/56_speedrun.ipynb #6040516f
 @cli.command("report")
