@@ -48,7 +48,7 @@ class _Pieces:
         self.counts.append(len(self.specials) - before)
 
     def render(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        "Return ids, which of them are learned, and the length of each conversation in tokens."
+        "Return ids, which of them count in the loss, and each conversation's length in tokens."
         encoded, offsets = self.tokenizer.encode_batch(self.texts)
         special, lengths = np.array(self.specials), np.ones(len(self.specials), np.int64)
         lengths[special < 0] = np.diff(offsets)
@@ -66,8 +66,10 @@ def render_conversations(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Render conversations as `Tokenizer.render_conversation` does, and concatenate them.
 
-    Returns the ids (n_tokens,) uint16 or uint32; whether each id is learned (n_tokens,) bool;
-    and where each conversation begins, and the last one ends (n + 1,) int64."""
+    Returns three arrays:
+    - ids: (n_tokens,) uint16 or uint32
+    - learned: (n_tokens,) bool, True where the token counts in the loss
+    - offsets: (n + 1,) int64; conversation `i` has `ids[offsets[i]:offsets[i + 1]]`"""
     rendered, pieces = [], _Pieces(tokenizer)
     for conversation in conversations:
         pieces.add(conversation)
@@ -104,7 +106,7 @@ def fit_conversations(
     tokenizer: Tokenizer,
     capacity: int, # tokens in a row: T + 1
 ) -> Rendered:
-    "Render conversations. Cut those that are too long after the last assistant message that fits."
+    "Render conversations. One that is too long ends with the last assistant message that fits."
     ids, learned, offsets = render_conversations(conversations, tokenizer)
     lengths, end = np.diff(offsets), tokenizer.special("<|assistant_end|>")
     taught = np.r_[0, np.cumsum(learned)][offsets] # learned tokens before each conversation
@@ -130,13 +132,13 @@ class PackedConversations:
 
     def __str__(self):
         size = max(1, self.tokens.size)
-        lost = [f"{Path(name).name} {task['cut']:,} and {task['left_out']:,}"
+        lost = [f"{Path(name).name}: {task['cut']:,} shortened, {task['left_out']:,} left out"
                 for name, task in self.tasks.items() if task["cut"] or task["left_out"]]
         full, learned = self.total("tokens") / size, self.total("learned") / size
         text = (f"{self.total('asked'):,} conversations requested, {self.total('packed'):,} packed "
                 f"into {len(self.tokens):,} rows that are {full:.0%} full, "
                 f"{self.total('left_out'):,} left out; loss on {learned:.0%} of all positions.")
-        return text + f" Cut at a turn, and left out: {'; '.join(lost)}." if lost else text
+        return text + f" By task: {'; '.join(lost)}." if lost else text
 
 # %% ../../nbs/post/37_finetune.ipynb #43be0336
 def _counts(task: Rendered, chosen: np.ndarray) -> dict[str, int]:
@@ -160,7 +162,10 @@ def _choose(
     tasks: list[Rendered],
     seed: int | None, # of the shuffle; None: in the order of the tasks
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    "Return indices of the requested conversations by task; then, in order, task and index of each."
+    """Choose the requested conversations and shuffle them.
+
+    Returns, for each task, the indices of its conversations; then, in the shuffled order, the
+    task of each conversation and its index in that task."""
     chosen = [np.arange(task.asked if len(task.lengths) else 0) % max(1, len(task.lengths))
               for task in tasks]
     of_task = np.concatenate([np.full(len(items), t) for t, items in enumerate(chosen)])
@@ -183,16 +188,17 @@ def pack_conversations(
     counts = {task.name: _counts(task, items) for task, items in zip(tasks, chosen)}
     if not sum(count["packed"] for count in counts.values()):
         n = sum(task.asked for task in tasks)
-        raise UserError(f"none of {n:,} conversations fits a row of {capacity - 1:,} tokens up to "
-                        "the end of an assistant's message: write assistant messages where there "
-                        "are none, shorten the conversations, or raise model.sequence_len.")
+        raise UserError(f"in none of {n:,} conversations does an assistant message end within the "
+                        f"{capacity:,} tokens of a row (model.sequence_len + 1): write assistant "
+                        "messages where there are none, shorten the conversations, or raise "
+                        "model.sequence_len.")
 
     # drop those that are left out: their length is 0
     first = np.cumsum([0, *(len(task.lengths) for task in tasks)])
     lengths = np.concatenate([task.lengths for task in tasks])[item + first[of_task]]
     of_task, item, lengths = (a[lengths > 0] for a in (of_task, item, lengths))
 
-    # with `max_gap` a complete row, gaps are padded and no conversation is divided
+    # `max_gap=capacity`: pad every gap, rather than split a conversation to fill it
     plan = pack_rows(lengths, capacity, max_gap=capacity)
     dtype = tasks[0].ids.dtype
     tokens, mask = _new_arrays((len(plan), capacity), dtype, folder)
@@ -252,7 +258,7 @@ def _load_rows(folder: Path, key: str) -> dict[str, PackedConversations] | None:
 
 # %% ../../nbs/post/37_finetune.ipynb #fdcca86b
 def prepare_rows(
-    run: Run, # its mixture, identity card and seed are read
+    run: Run, # its mixture, identity card (who the model is) and seed are read
     stage: str, # "mid" or "sft"
     tokenizer: Tokenizer,
     seq_len: int, # T
@@ -277,7 +283,9 @@ def prepare_rows(
 
 # %% ../../nbs/post/37_finetune.ipynb #8d85bae3
 class ConversationLoader:
-    "Batches of packed conversations, reshuffled each epoch; unlearned targets are -1."
+    """Batches of packed conversations. Targets that do not count in the loss are -1.
+
+    With a `seed`, each epoch has the rows in another order."""
     def __init__(
         self,
         packed: PackedConversations,

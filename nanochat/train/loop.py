@@ -85,8 +85,8 @@ def accumulate_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]: # mean loss and number of targets, over all ranks (scalars)
     """Add this rank's part of the gradient to `.grad`.
 
-    Its average over ranks, which the optimizer takes, is `loss_scale` times the gradient of the
-    mean loss over all targets of all micro-batches and ranks."""
+    The optimizer averages these parts over the ranks. The average is `loss_scale` times the
+    gradient of the mean loss over all targets of all micro-batches and ranks."""
     # that average divides by the number of ranks, so each rank multiplies its part by it
     _, world_size = group_rank_and_world()
     counts = torch.stack([(y >= 0).sum() for _, y in batches])
@@ -175,13 +175,14 @@ class Loop:
         memory: dict | None = None, # JSON-able values, saved in each checkpoint and restored
         parts: dict | None = None, # name → object whose `state()` is saved and restored likewise
         evaluate: Callable[[], dict] | None = None, # returns the numbers to log, by name
-        once_by: str = "", # do not evaluate a resumed step again if its log has this key; "": do
+        # after resuming, skip the evaluation if the step's log has this key; "": always evaluate
+        once_by: str = "",
     ):
         self.model, self.optimizer, self.settings = model, optimizer, settings
         self.memory, self.parts = memory or {}, parts or {}
         self.evaluate, self.once_by = evaluate, once_by
         self.device = next(model.parameters()).device
-        self.step, self.last_eval = 0, {} # `step` is raised as each step begins
+        self.step, self.last_eval = 0, {} # `step` is incremented when a step begins
         self._earlier_seconds = 0.0 # of the runs before this one
         if saved := resume(settings.checkpoints, model, optimizer): self._restore(saved)
         self.metrics = metrics(self.step) if callable(metrics) else metrics
@@ -209,7 +210,7 @@ class Loop:
         self.metrics.log(self.step, steps=self.settings.steps, **values)
 
     def show(self, text: str):
-        "Show text after the progress bar, which exists only inside the loop."
+        "Show text to the right of the progress bar. Call it only inside the loop."
         self._bar.set_postfix_str(text, refresh=False)
 
 # %% ../../nbs/train/26_loop.ipynb #4d55ba6d
@@ -335,11 +336,12 @@ class _Losses:
     def _refuse(self, what: str, number: float, step: int, rows: str):
         "Raise `UserError` for a number that is not finite."
         good = self.checkpoints and latest_checkpoint(self.checkpoints)
-        kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        kept = "there is no checkpoint yet"
+        if good: kept = f"to look into the cause: the last good checkpoint is {good}"
         raise UserError(
-            f"the {what} became {number} at step {step}, which read {rows}: lower the learning "
-            "rates (--set base.matrix_lr and base.embedding_lr, or lr_scale of a later stage) "
-            f"and use another --run; {kept}.")
+            f"the {what} became {number} at step {step}, which read {rows}: start again "
+            "under another --run, with lower learning rates (--set base.matrix_lr and "
+            f"base.embedding_lr, or lr_scale of a later stage); {kept}.")
 
 # %% ../../nbs/train/26_loop.ipynb #d306a68f
 def measured(
@@ -438,7 +440,7 @@ def optimizer_for(
     "Make the run's optimizer, with the learning rates of pretraining times `lr_scale`."
     base, kinds = config["base"], ("matrix", "embedding", "head", "scalar")
     rates = {f"{kind}_lr": base[f"{kind}_lr"] * lr_scale for kind in kinds}
-    # the dtype of Muon's Polar Express; None: its default for the device
+    # the dtype in which Muon orthogonalizes (Polar Express, 15_optim); None: the device's default
     dtype = torch.bfloat16 if config["hardware"]["dtype"] == "bfloat16" else None
     return make_optimizer(model, **rates, weight_decay=base["weight_decay"], dtype=dtype)
 
@@ -450,7 +452,8 @@ def prepare_model(
 ) -> GPT:
     """Move a model to its device.
 
-    If the configuration says so, use fp8, or choose the attention kernels and compile the trunk."""
+    With `hardware.fp8`, use fp8. With `hardware.compile`, choose the attention kernels and
+    compile `model.trunk` (everything up to the head)."""
     model, hardware, c = model.to(device).train(), config["hardware"], model.config
     if hardware.get("fp8"): use_fp8(model)
     if hardware.get("compile"):
@@ -484,7 +487,7 @@ class _OneEpoch:
     "Yield each row of a loader once; rows of the next epoch have no targets."
     def __init__(self, loader: PackedLoader):
         self.loader = loader
-        # rows that are left in the epoch where this rank's next batch begins
+        # rows of the epoch from this rank's next batch on; 0 or less: the epoch is over
         self.left = loader.epoch_rows - loader.rank * loader.batch_size
     def next_batch(self):
         x, y = self.loader.next_batch()
@@ -573,7 +576,7 @@ def pretrain(
             val.seek(0) # always the same rows
             return {"bits_per_byte": bpb(val)}
 
-        # the entropy of the world's text is the least bits per byte that a model can reach
+        # the entropy of the invented town's text (`World`) is known; no model can go below it
         floor = {}
         if config["data"]["source"] == "world":
             floor["entropy_bits_per_byte"] = round(World(run.seed).entropy_bits_per_byte(), 5)
