@@ -91,6 +91,7 @@ def test_pretraining_ends_with_core(tmp_path, data):
     (["--model", "nowhere"], ["nowhere has no config.json"]),
     (["smoke", "--tasks", "core", "--data-root", "nowhere"], ["the data folder", "does not exist"]),
     (["smoke", "--tasks", "sums", "--samples", "4"], ["temperature above 0"]),
+    (["smoke", "--tasks", "poems"], ["none of the tasks could be measured", "there is no task 'poems'"]),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)
 def test_what_cannot_be_measured_is_refused(smoke, arguments, words):
     assert_user_error(nanochat(smoke.base, "eval", *arguments), *words)
@@ -100,6 +101,10 @@ def test_core_without_files(copy, tmp_path):
     place = copy("report")
     (tmp_path/"mine"/"core").mkdir(parents=True)
     assert_user_error(nanochat(place.base, "eval", "smoke", "--tasks", "core", "--data-root", tmp_path/"mine"), "none of CORE's files")
+    # nobody asked for it: the rest is measured
+    done = nanochat(place.base, "eval", "smoke", "--stage", "base", "--data-root", tmp_path/"mine")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(words in done.stdout for words in ("run smoke, stage base", "CORE is left out: none of CORE's files", "bits per byte of the validation text: "))
 
 
 def test_settings_are_checked_before_anything_runs(tmp_path):

@@ -208,10 +208,9 @@ def _speedrun_command(preset, name, settings, hardware, plan_only, **options):
 def _chat_command(name, stage, **how):
     """Talk to a trained model in the terminal."""
     from nanochat.talk.chat import terminal_chat
-    if not name:
-        name = last_run()
-        click.echo(f"run {name}", err=True) # not a part of the answer
-    terminal_chat(name, stage, **how)
+    run = name or last_run()
+    terminal_chat(run, stage, **how)
+    if how["prompt"] and not name: click.echo(f"(run {run})", err=True) # no part of the answer
 
 # %% ../../nbs/lab/56_speedrun.ipynb #fca2ddec
 _limit_options = _options( # fields of `ServerLimits`
