@@ -324,7 +324,8 @@ def test_side_by_side(lab):
     (lab.folder/"stopped.txt").unlink(missing_ok=True)
     both.click("Stop")
     both.idle()
-    assert len((lab.folder/"stopped.txt").read_text().splitlines()) == 2 and both.text().count("Stopped.") == 2
+    both.until(lambda: both.text().count("Stopped.") == 2)
+    assert len((lab.folder/"stopped.txt").read_text().splitlines()) == 2
     both.click("Regenerate")
     both.until(lambda: both.button("Stop").is_enabled())
     both.click("Stop")
