@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['make_world', 'text_files', 'file_state', 'split_parts', 'take_characters', 'iter_texts', 'file_rows', 'set_files',
-           'set_rows', 'core_folders', 'conversation_files', 'conversations', 'val_characters', 'text_path',
-           'hub_files', 'prepare_text', 'sample_texts', 'text_identity', 'prepare_data', 'get_set', 'show_set',
-           'damaged_files']
+           'set_rows', 'core_folders', 'conversation_files', 'content_text', 'conversations', 'val_characters',
+           'text_path', 'hub_files', 'prepare_text', 'sample_texts', 'text_identity', 'prepare_data', 'get_set',
+           'show_set', 'damaged_files']
 
 # %% ../../nbs/core/08_dataset.ipynb #8728d5f6
 import difflib
@@ -25,7 +25,7 @@ from pathlib import Path
 
 # %% ../../nbs/core/08_dataset.ipynb #f758447b
 from .files import (
-    UserError, atomic_file, file_lock, read_json, say, sha256_file, sha256_json)
+    UserError, atomic_file, file_lock, read_json, say, sha256_json)
 from .machine import n_cores
 from .run import base_dir
 from .tokenizer import check_conversation
@@ -401,12 +401,14 @@ def conversation_files(
     return text_files(path) if must or path.exists() else []
 
 # %% ../../nbs/core/08_dataset.ipynb #446410f1
+def content_text(content: str | list) -> str: # of a message
+    "Join the text of a message's content, calculator calls and their results included."
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
 def _refuse_empty(messages: list[dict]):
     "Raise `UserError` if a message has no text."
     for i, message in enumerate(messages):
-        content = message["content"]
-        if not isinstance(content, str): content = "".join(part["text"] for part in content)
-        if not content.strip():
+        if not content_text(message["content"]).strip():
             raise UserError(f"message {i}, by the {message['role']}, is empty: "
                             "write its content, or remove the conversation.")
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 

@@ -19,7 +19,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from html.parser import HTMLParser
 from importlib.resources import files

@@ -9,7 +9,7 @@ __all__ = ['PUBLISHED', 'TRAINING_NOISE', 'Heading', 'Table', 'Page', 'flat_sett
 import html
 import re
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 

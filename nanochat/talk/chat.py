@@ -19,7 +19,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 # %% ../../nbs/talk/41_chat.ipynb #363cc54f
-from ..core.files import UserError, atomic_write, read_json
+from ..core.files import UserError, atomic_write
 from ..core.machine import derive_seed, pick_device
 from ..core.run import EXTRA_STAGES, TRAINED, Run
 from ..core.tokenizer import Tokenizer

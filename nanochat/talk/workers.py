@@ -25,7 +25,7 @@ from fastcore.basics import patch
 from ..core.files import UserError, say
 from ..rustbpe import RustBPE
 from ..core.tokenizer import Tokenizer
-from ..model.engine import Engine, Sampling
+from ..model.engine import Engine
 from ..model.scheduler import Scheduler
 from .chat import open_engine
 from .api import restarting

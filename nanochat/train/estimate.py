@@ -13,7 +13,8 @@ from functools import lru_cache
 # %% ../../nbs/train/22_estimate.ipynb #4b272536
 from ..core.files import UserError, names_in
 from ..core.download import SOURCES
-from ..core.dataset import file_state, conversation_files, conversations
+from ..core.dataset import (
+    content_text, conversation_files, conversations, file_state)
 from ..model.shape import (
     count_params, flops_per_token, model_shape, padded_vocab, scaling_params)
 from .hardware import Hardware
@@ -130,11 +131,6 @@ def bytes_per_token(
     The formula is fitted to tokenizers of 1,024 to 16,384 tokens, trained on Wikipedia."""
     return 2.48 + 0.44 * math.log2(vocab_size / 1024)
 
-# %% ../../nbs/train/22_estimate.ipynb #04ddb9bf
-def _text(content: str | list) -> str:
-    "Join the text of a message."
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
 # %% ../../nbs/train/22_estimate.ipynb #b8336f87
 @lru_cache
 def _own_size(
@@ -145,7 +141,7 @@ def _own_size(
     n = size = messages = 0
     for conversation in conversations(name):
         n, messages = n + 1, messages + len(conversation["messages"])
-        texts = [_text(message["content"]) for message in conversation["messages"]]
+        texts = [content_text(message["content"]) for message in conversation["messages"]]
         size += sum(len(text.encode()) for text in texts)
     if n < 2:
         raise UserError(f"{name} holds {n or 'no'} conversation{'' if n == 1 else 's'}, and one "

@@ -7,7 +7,7 @@ __all__ = ['Plan', 'make_plan']
 
 # %% ../../nbs/train/24_plan.ipynb #8f1eafed
 import html
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 

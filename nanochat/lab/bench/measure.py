@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator

@@ -33,7 +33,7 @@ from ...model.gpt import GPT, GPTConfig
 from ...model.optim import make_optimizer
 from ...model.engine import Engine, Sampling
 from ...train.hardware import measure_flops
-from ...train.settings import WORLD_TASKS
+from ...train.settings import WORLD_TASKS, flatten
 from ...train.estimate import stage_tokens, training_memory
 from ...train.plan import make_plan
 from ...train.checkpoint import load_model
@@ -370,10 +370,8 @@ def _sft_run(
     rate = next(row.value for row in plan.rows if row.name == "speed") # tokens a second, measured
     settings["base.tokens"] = int(60 * base_minutes * rate)
     run, base = pretrain_scratch("sft", "laptop", settings, text)
-    mixture, model = run.config["sft"]["mixture"], run.config["model"]
-    once = {"sft.epochs": 1, "data.source": run.config["data"]["source"]}
-    once |= {f"sft.mixture.{name}": weight for name, weight in mixture.items()}
-    once |= {f"model.{name}": model[name] for name in ("vocab_size", "sequence_len")}
+    mixture = run.config["sft"]["mixture"]
+    once = flatten(run.config) | {"sft.epochs": 1, "sft.replay": 0}
     affordable = 60 * minutes * base["tokens"] / base["seconds"]
     times = affordable / stage_tokens(once, "sft")
     mixture |= {name: f"{times:.3g}x" for name in mixture if name not in WORLD_TASKS}
