@@ -226,7 +226,6 @@ def _mixture_setting(name: str) -> _Setting:
 # %% ../../nbs/train/21_settings.ipynb #5d571562
 def _training(
     stage: str, # mid or sft
-    lr_scale: float, # default
 ) -> list[_Setting]:
     "Make the settings of a stage that trains on conversations."
     return [
@@ -235,11 +234,11 @@ def _training(
                  "documents of the pretraining text among the conversations, against forgetting"),
         _Setting(f"{stage}.epochs", int, 1, "", "passes over the mixture", 1),
         _Setting(f"{stage}.batch_tokens", int, None, "tokens",
-                 "tokens in an optimizer step; as in pretraining", 1),
+                 "tokens in an optimizer step; as in pretraining, or less for 200 steps", 1),
         _Setting(f"{stage}.device_batch", int, None, "rows",
                  "rows on a device at a time; as many as fit and divide the batch", 1),
-        _Setting(f"{stage}.lr_scale", float, lr_scale, "",
-                 "learning rates as a share of those of pretraining"),
+        _Setting(f"{stage}.lr_scale", float, None, "", "learning rates as a share of those of "
+                 "pretraining; 0.8 (mid) or 0.1 (sft) × √(B/base.batch_tokens)"),
         _Setting(f"{stage}.eval_every", int, None, "steps",
                  "steps between evaluations; a fifth of the stage, at most 200", 1),
         _Setting(f"{stage}.save_minutes", float, 5.0, "minutes", "minutes between checkpoints"),
@@ -297,8 +296,8 @@ _EVAL = [
 ]
 
 # %% ../../nbs/train/21_settings.ipynb #092fabc0
-_SECTIONS = [_DIAL, _HARDWARE, _TEXT, _MODEL, _BASE, _training("mid", lr_scale=0.8),
-             _training("sft", lr_scale=0.1), _RL, _DPO, _EVAL]
+_SECTIONS = [_DIAL, _HARDWARE, _TEXT, _MODEL, _BASE, _training("mid"),
+             _training("sft"), _RL, _DPO, _EVAL]
 SETTINGS = {setting.name: setting for section in _SECTIONS for setting in section}
 
 # %% ../../nbs/train/21_settings.ipynb #6fa89078
