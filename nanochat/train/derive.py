@@ -139,8 +139,10 @@ def _derive_hardware(c: dict, hw: Hardware):
     c.setdefault("hardware.peak_flops", _rounded(hw.peak_flops))
 
 # %% ../../nbs/train/23_derive.ipynb #6b8bf939
-def _derive_model(c: dict):
-    "Fill in the shape of the model."
+_FP8_WIDTH = 1536 # channels
+
+def _derive_model(c: dict, hw: Hardware):
+    "Fill in the shape of the model, and the dtype of its products."
     shape = model_shape(c["dial.depth"], c["dial.aspect_ratio"], c["dial.head_dim"])
     # a given width keeps the size of the heads
     if "model.n_embd" in c: shape["n_head"] = max(1, c["model.n_embd"] // c["dial.head_dim"])
@@ -148,6 +150,9 @@ def _derive_model(c: dict):
     c.setdefault("model.n_head", shape["n_head"])
     c.setdefault("model.n_kv_head", c["model.n_head"])
     c.setdefault("model.n_embd", shape["n_embd"])
+    # in a smaller model the conversions to fp8 take as long as it saves
+    pays = hw.fp8_flops > 0 and c["model.n_embd"] >= _FP8_WIDTH
+    c.setdefault("hardware.fp8", pays)
 
 # %% ../../nbs/train/23_derive.ipynb #6bc2b24b
 BATCHED = ("base", "mid", "sft") # the stages that go through text in batches
@@ -261,7 +266,7 @@ def derive(
     defaults = {name: setting.default for name, setting in SETTINGS.items()}
     c = {name: value for name, value in defaults.items() if value is not None} | given
     _derive_hardware(c, hw)
-    _derive_model(c)
+    _derive_model(c, hw)
     _derive_batch(c, hw)
     _derive_training(c)
     _derive_evaluations(c, hw)

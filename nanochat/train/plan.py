@@ -7,7 +7,7 @@ __all__ = ['Plan', 'make_plan']
 
 # %% ../../nbs/train/24_plan.ipynb #8f1eafed
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +19,11 @@ from ..core.dataset import text_path
 from ..model.shape import check_shape, count_params, flops_per_token, scaling_params
 from .hardware import Hardware, cpu_hardware, detect_hardware
 from .settings import checked_settings, nested_config, preset_settings
-from .estimate import (
-    BATCHED, derive, estimated_rate, fits_memory, memory_share, model_fields, reference_params,
-    run_memory, stage_seconds)
+from .estimate import model_fields, stage_parts, training_rate
+from .derive import (
+    BATCHED, derive, fits_memory, memory_share, reference_params, run_memory)
 from .budget import (
-    Candidate, earlier_choice, largest_depth, measured_rate, spend_budget)
+    Candidate, earlier_choice, largest_depth, measured_speeds, spend_budget)
 
 # %% ../../nbs/train/24_plan.ipynb #faf51f17
 _SIZES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"))
@@ -91,7 +91,11 @@ class Plan:
     rows: list[_PlanRow]
     warnings: list[str] # sentences
     hardware: Hardware
-    seconds: dict # stage → seconds
+    parts: dict # stage → part → seconds
+
+    @property
+    def seconds(self) -> dict: # stage → seconds
+        return {stage: sum(parts.values()) for stage, parts in self.parts.items()}
 
     @property
     def minutes(self) -> float: return sum(self.seconds.values()) / 60
@@ -131,11 +135,17 @@ def _model_rows(c: dict, hw: Hardware) -> list[_PlanRow]:
         rows.append(_PlanRow("parameters", part.replace("_", " "), n, _human(n), share))
     return rows
 
+# %% ../../nbs/train/24_plan.ipynb #dcbab24b
+def _origin(hw: Hardware) -> str:
+    "Say where the speed of training comes from."
+    if "gradients" in hw.measured: return "measured just now"
+    if "product" in hw.measured: return "computed from measured products and bandwidth"
+    return "estimated from the device's peaks"
+
 # %% ../../nbs/train/24_plan.ipynb #60926b96
 def _training_rows(
     c: dict, # all settings by full name
     hw: Hardware,
-    rate: float | None, # training tokens in a second, if they were measured
 ) -> list[_PlanRow]:
     "Describe tokens, steps, batch, speed and arithmetic of pretraining."
     model, nproc = model_fields(c), c["hardware.nproc"]
@@ -144,15 +154,14 @@ def _training_rows(
     # micro-batches of a step on each device
     turns = _count(B // (B_device * T * nproc), "turn")
     batch = f"tokens: {B_device} rows × {T:,} × {_count(nproc, 'process')} × {turns}"
-    speed = rate or estimated_rate(c, hw)
-    origin = "measured just now" if rate else "estimated from the peak"
+    speed = training_rate(c, hw, B)
     per_param = f"{c['dial.tokens_per_param']:.3g} for each scaling parameter"
     each, flops = flops_per_token(model), tokens * flops_per_token(model)
     rows = [
         ("tokens", tokens, _human(tokens), per_param),
         ("steps", steps, f"{steps:,}"),
         ("batch", B, _human(B), batch),
-        ("speed", speed, _human(speed), f"tokens a second, {origin}"),
+        ("speed", speed, _human(speed), f"tokens a second, {_origin(hw)}"),
         ("arithmetic", flops, _human(flops, "FLOP"), f"{_human(each, 'FLOP')} a token")]
     return [_PlanRow("pretraining", *row) for row in rows]
 
@@ -169,11 +178,33 @@ def _considered_rows(considered: list[Candidate]) -> list[_PlanRow]: # the chose
         rows.append(_PlanRow("considered", name, bits, f"{bits:.2f} bpb", note))
     return rows
 
+# %% ../../nbs/train/24_plan.ipynb #1741d769
+def _price(seconds: float, hourly: float) -> str: # empty without a price
+    "Format what some seconds cost."
+    return f"${seconds / 3600 * hourly:,.2f}" if hourly else ""
+
+# %% ../../nbs/train/24_plan.ipynb #5acd3d94
+_WORTH_NAMING = 0.05 # of a stage's time
+
+def _largest(parts: dict) -> str: # part → seconds
+    "Name the parts that take most of a stage's time, the longest first."
+    least = _WORTH_NAMING * sum(parts.values())
+    named = sorted(((s, name) for name, s in parts.items() if s > least), reverse=True)
+    return ", ".join(f"{name} {_duration(s)}" for s, name in named)
+
+# %% ../../nbs/train/24_plan.ipynb #3244362a
+def _certainty(hw: Hardware) -> str:
+    "Say how far off the total may be."
+    if "gradients" in hw.measured: return "speeds measured here: within about 20 %"
+    if hw.device != "cuda": return "nothing was measured: within a factor of two"
+    if "product" in hw.measured: return "training within about 5 %, other stages 20 %"
+    return "training within about 10 %, other stages a third; `nanochat preflight` measures"
+
 # %% ../../nbs/train/24_plan.ipynb #b9702ffe
 def _cost_rows(
     c: dict, # all settings by full name
     hw: Hardware,
-    seconds: dict, # stage → seconds
+    stages: dict, # stage → part → seconds
 ) -> list[_PlanRow]:
     "Describe the memory of each part, and the time and dollars of each stage."
     nproc, rows = c["hardware.nproc"], []
@@ -182,11 +213,14 @@ def _cost_rows(
     for part, n in run_memory(c, largest).items():
         note = f"of {_human(have, 'B')} for each process" if part == "total" else ""
         rows.append(_PlanRow("memory", part, n, _human(n, "B"), note))
-    hourly = _hourly(hw, nproc)
-    for stage, s in (seconds | {"total": sum(seconds.values())}).items():
-        dollars = f"${s/3600*hourly:,.2f}" if hourly else ""
-        rows.append(_PlanRow("time", stage, s, _duration(s), dollars))
-    return rows
+    hourly, total = _hourly(hw, nproc), 0.0
+    for stage, parts in stages.items():
+        spent = sum(parts.values())
+        total += spent
+        note = "  ".join(filter(None, (_price(spent, hourly), _largest(parts))))
+        rows.append(_PlanRow("time", stage, spent, _duration(spent), note))
+    note = "  ".join(filter(None, (_price(total, hourly), _certainty(hw))))
+    return [*rows, _PlanRow("time", "total", total, _duration(total), note)]
 
 # %% ../../nbs/train/24_plan.ipynb #9fe6d904
 def _hardware_for(
@@ -285,6 +319,25 @@ def _full_paths(given: dict) -> dict: # settings by full name
         read_card(card)
     return given | {"data.source": source, "identity.card": card}
 
+# %% ../../nbs/train/24_plan.ipynb #301a1d74
+def _busy_cores() -> float: # cores
+    "Measure how many cores other programs use at the moment."
+    import psutil
+    return psutil.cpu_percent(interval=0.3) / 100 * psutil.cpu_count()
+
+# %% ../../nbs/train/24_plan.ipynb #96e080a0
+_BUSY = 0.3 # cores
+
+def _load_warning(
+    busy: float, # cores that other programs use
+    hw: Hardware,
+) -> list[str]: # empty if the machine is idle
+    "Warn that the speed was measured while other programs were running."
+    if busy < _BUSY: return []
+    return [f"other programs were using {busy:.1f} of {hw.cores} cores when the speed was measured: "
+            "without them the run will be faster, and with more of them slower. After twenty "
+            "steps it is planned again."]
+
 # %% ../../nbs/train/24_plan.ipynb #0542bb5e
 def make_plan(
     preset: str, # smoke, laptop, gpu, speedrun or d32
@@ -314,11 +367,14 @@ def make_plan(
     _check_memory(given, c, hw)
 
     # time: the speed of this machine is measured, unless it has a CUDA GPU
-    rate = None
-    if hw.here and considered: rate = considered[0].rate
-    elif hw.here and hw.device != "cuda": rate = measured_rate(c)
-    seconds = stage_seconds(c, hw, rate)
-    rows = [*_model_rows(c, hw), *_training_rows(c, hw, rate), *_considered_rows(considered),
-            *_cost_rows(c, hw, seconds)]
-    warnings = _warnings(given, c, hw, sum(seconds.values()))
-    return Plan(nested_config(preset, c), rows, warnings, hw, seconds)
+    busy = 0.0
+    if hw.here and considered: hw = considered[0].hardware
+    elif hw.here and hw.device != "cuda":
+        busy = _busy_cores()
+        hw = replace(hw, measured=measured_speeds(c))
+    parts = stage_parts(c, hw)
+    rows = [*_model_rows(c, hw), *_training_rows(c, hw), *_considered_rows(considered),
+            *_cost_rows(c, hw, parts)]
+    total = sum(s for stage in parts.values() for s in stage.values())
+    warnings = [*_warnings(given, c, hw, total), *_load_warning(busy, hw)]
+    return Plan(nested_config(preset, c), rows, warnings, hw, parts)

@@ -139,8 +139,8 @@ _HARDWARE = [
     _Setting("hardware.dtype", str, None, "",
              "of the matrix products; bfloat16 where it is fast, float16 on older GPUs",
              choices=("float32", "bfloat16", "float16")),
-    _Setting("hardware.fp8", bool, False, "",
-             "products of the blocks' matrices in 8 bits, on a GPU that supports it"),
+    _Setting("hardware.fp8", bool, None, "", "products of the blocks' matrices in 8 bits; "
+             "on a GPU that has fp8, for a width of at least 1,536"),
     _Setting("hardware.compile", bool, None, "", "use torch.compile; on a GPU"),
     _Setting("hardware.peak_flops", float, None, "FLOP/s",
              "peak of each device, of which MFU is the share; from the table, or measured"),
