@@ -324,6 +324,7 @@ class Record:
     stages: dict = field( # stage: its `StageRecord`
         default_factory=lambda: {stage: StageRecord() for stage in _ALL_STAGES})
     plan: dict = field(default_factory=dict) # plan.json
+    notebooks: dict = field(default_factory=dict) # stage: seconds that its notebook took
     problems: list = field(default_factory=list) # sentences on damaged files
 
     def trained(self) -> list:
@@ -550,6 +551,7 @@ def read_run(
                         f"{cut(', '.join(dropped), 200)}.")
     rows = _read_rows(run.dir, problems)
     plan = _sound_plan(_load(run.dir, "plan.json", "it is left out.", problems))
+    notebooks = _sound_numbers(_load(run.dir, "notebooks/seconds.json", "it is left out.", problems))
     stages = {s: _read_stage(run, s, rows[s], problems) for s in _ALL_STAGES}
     # a stage counts as done only if it ran with this configuration
     changed = []
@@ -561,4 +563,4 @@ def read_run(
     if changed:
         problems.append(f"config.yaml has changed since {', '.join(changed)} ran, "
                         "so they count as not done.")
-    return Record(run.name, config, stages, plan, problems)
+    return Record(run.name, config, stages, plan, notebooks, problems)

@@ -277,12 +277,20 @@ def _happened(record: Record) -> list: # of blocks
     blocks = [Heading("What happened"), Table(header, rows), _price_note(prices)]
     return blocks + record.failures() + _unfinished(record) + record.problems
 
+# %% ../../nbs/lab/52_report.ipynb #8fb69c93
+def _preparation_seconds(record: Record) -> float | None: # None if it is unknown
+    "Return the time of the notebooks that their stages and evaluations did not take."
+    spent = [record.notebooks.get(stage) for stage in STAGES if stage != "report"]
+    own, _ = time_and_cost(record)["together"]
+    return None if None in spent or own is None else max(0.0, sum(spent) - own)
+
 # %% ../../nbs/lab/52_report.ipynb #22518ef3
 def _measured_seconds(
     record: Record,
     name: str, # in plan.json: "base", "data and tokenizer", "evaluation"
 ) -> float | None: # None if a stage of it is not done
     "Return the measured time of a part of the plan."
+    if name == "preparation": return _preparation_seconds(record)
     if name == "evaluation":
         asked = [record.stages[stage].evaluation_seconds() for stage in STAGES]
         known = [seconds for seconds in asked if seconds is not None]
@@ -311,7 +319,8 @@ def _peak_memory(record: Record) -> float | None: # bytes
 # %% ../../nbs/lab/52_report.ipynb #defa8373
 _PLAN_NOTE = (
     "The planned values are those of plan.json; a dash stands for what is not planned or "
-    "not done. A planned time includes starting a notebook; a measured one does not. "
+    "not done. The preparation is what notebooks did besides their stages: they start, load a "
+    "model, and tokenize and pack text. "
     "Memory is the most that a device's allocator held, or without a GPU the most that "
     "the process used.")
 
@@ -324,9 +333,11 @@ def _planned(record: Record) -> list: # of blocks
     parts = [] # of (name, formatter, planned, measured)
     for name, planned in seconds.items():
         parts.append((name, show_time, planned, _measured_seconds(record, name)))
-    measured = [b for *_, b in parts]
-    if measured and None not in measured:
-        parts.append(("together", show_time, sum(seconds.values()), sum(measured)))
+    # a run in JupyterLab does not say how long its notebooks took
+    compared = [(a, b) for name, _, a, b in parts if name != "preparation" or b is not None]
+    if compared and None not in (b for _, b in compared):
+        planned, measured = map(sum, zip(*compared))
+        parts.append(("together", show_time, planned, measured))
     memory = record.plan.get("memory_bytes")
     parts.append(("memory of a process", _show_bytes, memory, _peak_memory(record)))
     # a plan writes 0 where it knows no price

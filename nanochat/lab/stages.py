@@ -20,8 +20,9 @@ from functools import partial
 from pathlib import Path
 
 # %% ../../nbs/lab/55_stages.ipynb #b123c391
-from ..core.files import (
-    Stopped, UserError, atomic_write, file_lock, names_in, project_root, rank_and_world, say)
+from nanochat.core.files import (
+    Stopped, UserError, atomic_write, file_lock, names_in, project_root, rank_and_world,
+    read_json, say)
 from ..core.run import STAGES, TRAINED, Run, in_words, progress_bar, runs_dir
 
 # %% ../../nbs/lab/55_stages.ipynb #23034d39
@@ -485,6 +486,14 @@ def _execute_notebook(
     finally:
         if copy.exists(): _tidy_outputs(copy)
 
+# %% ../../nbs/lab/55_stages.ipynb #711db4f5
+def _note_seconds(run: Run, stage: str, seconds: float):
+    "Add the time that a stage's notebook took to `notebooks/seconds.json`."
+    file = run.dir/"notebooks"/"seconds.json"
+    known = read_json(file, "delete it.") if file.exists() else {}
+    known[stage] = round(known.get(stage, 0.0) + seconds, 1)
+    atomic_write(file, json.dumps(known))
+
 # %% ../../nbs/lab/55_stages.ipynb #6ceb03c1
 def run_notebooks(
     run: Run,
@@ -501,7 +510,9 @@ def run_notebooks(
                 started, worked = time.perf_counter(), True
                 _execute_notebook(run, stage, notebook)
                 run.needs(stage) # fails if the notebook did not compute its stage
-                say(f"{notebook}: finished in {time.perf_counter() - started:.0f} s")
+                seconds = time.perf_counter() - started
+                _note_seconds(run, stage, seconds)
+                say(f"{notebook}: finished in {seconds:.0f} s")
             if stage == until and stage != "report": return worked
         if worked or not (run.dir/"notebooks"/"8_chat.ipynb").exists():
             say("8_chat …")

@@ -111,7 +111,7 @@ def _decoding_speeds(c: dict) -> dict: # decode_step, decode_row: seconds, see `
     from nanochat.model.engine import Engine, Sampling
     # no token has the number -1, so no answer ends early
     tokenizer = SimpleNamespace(
-        vocab_size=c["model.vocab_size"], bos_id=-1, special=lambda name: -1)
+        vocab_size=c["model.vocab_size"], bos_id=-1, special=lambda name: -1, decode=str)
     engine, few, many = Engine(_untrained(c).eval(), tokenizer), 8, 64
     def answering(rows, tokens): # seconds
         start = time.perf_counter()
