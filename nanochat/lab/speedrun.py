@@ -135,7 +135,7 @@ def _keep_estimates(
     plan, # nanochat.train.plan.Plan
 ):
     "Write the plan's estimates to `plan.json`; the report compares them with what the run took."
-    names = ("minutes", "dollars", "memory_bytes", "seconds", "parts")
+    names = ("minutes", "dollars", "memory_bytes", "seconds", "parts", "tokens_per_second")
     estimates = {name: getattr(plan, name) for name in names}
     atomic_write(run.dir/"plan.json", json.dumps(estimates, indent=1))
 
