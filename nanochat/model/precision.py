@@ -101,11 +101,10 @@ def quantize_weight(
 
 # %% ../../nbs/model/13_precision.ipynb #298728d4
 class _FP8Linear(torch.autograd.Function):
-    """x Wᵀ for a quantised input and weight, (rows, in) → (rows, out), rows a multiple of 16.
-
-    The unquantised `x` and `weight` only receive the gradients."""
+    "x Wᵀ for a quantised input and weight, (rows, in) → (rows, out), rows a multiple of 16."
     @staticmethod
     def forward(ctx, x, x_data, x_scale, weight, data, transposed, scale, dtype):
+        # the products use the quantised tensors; x and weight only receive their gradients
         ctx.dtypes = x.dtype, weight.dtype
         ctx.save_for_backward(x_data, x_scale, transposed, scale)
         return fp8_matmul(x_data, data, x_scale, scale, dtype, fast_accum=True)
