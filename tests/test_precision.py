@@ -1,13 +1,20 @@
-"""fp8's kernel agrees with its emulation, and fp16 trains with a scaled loss: most of it needs a GPU."""
+"""fp8's kernel agrees with its emulation, fp16 trains with a scaled loss, and the head's kernel compiles: most of it needs a GPU."""
 import copy
+import subprocess
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from nanochat.model import gpt, loss, precision
 from nanochat.model.precision import (
-    LossScaler, fp8_linear, fp8_matmul, fp8_supported, quantize, quantize_weight,
+    LossScaler, apply_linears, fp8_linear, fp8_matmul, fp8_supported, quantize, quantize_weight,
     quantize_weights, use_fp8)
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.post.chat_eval import ROUNDING
@@ -84,6 +91,70 @@ def test_the_emulation_is_torchs_product(a_dtype):
     try: want = torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=torch.float32)
     except (RuntimeError, NotImplementedError) as e: pytest.skip(f"this torch has none: {str(e)[:80]}")
     torch.testing.assert_close(fp8_matmul(a, b, scale_a, scale_b, torch.float32), want, rtol=1e-5, atol=1e-5)
+
+
+def separately(x, layers):
+    "What `apply_linears` computes, with an input that each layer quantises for itself."
+    return [layer(x) for layer in layers]
+
+
+def fp8_model(n_kv_head):
+    "A model of two layers that trains in fp8, none of whose matrices is zero, and tokens for it."
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=64, n_layer=2, n_head=2, n_kv_head=n_kv_head, n_embd=128))
+    for i, p in enumerate(model.parameters()):
+        if p.ndim == 2: p.data += 0.02 * random(*p.shape, seed=i)
+    return model, use_fp8(model), torch.randint(0, 64, (2, 64), generator=torch.Generator().manual_seed(0))
+
+
+def counted_step(model, tokens, monkeypatch):
+    "Quantised tensors forward and backward, by dtype; bytes of fp8 kept for the backward pass; loss and gradients."
+    counts, kept = Counter(), {}
+    def counting(x, dtype):
+        counts[dtype] += 1
+        return quantize(x, dtype)
+    def keep(t):
+        if t.dtype == E4M3: kept[t.data_ptr()] = t
+        return t
+    model.zero_grad()
+    with quantize_weights(model), monkeypatch.context() as patched:
+        patched.setattr(precision, "quantize", counting)
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): value = model(tokens, tokens)
+        forward = dict(counts)
+        kept = sum(t.nbytes for t in kept.values())
+        value.backward()
+    backward = {dtype: n - forward.get(dtype, 0) for dtype, n in counts.items()}
+    return forward, backward, kept, [value.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("n_kv_head, of_a_layer", [(2, 6), (1, 4)]) # one head of keys has 64 channels: too few for fp8
+def test_a_layer_quantises_each_input_once(n_kv_head, of_a_layer, monkeypatch):
+    "Queries, keys and values share one fp8 copy of their input; nothing is rounded differently for that."
+    model, names, tokens = fp8_model(n_kv_head)
+    assert len(names) == 2 * of_a_layer
+    forward, backward, kept, found = counted_step(model, tokens, monkeypatch)
+    assert forward == {E4M3: 2 * 4} and backward == {E4M3: 0, E5M2: 2 * of_a_layer} # inputs of attention, its projection and the two matrices of the MLP
+
+    rows, width = tokens.numel(), 128
+    weights = sum(p.numel() for name, p in model.transformer.h.named_parameters() if name.removesuffix(".weight") in names)
+    assert kept == 2 * rows * (3 * width + 4 * width) + weights # one copy of each input, and the transposed weights
+
+    monkeypatch.setattr(gpt, "apply_linears", separately)
+    forward, backward, more, want = counted_step(model, tokens, monkeypatch)
+    assert forward == {E4M3: 2 * of_a_layer} and more == kept + 2 * rows * width * (of_a_layer - 4)
+    for a, b in zip(found, want): assert a.equal(b)
+
+
+@pytest.mark.cuda
+def test_a_shared_input_changes_no_number_on_a_gpu(fp8_gpu):
+    layers = [Linear(256, n, bias=False).to(fp8_gpu) for n in (256, 128, 128)]
+    x = random(4, 64, 256).to(fp8_gpu).requires_grad_()
+    for layer in layers: layer.fp8 = precision._FP8Weight()
+    found = []
+    for apply in (apply_linears, separately):
+        with torch.autocast("cuda", torch.bfloat16): outputs = apply(x, layers)
+        grads = [random(*y.shape, seed=i).to(y) for i, y in enumerate(outputs)]
+        found.append(outputs + list(torch.autograd.grad(outputs, [x, *(layer.weight for layer in layers)], grads)))
+    for a, b in zip(*found): assert a.equal(b)
 
 
 @pytest.mark.cuda
@@ -215,3 +286,97 @@ def test_fp16_trains_with_a_scaled_loss(gpu):
     assert 0 < skipped < 40 and untouched and last < 0.5 * first
     first, last, skipped, _ = fp16_steps(gpu, LossScaler(enabled=False))
     assert skipped == 0 and last > 0.9 * first # without scaling, hardly any gradient is left
+
+
+ROWS, WIDTH, VOCAB = 4096, 1536, 32768 # of one chunk at depth 24
+
+
+class Traffic(TorchDispatchMode):
+    "Bytes that operations read and write, and the largest float32 tensor that any of them makes."
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.largest = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        name = function.overloadpacket.__name__
+        if function.is_view or name == "device" or name.startswith(("empty", "new_empty")): return out
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        read = {t.untyped_storage()._cdata: t for t in tensors} # a tensor that is also the result counts once here
+        if name == "mm": read = {key: t for key, t in read.items() if all(t is not r for r in results)}
+        self.bytes += sum(t.nbytes for t in [*read.values(), *results])
+        self.largest = max([self.largest, *(t.numel() for t in results if t.dtype == torch.float32)])
+        return out
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA")
+def test_the_head_moves_few_bytes(monkeypatch):
+    "On tensors that only claim to be on a GPU: no float32 copy of the logits, and half of the traffic of the way with copies (4.9 GB)."
+    traffic, launched = Traffic(), []
+    class Kernel:
+        def __getitem__(self, grid): return self.launch
+        def launch(self, logits, *arguments, **options):
+            launched.append((logits.dtype, tuple(logits.shape), options["HAS_GRAD"]))
+            traffic.bytes += 3 * logits.nbytes # read twice, written once
+    monkeypatch.setattr(loss, "_triton_kernel", Kernel)
+    monkeypatch.setattr(loss, "_sums_in_float32", lambda device, dtype: True)
+    with FakeTensorMode():
+        def empty(*shape, dtype=torch.bfloat16): return torch.empty(shape, device="cuda", dtype=dtype)
+        arguments = empty(ROWS, WIDTH), empty(VOCAB, WIDTH), empty(ROWS, dtype=torch.int64), 15.0, empty(ROWS, dtype=torch.float32)
+        with traffic: _, grad_x, grad_weight = loss._walk(*arguments)
+    assert launched == [(torch.bfloat16, (ROWS, VOCAB), True)]
+    assert traffic.largest == VOCAB * WIDTH # the gradient of the weight
+    assert (grad_x.dtype, grad_weight.dtype) == (torch.bfloat16, torch.float32)
+    assert 2.2e9 < traffic.bytes < 2.5e9
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_heads_kernel_compiles(capability):
+    "Down to machine code, without a GPU: it reads and writes 16 bytes at a time, and no register spills into memory."
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    signature = dict(logits="*bf16", targets="*i64", weights="*fp32", losses="*fp32", V="i32", softcap="fp32", HAS_GRAD="constexpr", BLOCK="constexpr")
+    options = dict(loss._TRITON_OPTIONS)
+    constants = {(6,): True, (7,): options.pop("BLOCK")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
+    source = ASTSource(fn=loss._triton_kernel(), signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    code = compiled.asm["ptx"]
+    assert "ld.global.v4" in code and "st.global.v4" in code
+    assert compiled.metadata.shared < 1024 # bytes, for the sums across warps
+
+    # the assembler's own account of the machine code
+    tool = Path(triton.__file__).parent/"backends"/"nvidia"/"bin"/"cuobjdump"
+    if not tool.is_file(): return # some builds of Triton come without it
+    cubin = Path(compiled.metadata_group[f"{compiled.name}.cubin"])
+    account = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    usage = dict(word.split(":", 1) for word in account.split() if word.startswith(("REG:", "STACK:")))
+    assert int(usage["REG"]) <= 64 and int(usage["STACK"]) == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_the_head_agrees_with_the_formula(gpu, dtype, reduction, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 8 * 5000) # 64 rows at a time
+    x, weight = random(300, 64).to(dtype), 0.3 * random(5000, 64, seed=1)
+    targets = torch.randint(-1, 5000, (300,), generator=torch.Generator().manual_seed(0))
+    def results(losses, device):
+        leaves = [t.to(device).requires_grad_() for t in (x, weight)]
+        total = losses(*leaves, targets.to(device), 15.0).sum()
+        return [total, *torch.autograd.grad(total, leaves)]
+    found = results(lambda *a: loss.head_loss(*a, reduction), gpu)
+    for a, b in zip(found, results(loss.reference_head_loss, "cpu")): assert distance(a, b) < (1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.cuda
+def test_the_weights_gradient_is_summed_in_float32(gpu):
+    "bf16 would round this product to 1."
+    if not loss._sums_in_float32(gpu, torch.bfloat16): pytest.skip("this torch has no such product")
+    total = torch.full((16, 16), 2.0, device=gpu)
+    a = torch.full((16, 32), 2.0**-14, device=gpu, dtype=torch.bfloat16)
+    a[:, 0] = 1
+    loss._add_product(total, a, torch.ones(32, 16, device=gpu, dtype=torch.bfloat16))
+    assert (total == 3 + 31 * 2.0**-14).all()

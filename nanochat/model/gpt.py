@@ -22,7 +22,7 @@ from .shape import (
     check_shape, count_params, layer_windows, padded_vocab)
 from .attention import KVCache, RowCache, attention
 from .loss import head_loss
-from .precision import int8_linear, quantize_int8
+from .precision import apply_linears, int8_linear, quantize_int8
 
 # %% ../../nbs/model/14_gpt.ipynb #54bdde33
 @dataclass
@@ -172,7 +172,7 @@ def _heads(self: CausalSelfAttention, x, cos, sin):
     B, T, _ = x.shape
     if self.c_qkv is None:
         parts = (self.c_q, self.c_k, self.c_v)
-        q, k, v = (part(x).view(B, T, -1, self.head_dim) for part in parts)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in apply_linears(x, parts))
         return norm(apply_rope(q, cos, sin)), norm(apply_rope(k, cos, sin)), v
     # `for_inference` has joined the three matrices: one product
     n_qk = self.n_head + self.n_kv_head

@@ -66,13 +66,14 @@ def _triton_kernel():
         row = tl.program_id(0).to(tl.int64)
         logits += row * V
         target = tl.load(targets + row)
+        rate = 2 / softcap # one division, not one for each logit
 
         # the first pass over the vocabulary: log-sum-exp, and the logit at the target
         largest, total, at_target = -float("inf"), 0.0, 0.0
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + column, mask=column < V, other=0.0)
-            capped = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1) # tanh(a) = 2 sigmoid(2a) - 1
+            z = tl.load(logits + column, mask=column < V, other=0.0).to(tl.float32)
+            capped = softcap * (2 * tl.sigmoid(rate * z) - 1) # tanh(a) = 2 sigmoid(2a) - 1
             capped = tl.where(column < V, capped, -float("inf"))
             at_target += tl.sum(tl.where(column == target, capped, 0.0), 0)
             bigger = tl.maximum(largest, tl.max(capped, 0))
@@ -86,21 +87,23 @@ def _triton_kernel():
             weight = tl.where(target >= 0, tl.load(weights + row), 0.0)
             for start in range(0, V, BLOCK):
                 column = start + tl.arange(0, BLOCK)
-                z = tl.load(logits + column, mask=column < V, other=0.0)
-                t = 2 * tl.sigmoid(2 * z / softcap) - 1
+                z = tl.load(logits + column, mask=column < V, other=0.0).to(tl.float32)
+                t = 2 * tl.sigmoid(rate * z) - 1
                 p = tl.exp(softcap * t - lse)
                 grad = (p - tl.where(column == target, 1.0, 0.0)) * (1 - t * t) * weight
                 tl.store(logits + column, grad, mask=column < V)
     return kernel
 
 # %% ../../nbs/model/12_loss.ipynb #425ccc86
+_TRITON_OPTIONS = {"BLOCK": 4096, "num_warps": 8} # 16 logits a thread, read 16 bytes at a time
+
 def _triton_softcap_loss(logits, targets, softcap, weights):
-    "`_softcap_loss` in two passes over the logits."
+    "`_softcap_loss` in two passes over the logits, which may have any dtype."
     losses = torch.empty(len(logits), device=logits.device)
     has_grad = weights is not None
     weights = weights.contiguous() if has_grad else losses # a placeholder: a kernel takes no None
     _triton_kernel()[(len(logits),)](logits, targets, weights, losses, logits.size(1), softcap,
-                                     HAS_GRAD=has_grad, BLOCK=1024)
+                                     HAS_GRAD=has_grad, **_TRITON_OPTIONS)
     return losses
 
 # %% ../../nbs/model/12_loss.ipynb #91ad5348
@@ -115,11 +118,45 @@ _CACHE_LOGITS = 1 << 18 # logits in one elementwise step on a CPU: 1 MB in fp32 
 
 def _in_place(logits, targets, softcap, weights):
     "`_softcap_loss` for logits in any dtype, by the kernel that fits the device."
+    if _use_triton(logits): return _triton_softcap_loss(logits, targets, softcap, weights)
     exact = logits.float()
-    kernel = _triton_softcap_loss if _use_triton(exact) else _softcap_loss
-    losses = kernel(exact, targets, softcap, weights)
+    losses = _softcap_loss(exact, targets, softcap, weights)
     if weights is not None and exact is not logits: logits.copy_(exact)
     return losses
+
+# %% ../../nbs/model/12_loss.ipynb #d391626f
+def _rows_at_a_time(
+    x: torch.Tensor, # (N, C)
+    V: int, # size of the vocabulary
+) -> tuple[int, int]: # rows of a matrix product, rows of an elementwise step
+    "Choose how many rows of logits to compute at once."
+    many = (8 if x.is_cuda else 1) * CHUNK_LOGITS // V
+    many = min(len(x), max(16, many))
+    if not x.is_cuda: few = _CACHE_LOGITS // V
+    else: few = many if _use_triton(x) else many // 4 # without Triton float32 copies are made
+    return many, max(1, few)
+
+# %% ../../nbs/model/12_loss.ipynb #d3916271
+@functools.cache
+def _sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    "Can this device add the product of two matrices in `dtype` to a float32 matrix?"
+    if device.type != "cuda": return False
+    ones, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
+    try: torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except RuntimeError: return False
+    return bool((total == 17).all())
+
+# %% ../../nbs/model/12_loss.ipynb #d3916272
+def _add_product(
+    total: torch.Tensor, # (V, C) float32; the product is added to it
+    a: torch.Tensor, # (V, n)
+    b: torch.Tensor, # (n, C), in the dtype of a
+):
+    "Add the matrix product of a and b to `total`."
+    if a.dtype == torch.float32: total.addmm_(a, b)
+    elif _sums_in_float32(a.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else: total += a @ b
 
 # %% ../../nbs/model/12_loss.ipynb #7313274f
 def _walk(
@@ -131,9 +168,7 @@ def _walk(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     "Losses (N,), and the gradients of their weighted sum: of x, and of weight (in float32)."
     N, V = len(x), len(weight)
-    chunk = CHUNK_LOGITS * (8 if x.is_cuda else 1)
-    many = min(N, max(16, chunk // V)) # rows of a product
-    few = max(1, many // 4 if x.is_cuda else _CACHE_LOGITS // V) # rows of an elementwise step
+    many, few = _rows_at_a_time(x, V)
     losses = torch.empty(N, device=x.device)
     block = x.new_empty(many, V) # logits, then their gradients
     grad_x = grad_weight = None
@@ -155,8 +190,7 @@ def _walk(
 
         # the gradients of x and of the weight
         torch.mm(logits, weight, out=grad_x[start:start + many])
-        if x.dtype == torch.float32: grad_weight.addmm_(logits.t(), rows)
-        else: grad_weight += logits.t() @ rows
+        _add_product(grad_weight, logits.t(), rows)
     return losses, grad_x, grad_weight
 
 # %% ../../nbs/model/12_loss.ipynb #be6841b6
