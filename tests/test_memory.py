@@ -9,7 +9,7 @@ import torch
 from nanochat.core.machine import peak_memory
 from nanochat.model.shape import model_shape
 from nanochat.model.loss import CHUNK_LOGITS
-from nanochat.train.estimate import LOGITS, training_memory
+from nanochat.train.derive import LOGITS, training_memory
 
 STEP = """
 import json, sys, torch

@@ -192,8 +192,9 @@ def _derive_batch(c: dict, hw: Hardware):
     limit = max(1, min(fit, _MICRO_BATCH[c["hardware.device"]] // T))
     for stage in BATCHED:
         unit = row_tokens * (given[stage] or 1)
-        if f"{stage}.batch_tokens" not in c: c[f"{stage}.batch_tokens"] = _stage_batch(c, stage, unit)
-        rows = _device_batch(stage, c[f"{stage}.batch_tokens"], row_tokens, limit, given[stage])
+        batch = c.get(f"{stage}.batch_tokens") or _stage_batch(c, stage, unit)
+        rows = _device_batch(stage, batch, row_tokens, limit, given[stage])
+        c[f"{stage}.batch_tokens"] = batch
         c[f"{stage}.device_batch"] = rows if rows <= fit else 0
 
 # %% ../../nbs/train/23_derive.ipynb #62a2b048

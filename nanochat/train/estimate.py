@@ -198,7 +198,8 @@ def _data_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
     n, text = c["data.characters"], _speed(hw, "text") * hw.cores
     download = n * _COMPRESSED / _speed(hw, "network") if reads_web(c) else 0.0
     writing = n / text if c["data.source"] == "world" else 0.0
-    return {"download": download, "writing": writing, "tokenizer": c["tokenizer.max_characters"] / text}
+    return {"download": download, "writing": writing,
+            "tokenizer": c["tokenizer.max_characters"] / text}
 
 # %% ../../nbs/train/22_estimate.ipynb #2da3f97f
 def _base_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
@@ -207,7 +208,8 @@ def _base_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
     looks = c["base.steps"] // c["base.eval_every"] + 1
     evaluation = _reading_seconds(c, hw, looks * c["base.eval_tokens"])
     return {"training": training, "evaluation": evaluation,
-            "compilation": _compile_seconds(c, hw), "checkpoints": _checkpoint_seconds(c, hw, "base", looks, training)}
+            "compilation": _compile_seconds(c, hw),
+            "checkpoints": _checkpoint_seconds(c, hw, "base", looks, training)}
 
 # %% ../../nbs/train/22_estimate.ipynb #3f53d6a2
 _HELD_OUT = 1 / 20
@@ -225,7 +227,8 @@ def _finetune_parts(
     once = tokens / c[f"{stage}.epochs"]
     evaluation = _reading_seconds(c, hw, looks * _HELD_OUT * once)
     return {"training": training, "evaluation": evaluation,
-            "compilation": _compile_seconds(c, hw), "checkpoints": _checkpoint_seconds(c, hw, stage, looks, training)}
+            "compilation": _compile_seconds(c, hw),
+            "checkpoints": _checkpoint_seconds(c, hw, stage, looks, training)}
 
 # %% ../../nbs/train/22_estimate.ipynb #772826c0
 # tokens of a prompt, of an average answer, and the share of the limit that the longest one takes
@@ -254,8 +257,10 @@ def _generation_seconds(
     "Estimate the time in which all devices together generate some answers."
     prompt, mean, longest = lengths
     rows = math.ceil(answers / _devices(c, hw))
-    reading = _reading_seconds(c, hw, answers * prompt)
-    return reading + longest * decode_seconds(c, hw, rows * mean / longest, prompt + longest / 2, width)
+    # rows whose answers are complete leave the batch
+    seen, unfinished = prompt + longest / 2, rows * mean / longest
+    step = decode_seconds(c, hw, unfinished, seen, width)
+    return _reading_seconds(c, hw, answers * prompt) + longest * step
 
 # %% ../../nbs/train/22_estimate.ipynb #0fe93bff
 def _rl_step_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds

@@ -341,7 +341,7 @@ def _load_warning(
 ) -> list[str]: # empty if the machine is idle
     "Warn that the speed was measured while other programs were running."
     if busy < _BUSY: return []
-    return [f"other programs were using {busy:.1f} of {hw.cores} cores when the speed was measured: "
+    return [f"other programs used {busy:.1f} of {hw.cores} cores while the speed was measured: "
             "without them the run will be faster, and with more of them slower. After twenty "
             "steps it is planned again."]
 

@@ -34,7 +34,8 @@ from ...model.optim import make_optimizer
 from ...model.engine import Engine, Sampling
 from ...train.hardware import measure_flops
 from ...train.settings import WORLD_TASKS, flatten
-from ...train.estimate import stage_tokens, training_memory
+from ...train.estimate import stage_tokens
+from ...train.derive import training_memory
 from ...train.plan import make_plan
 from ...train.checkpoint import load_model
 from ...train.loop import (
