@@ -89,11 +89,12 @@ def pretend(driver, capability=90):
     import torch._subclasses.fake_tensor as fake
     from torch._inductor.runtime import triton_helpers
     torch.cuda.init()
-    fake.init_gpu_context = lambda *a: None # it would allocate a tensor
+    fake.FakeTensorMode.avoid_device_init = property(lambda mode: True) # do not allocate, not even a number
     triton_helpers.set_driver_to_gpu = lambda: None # it would replace ours
     # `shape_padding` times products; the others only cost time here
     inductor.shape_padding, inductor.compile_threads = False, 1
     inductor.fx_graph_cache = inductor.joint_graph_constant_folding = False
+    inductor.use_static_cuda_launcher = False # keep Triton's own result, which says how much memory a kernel shares
     target_chip(capability)
 
 
@@ -105,7 +106,7 @@ def target_chip(capability):
     class Driver:
         def get_current_target(self): return GPUTarget("cuda", capability, 32)
         def get_active_torch_device(self): return torch.device("cuda", 0)
-        def get_current_device(self): return 0
+        def get_current_device(self): return capability # kernels are cached by device
         def get_current_stream(self, device=None): return 0
         def get_device_properties(self, device): return {"max_shared_mem": SHARED_MEMORY, "multiprocessor_count": 132}
         def get_device_capability(self, device=None): return divmod(capability, 10)
@@ -129,7 +130,7 @@ def fake_model(mode, depth, layers, fp8=False, kernels=None):
     from nanochat.model.precision import use_fp8
     from nanochat.model.shape import model_shape
     config = GPTConfig(**model_shape(depth, 64, 128) | {"n_layer": layers})
-    names = kernels or {"full": "cuDNN", "window": "FlashAttention-2"}
+    names = kernels or {"full": "cuDNN", "window": "FlexAttention"}
     found = attention._candidates("cuda")
     attention._chosen["cuda", torch.bfloat16, 128] = {kind: found[kind][name] for kind, name in names.items()}
     with mode:
@@ -162,3 +163,81 @@ def steps(backend, depth=24, layers=4, fp8=False, kernels=None, n=1):
     for name, p in model.trunk.__self__.named_parameters():
         if name != "lm_head.weight": assert p.grad is not None and p.grad.shape == p.shape, name
     return seen
+
+
+def traced(**shape):
+    "Two steps with a backend that only traces, forward and backward. Returns dynamo's counters after each."
+    return steps("aot_eager", n=2, **shape)
+
+
+def saved(layers, fp8=False, depth=24):
+    "Bytes of the activations that one micro-batch of 16 rows keeps for its backward pass, by Inductor's partitioner."
+    from functorch.compile import make_boxed_func
+    from torch._inductor.compile_fx import compile_fx
+    found = []
+    def measure(graph, inputs, is_backward=False, **kw):
+        if not is_backward: found.append(_kept(graph))
+        return make_boxed_func(graph.forward)
+    steps(lambda graph, inputs: compile_fx(graph, inputs, inner_compile=measure), depth, layers, fp8)
+    return found[0]
+
+
+def _kept(graph):
+    "Bytes of a forward graph's outputs that are neither its result, nor its inputs, nor copies of weights; bytes of those copies."
+    result, *kept = graph.graph.output_node().args[0]
+    values = [node.meta["val"] for node in kept if node.op != "placeholder"]
+    sizes = [(v.numel() * v.element_size(), v.shape[:1].numel() in (16, 16 * 2048)) for v in values if hasattr(v, "numel")]
+    return sum(n for n, of_tokens in sizes if of_tokens), sum(n for n, of_tokens in sizes if not of_tokens)
+
+
+def kernels(**shape):
+    "Compile everything that Inductor writes in Triton for a training step. Returns [kernel, bytes of shared memory]."
+    import torch
+    from functorch.compile import make_boxed_func
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    sources = {}
+    def keep(self, name, source, *a, **kw): sources[name] = source
+    def generate(graph, inputs, **kw):
+        copy = torch.fx.Graph() # Inductor changes the graph that it gets
+        copy.output(copy.graph_copy(graph.graph, {}))
+        compile_fx_inner(graph, inputs, **kw)
+        return make_boxed_func(torch.fx.GraphModule(graph, copy).forward)
+    original, AsyncCompile.triton = AsyncCompile.triton, keep
+    try: steps(lambda graph, inputs: compile_fx(graph, inputs, inner_compile=generate), **shape)
+    finally: AsyncCompile.triton = original
+    return [(name, _compiled(name, source)) for name, source in sources.items()]
+
+
+def _compiled(name, source):
+    "Compile one of Inductor's kernels with ptxas, in all the configurations that it would time. Returns bytes of shared memory, the most."
+    from torch._inductor.codecache import PyCodeCache
+    kernel = getattr(PyCodeCache.load(source), name)
+    kernel.precompile(warm_cache_only=True)
+    results = kernel.compile_results
+    assert all(result.kernel.asm["cubin"] for result in results)
+    return max(result.kernel.metadata.shared for result in results)
+
+
+def loss_kernels(capability):
+    "Compile the loss's Triton kernels for a chip, as training and evaluation of 8,192 tokens call them. Returns [bytes of shared memory]."
+    import torch
+    from nanochat.model.loss import head_loss
+    from triton.runtime.jit import JITFunction, MockTensor
+    found, original = [], JITFunction.run
+    def compile_only(self, *args, grid, warmup, **kw):
+        mock = [MockTensor(a.dtype, tuple(a.shape)) if torch.is_tensor(a) else a for a in args]
+        found.append(original(self, *mock, grid=grid, warmup=True, **kw))
+    JITFunction.run = compile_only
+    target_chip(capability)
+    try:
+        with torch._subclasses.FakeTensorMode(), torch.device("cuda"):
+            x, weight = torch.empty(8192, 1536, dtype=torch.bfloat16, requires_grad=True), torch.empty(32768, 1536, requires_grad=True)
+            targets = torch.zeros(8192, dtype=torch.int64)
+            head_loss(x, weight, targets, 15.0).backward()
+            head_loss(x, weight, targets, 15.0, "none")
+    finally:
+        JITFunction.run = original
+        target_chip(90)
+    assert all(kernel.asm["cubin"] for kernel in found)
+    return [kernel.metadata.shared for kernel in {id(kernel): kernel for kernel in found}.values()]
