@@ -122,6 +122,13 @@ def process(folder):
 
 # what runs inside of the process
 
+def attention_functions():
+    "Which function each candidate for attention on CUDA is: {kind: {name: the function's code}}."
+    from nanochat.model import attention
+    def code(f): return f.__name__, [str(cell.cell_contents) for cell in f.__closure__ or ()]
+    return {kind: {name: str(code(f)) for name, f in kernels.items()} for kind, kernels in attention._candidates("cuda").items()}
+
+
 def fake_model(mode, depth, layers, fp8=False, kernels=None):
     "A model of `nanochat speedrun`'s shape for this depth, but with so many layers, on the fake GPU, that attends by `kernels`."
     import torch
@@ -166,12 +173,12 @@ def steps(backend, depth=24, layers=4, fp8=False, kernels=None, n=1):
 
 
 def traced(**shape):
-    "Two steps with a backend that only traces, forward and backward. Returns dynamo's counters after each."
-    return steps("aot_eager", n=2, **shape)
+    "Take two steps with a backend that only traces, forward and backward. Returns graphs and graph breaks after each step."
+    return [(seen["stats"]["unique_graphs"], seen.get("graph_break", {})) for seen in steps("aot_eager", n=2, **shape)]
 
 
 def saved(layers, fp8=False, depth=24):
-    "Bytes of the activations that one micro-batch of 16 rows keeps for its backward pass, by Inductor's partitioner."
+    "Bytes that the forward pass of 16 rows keeps for its backward pass, by Inductor's partitioner: of activations, and of copies of weights."
     from functorch.compile import make_boxed_func
     from torch._inductor.compile_fx import compile_fx
     found = []
@@ -183,7 +190,7 @@ def saved(layers, fp8=False, depth=24):
 
 
 def _kept(graph):
-    "Bytes of a forward graph's outputs that are neither its result, nor its inputs, nor copies of weights; bytes of those copies."
+    "Bytes of a forward graph's outputs, except for its result and its inputs: of activations, and of everything else."
     result, *kept = graph.graph.output_node().args[0]
     values = [node.meta["val"] for node in kept if node.op != "placeholder"]
     sizes = [(v.numel() * v.element_size(), v.shape[:1].numel() in (16, 16 * 2048)) for v in values if hasattr(v, "numel")]
@@ -196,8 +203,8 @@ def kernels(**shape):
     from functorch.compile import make_boxed_func
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-    sources = {}
-    def keep(self, name, source, *a, **kw): sources[name] = source
+    sources = {} # source code: name of the kernel in it
+    def keep(self, name, source, *a, **kw): sources[source] = name
     def generate(graph, inputs, **kw):
         copy = torch.fx.Graph() # Inductor changes the graph that it gets
         copy.output(copy.graph_copy(graph.graph, {}))
@@ -206,7 +213,7 @@ def kernels(**shape):
     original, AsyncCompile.triton = AsyncCompile.triton, keep
     try: steps(lambda graph, inputs: compile_fx(graph, inputs, inner_compile=generate), **shape)
     finally: AsyncCompile.triton = original
-    return [(name, _compiled(name, source)) for name, source in sources.items()]
+    return [(name, _compiled(name, source)) for source, name in sources.items()]
 
 
 def _compiled(name, source):
