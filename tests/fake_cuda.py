@@ -78,7 +78,7 @@ def library(folder):
     return target
 
 
-def pretend(driver, capability=90):
+def pretend(driver):
     "Make this process, which has not imported torch yet, one that compiles for an H100."
     assert "torch" not in sys.modules
     folder = str(Path(driver).parent)
@@ -95,7 +95,7 @@ def pretend(driver, capability=90):
     inductor.shape_padding, inductor.compile_threads = False, 1
     inductor.fx_graph_cache = inductor.joint_graph_constant_folding = False
     inductor.use_static_cuda_launcher = False # keep Triton's own result, which says how much memory a kernel shares
-    target_chip(capability)
+    target_chip(90)
 
 
 def target_chip(capability):
