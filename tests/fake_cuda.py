@@ -177,6 +177,17 @@ def traced(**shape):
     return [(seen["stats"]["unique_graphs"], seen.get("graph_break", {})) for seen in steps("aot_eager", n=2, **shape)]
 
 
+def traced_with_untraceable_attention():
+    "The name of the error that `traced` raises if the compiler may not look into the attention function."
+    import torch
+    from nanochat.model import attention
+    original = attention._varlen_attention
+    attention._varlen_attention = torch.compiler.disable(original)
+    try: traced(layers=2, kernels={"full": "SDPA", "window": "FlashAttention-2"})
+    except torch._dynamo.exc.TorchDynamoException as e: return type(e).__name__
+    finally: attention._varlen_attention = original
+
+
 def saved(layers, fp8=False, depth=24):
     "Bytes that the forward pass of 16 rows keeps for its backward pass, by Inductor's partitioner: of activations, and of copies of weights."
     from functorch.compile import make_boxed_func

@@ -26,6 +26,11 @@ def test_the_trunk_is_one_graph_that_is_compiled_once(h100, full, window, fp8):
     assert h100(fake_cuda.traced, fp8=fp8, kernels={"full": full, "window": window}) == [(1, {}), (1, {})]
 
 
+def test_a_function_in_python_would_not_be_one_graph(h100):
+    "As a package's own function is, which the compiler has to leave alone."
+    assert h100(fake_cuda.traced_with_untraceable_attention) == "Unsupported"
+
+
 def test_no_kernel_of_attention_goes_untraced(h100):
     functions = h100(fake_cuda.attention_functions)
     for kind, traced in zip(("full", "window"), zip(*KERNELS)):
