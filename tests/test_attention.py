@@ -1,12 +1,13 @@
-"""Every attention kernel against the formula, those of FlashAttention by way of stand-ins, and what `torch.compile` makes of it. On a GPU: the real ones, and their memory."""
+"""Every attention kernel against the formula, those of FlashAttention by way of stand-ins, the choice among them by two ranks, and what `torch.compile` makes of it. On a GPU: the real ones, and their memory."""
 import itertools
+import multiprocessing
 import re
-import sys
-import types
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, _registry, varlen
 
 from nanochat.model import attention as A
 
@@ -43,6 +44,8 @@ def as_before(monkeypatch):
     "No choice and no mask outlives its test."
     monkeypatch.setattr(A, "_chosen", {})
     monkeypatch.setattr(A, "_flex_masks", {})
+    yield
+    A._activate_flash(None)
 
 
 # what runs on any machine
@@ -79,79 +82,106 @@ def test_a_long_row_needs_no_square():
     assert not kept.kv_indices.is_inference() # training may come after an evaluation
 
 
-# FlashAttention, by stand-ins with the arguments and the meaning that its versions document
+# FlashAttention, by stand-ins with the arguments and the meaning that torch documents
 
-def flash_3(wrong=0, pair=False, sixteen_bits=True):
-    "`flash_attn_interface.flash_attn_func`: a window of -1 is none. Older versions answer with a pair."
-    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
-                        attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False):
-        if sixteen_bits and q.dtype not in (torch.float16, torch.bfloat16): raise RuntimeError("FlashAttention only supports fp16, bf16, and fp8_e4m3 data type")
-        left, right = window_size
-        assert causal and right in (-1, 0) and (left >= 0) == (right == 0)
-        out = A.reference_attention(q, k, v, window=None if left < 0 else left + wrong, scale=softmax_scale)
-        return (out, torch.zeros(())) if pair else out
-    return flash_attn_func
-
-
-def flash_4(wrong=0, sixteen_bits=True):
-    "`flash_attn.cute.flash_attn_func`: a window of None is none, and the log-sum-exp comes along."
-    def flash_attn_func(q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None,
-                        softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, return_lse=False):
-        if sixteen_bits and q.dtype not in (torch.float16, torch.bfloat16): raise AssertionError # without a word, as theirs does in places
-        left, right = window_size
-        assert causal and right in (None, 0) and (left is None) == (right is None)
-        return A.reference_attention(q, k, v, window=None if left is None else left + wrong, scale=softmax_scale), None
-    return flash_attn_func
+def documented(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False,
+               seqused_k=None, block_table=None, num_splits=None):
+    "`torch.nn.attention.varlen.varlen_attn`, whose numbers of tokens to the left and right are -1 for all."
+    left, right = window_size
+    assert right == 0 and left >= 0 and cu_seq_q.dtype == torch.int32 and enable_gqa == (q.size(1) != k.size(1))
+    starts = cu_seq_q.tolist()
+    assert starts == cu_seq_k.tolist() and starts[0] == 0 and starts[-1] == len(q) == len(k) and max_q == max_k == starts[1]
+    rows = [[x[a:b][None] for x in (q, k, v)] for a, b in itertools.pairwise(starts)]
+    return torch.cat([A.reference_attention(*row, window=left, scale=scale) for row in rows], 1)[0]
 
 
-@pytest.fixture
-def install(monkeypatch):
-    "Puts a stand-in where a package's module would be."
-    def put(module, function): monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(flash_attn_func=function))
-    for module in ("flash_attn", "flash_attn.cute", "flash_attn_interface"): monkeypatch.setitem(sys.modules, module, None) # not importable, whatever is installed
-    return put
-
-
-@pytest.mark.parametrize("module, function", [("flash_attn_interface", flash_3(sixteen_bits=False)), ("flash_attn_interface", flash_3(pair=True, sixteen_bits=False)),
-                                              ("flash_attn.cute", flash_4(sixteen_bits=False))])
-def test_flash_attention_is_called_as_documented(install, module, function):
-    install(module, function)
-    for case in CASES: assert_right(A._flash(module), *case)
-    assert_right(A._flash(module), 64, 2, 20, scale=None)
+def test_packed_rows_are_given_as_documented(monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", documented)
+    for T, n_kv_head, window in CASES:
+        if window is not None: assert_right(A._varlen_attention, T, n_kv_head, window)
+    assert_right(A._varlen_attention, 64, 2, 20, scale=None)
 
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    "The candidates of CUDA, tried on the CPU, with a clock by which the first is the fastest. cuDNN and FlexAttention's gradients are missing there."
-    candidates, clock = A._candidates, itertools.count(1)
+    """The candidates of CUDA, tried on the CPU, with a clock by which the first is the fastest. cuDNN and FlexAttention's gradients are missing there.
+
+    The result says which implementations of FlashAttention are installed, and how many keys too many their windows have."""
+    installed, candidates, clock = {None: 0}, A._candidates, itertools.count(1)
+    def register(implementation):
+        if implementation not in installed: raise ImportError(f"No module named {implementation!r}")
+        return SimpleNamespace(remove=lambda: None)
+    def varlen_attn(q, *a, window_size, **kw):
+        if q.dtype not in (torch.float16, torch.bfloat16): raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        return documented(q, *a, window_size=(window_size[0] + installed[_registry.current_flash_attention_impl()], 0), **kw)
+    for name in ("FA3", "FA4"): monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, name, lambda name=name: register(name))
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(A, "_candidates", lambda device_type: candidates("cuda"))
     monkeypatch.setattr(A, "_milliseconds", lambda *a: float(next(clock)))
+    return installed
 
 
-def test_flash_attention_comes_first_where_it_is_installed(install, on_a_gpu, capsys):
-    install("flash_attn.cute", flash_4())
-    install("flash_attn_interface", flash_3())
+def test_flash_attention_comes_first_where_it_is_installed(on_a_gpu, capsys):
+    on_a_gpu |= {"FA3": 0, "FA4": 0}
     assert A.choose_backends(CPU, torch.bfloat16, 32) == {"full": "FlashAttention-4", "window": "FlashAttention-4"}
     said = capsys.readouterr().out
     assert re.search(r"attention on cpu in bfloat16: FlashAttention-4 1\.00 ms \(FlashAttention-3 2\.00 ms, FlashAttention-2 3\.00 ms, SDPA 4\.00 ms\), "
-                     r"windows by FlashAttention-4 5\.00 ms \(FlashAttention-3 6\.00 ms, SDPA in chunks 7\.00 ms\)", said)
+                     r"windows by FlashAttention-4 5\.00 ms \(FlashAttention-3 6\.00 ms, FlashAttention-2 7\.00 ms, SDPA in chunks 8\.00 ms\)", said)
     assert said.count("\n") == 1 and "not usable: cuDNN (" in said and "FlexAttention (" in said
+    assert _registry.current_flash_attention_impl() == "FA4"
     assert_right(A.attention, 200, 2, 30, dtype=torch.bfloat16, head_dim=32, tolerance=0.1)
 
 
 @pytest.mark.parametrize("wrong", [1, -1])
-def test_one_key_too_many_or_too_few_is_refused(install, on_a_gpu, capsys, wrong):
-    install("flash_attn.cute", flash_4(wrong))
-    install("flash_attn_interface", flash_3(pair=True))
-    assert A.choose_backends(CPU, torch.bfloat16, 64) == {"full": "FlashAttention-4", "window": "FlashAttention-3"} # without a window there is nothing wrong
+def test_one_key_too_many_or_too_few_is_refused(on_a_gpu, capsys, wrong):
+    "FlashAttention-4 is right and the fastest without a window; but only one version can be active, and that one has to serve both."
+    on_a_gpu |= {"FA3": 0, "FA4": wrong}
+    assert A.choose_backends(CPU, torch.bfloat16, 64) == {"full": "FlashAttention-3", "window": "FlashAttention-3"}
     assert re.search(r"FlashAttention-4 \(is off by \d", capsys.readouterr().out)
+    assert _registry.current_flash_attention_impl() == "FA3"
 
 
-def test_what_is_not_installed_or_wants_16_bits_is_passed_over(install, on_a_gpu, capsys):
-    install("flash_attn.cute", flash_4())
+def test_what_is_not_installed_or_wants_16_bits_is_passed_over(on_a_gpu, capsys):
+    assert A.choose_backends(CPU, torch.bfloat16, 24) == {"full": "FlashAttention-2", "window": "FlashAttention-2"}
+    assert re.search(r"FlashAttention-3 \([^)]*No module named 'FA3'", capsys.readouterr().out)
     assert A.choose_backends(CPU, torch.float32, 24) == {"full": "FlashAttention-2", "window": "SDPA in chunks"}
-    said = capsys.readouterr().out
-    assert "FlashAttention-4 (AssertionError)" in said and re.search(r"FlashAttention-3 \([^)]*flash_attn_interface", said)
+    assert "FlashAttention-2 (FlashAttention only support fp16" in capsys.readouterr().out
+
+
+def test_a_later_choice_leaves_the_earlier_one_its_flash_attention(on_a_gpu, monkeypatch):
+    on_a_gpu["FA3"] = 0
+    assert A.choose_backends(CPU, torch.bfloat16, 32)["window"] == "FlashAttention-3"
+    monkeypatch.setattr(A, "_candidates", lambda device_type: {"full": {"SDPA": A.sdpa_attention}, "window": {"FlashAttention-4": None, "SDPA in chunks": A.sdpa_attention}})
+    assert A.choose_backends(CPU, torch.float32, 32) == {"full": "SDPA", "window": "SDPA in chunks"}
+    assert _registry.current_flash_attention_impl() == "FA3"
+
+
+def choose_as(rank, file, names):
+    "In a group of two, with three kernels: rank 1 has other times, and one of the kernels does not work there."
+    times = ({"A": 1.0, "B": 2.0, "C": 3.0}, {"B": 9.0, "C": 1.0})[rank]
+    def kernel(name):
+        def attend(*inputs, **kw):
+            if name not in times: raise ValueError("no memory is left")
+            return A.sdpa_attention(*inputs, **kw)
+        attend.name = name
+        return attend
+    A._candidates = lambda device_type: {"full": {name: kernel(name) for name in "ABC"}, "window": {"SDPA in chunks": A.sdpa_attention}}
+    A._milliseconds = lambda attend, *a: times[attend.name]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    if rank == 0: A.choose_backends(CPU, torch.float32, 16, alone=True) # does not wait for the other
+    A.choose_backends(CPU, torch.float32, 8)
+    names.put([rank, A._chosen["cpu", torch.float32, 8]["full"].name])
+    torch.distributed.destroy_process_group()
+
+
+def test_all_ranks_take_what_is_right_on_all_and_fastest_on_the_first(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    names = spawn.Queue()
+    ranks = [spawn.Process(target=choose_as, args=(rank, tmp_path/"store", names)) for rank in range(2)]
+    for rank in ranks: rank.start()
+    chosen = dict(names.get(timeout=120) for _ in ranks)
+    for rank in ranks: rank.join()
+    assert chosen == {0: "B", 1: "B"} # alone, they would take A and C
 
 
 def test_the_fastest_is_taken_wherever_it_stands(monkeypatch, capsys):
@@ -178,7 +208,7 @@ def test_choosing_touches_neither_random_state_nor_modes():
     before = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16): A.choose_backends(CPU, torch.float32, 8)
     assert torch.equal(before, torch.get_rng_state())
-    assert 0 < A._milliseconds(A.sdpa_attention, CPU, torch.float32, 8, 32, 4) < 1000
+    assert 0 < A._milliseconds(A.sdpa_attention, torch.empty(1, 32, 1, 8), 4) < 1000
 
 
 # inside of a compiled model
@@ -219,7 +249,7 @@ def test_chosen_too_late_it_still_works(traced, capsys):
 @pytest.mark.parametrize("kernel", ["FLASH_ATTENTION", "MATH"])
 def test_the_kernel_asked_for_is_asked_for_in_the_graph(traced, kernel):
     before = torch.nn.attention._cur_sdpa_kernel_backends()
-    attend = A._only(kernel)
+    attend = A._only(getattr(SDPBackend, kernel))
     compiled, graphs = traced(attend, fullgraph=True)
     q, k, v, _ = inputs(50, 2)
     torch.testing.assert_close(compiled(q, k, v), A.sdpa_attention(q, k, v))
@@ -247,20 +277,6 @@ def test_flex_attention_makes_its_tiles_if_it_must(traced):
     for _ in range(2): torch.testing.assert_close(compiled(q, k, v), A.reference_attention(q, k, v, window=20))
 
 
-def test_a_compiled_model_leaves_flash_attention_alone(traced, install):
-    seen = []
-    def untraceable(q, k, v, softmax_scale=None, causal=False, window_size=(None, None)):
-        seen.append(torch.compiler.is_compiling())
-        return torch.from_numpy(A.reference_attention(q, k, v, window=window_size[0], scale=softmax_scale).detach().numpy()), None
-    install("flash_attn.cute", untraceable)
-    attend = A._flash("flash_attn.cute")
-    def layer(q, k, v): return attend(q.sin(), k, v, window=20).cos()
-    compiled, graphs = traced(layer)
-    q, k, v, _ = inputs(50, 2)
-    torch.testing.assert_close(compiled(q, k, v), layer(q, k, v))
-    assert not any(seen) and len(graphs) == 2 # before it and after it
-
-
 @torch._dynamo.config.patch(recompile_limit=4) # monkeypatch would leave the setting deleted
 def test_many_shapes_do_not_end_compilation(monkeypatch):
     "Outside of a compiled model FlexAttention is compiled by itself, for more than torch's eight combinations of heads, batch and so on."
@@ -285,13 +301,13 @@ def test_a_kernel_that_refuses_does_not_warn(recwarn):
     def refuses(q, k, v, *, window=None, scale=None):
         warnings.warn("Flash attention has been runtime disabled.")
         raise RuntimeError("No available kernel.")
-    right, failed = A._judge({"no": refuses, "SDPA": A.sdpa_attention}, torch.device("cpu"), torch.float32, 32, 64, None)
+    right, failed = A._judge({"no": refuses, "SDPA": A.sdpa_attention}, torch.empty(1, 64, 1, 32), None)
     assert list(right) == ["SDPA"] and failed == {"no": "no (No available kernel.)"} and not recwarn.list
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-NAMES = {"full": ["FlashAttention-4", "FlashAttention-3", "cuDNN", "FlashAttention-2", "SDPA"],
-         "window": ["FlashAttention-4", "FlashAttention-3", "FlexAttention", "SDPA in chunks"]}
+NAMES = {"full": ["FlashAttention-4", "FlashAttention-3", "FlashAttention-2", "cuDNN", "SDPA"],
+         "window": ["FlashAttention-4", "FlashAttention-3", "FlashAttention-2", "FlexAttention", "SDPA in chunks"]}
 ON_CUDA = [(kind, name) for kind in NAMES for name in NAMES[kind]]
 
 
@@ -302,7 +318,9 @@ def test_no_candidate_goes_untested():
 def candidate(kind, name, head_dim=64):
     "A kernel of this GPU; where it does not work at all the test is skipped, with the reason."
     attend = A._candidates("cuda")[kind][name]
-    try: A._probe(attend, torch.device("cuda"), torch.bfloat16, head_dim, None if kind == "full" else 100)
+    try:
+        if name in A._FLASH: A._activate_flash(A._FLASH[name])
+        A._probe(attend, torch.empty(1, 1, 1, head_dim, device="cuda", dtype=torch.bfloat16), None if kind == "full" else 100)
     except ArithmeticError: raise
     except Exception as e: pytest.skip(f"{name} does not work here: {(str(e).strip().splitlines() or [type(e).__name__])[0]}")
     return attend

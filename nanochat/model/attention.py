@@ -7,7 +7,7 @@ __all__ = ['reference_attention', 'sdpa_attention', 'choose_backends', 'attentio
 
 # %% ../../nbs/model/11_attention.ipynb #f8b320ac
 import functools
-import importlib
+import itertools
 import math
 import time
 import warnings
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..core.files import UserError, say
+from ..core.machine import gather
 
 # %% ../../nbs/model/11_attention.ipynb #581f2aa2
 def _visible_keys(
@@ -125,9 +126,7 @@ def _products_attention(q, k, v, *, window=None, scale=None):
     return out.view(B, n_head, T, head_dim).transpose(1, 2)
 
 # %% ../../nbs/model/11_attention.ipynb #46b3969b
-# tokens; up to this length the attention weights take less memory than the rest of a layer's
-# activations
-_SHORT = 256
+_SHORT = 256 # tokens; up to here the attention weights are less than a layer's other activations
 
 def _cpu_attention(q, k, v, *, window=None, scale=None):
     "Matrix products for training on short rows in bfloat16, SDPA for everything else."
@@ -151,17 +150,15 @@ def _visible_tiles(
     every &= (tile[:, None] + 1) * _TILE <= T
     return some & ~every, every
 
-# %% ../../nbs/model/11_attention.ipynb #87d98eb1
 def _tile_lists(tiles: torch.Tensor) -> list[torch.Tensor]: # (1, 1, tiles), (1, 1, tiles, tiles)
     "FlexAttention's format: how many tiles each row has, and all column numbers, theirs first."
     counts = tiles.sum(1, dtype=torch.int32)
     columns = torch.argsort(tiles.int(), dim=1, descending=True, stable=True).int()
     return [counts[None, None], columns[None, None]]
 
-# %% ../../nbs/model/11_attention.ipynb #55e98356
+# %% ../../nbs/model/11_attention.ipynb #afa9d33b
 _flex_masks = {} # (T, window, device) -> BlockMask, for all heads, layers and dtypes
 
-# %% ../../nbs/model/11_attention.ipynb #afa9d33b
 def _flex_mask(
     T: int, # tokens of a row
     window: int, # how many tokens back a query sees
@@ -174,9 +171,8 @@ def _flex_mask(
             def visible(b, h, i, j): return (i - j >= 0) & (i - j <= window)
             partial, full = _visible_tiles(T, window, device)
             lists = _tile_lists(partial) + _tile_lists(full) # in the order of the arguments
-            mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=_TILE, seq_lengths=(T, T),
-                                            mask_mod=visible)
-            _flex_masks[T, window, device] = mask
+            _flex_masks[T, window, device] = BlockMask.from_kv_blocks(
+                *lists, BLOCK_SIZE=_TILE, seq_lengths=(T, T), mask_mod=visible)
     return _flex_masks[T, window, device]
 
 # %% ../../nbs/model/11_attention.ipynb #c47eecbc
@@ -188,7 +184,6 @@ def _compiled_flex():
     config.recompile_limit = max(64, config.recompile_limit)
     return torch.compile(kernel, fullgraph=True)
 
-# %% ../../nbs/model/11_attention.ipynb #a065d244
 def _flex_attention(q, k, v, *, window, scale=None):
     "Windowed causal attention by FlexAttention; compiled on CUDA."
     # imported here, because this import loads the compiler
@@ -200,137 +195,147 @@ def _flex_attention(q, k, v, *, window, scale=None):
     return out.transpose(1, 2)
 
 # %% ../../nbs/model/11_attention.ipynb #171770fb
-def _flash(
-    module: str, # `flash_attn.cute` or `flash_attn_interface`
-):
-    "Return an attention function that calls FlashAttention, and imports it at the first call."
-    def attend(q, k, v, *, window=None, scale=None):
-        kernel = importlib.import_module(module).flash_attn_func
-        # window_size: tokens to the left and to the right
-        limits = {} if window is None else {"window_size": (window, 0)}
-        out = kernel(q, k, v, softmax_scale=scale, causal=True, **limits)
-        return out[0] if isinstance(out, tuple) else out
-    return torch.compiler.disable(attend)
+# the names by which torch knows the implementations; None is its own
+_FLASH = {"FlashAttention-4": "FA4", "FlashAttention-3": "FA3", "FlashAttention-2": None}
+
+def _activate_flash(implementation: str | None) -> str | None: # the one that was active before
+    "Let torch's FlashAttention operators run another implementation."
+    flash = torch.nn.attention
+    active = getattr(flash, "current_flash_attention_impl", lambda: None)() # old torch has only one
+    if implementation == active: return active
+    if implementation is None: flash.restore_flash_attention_impl()
+    else: flash.activate_flash_attention_impl(implementation)
+    return active
+
+# %% ../../nbs/model/11_attention.ipynb #42c8595b
+def _varlen_attention(q, k, v, *, window, scale=None):
+    "Windowed causal attention by torch's FlashAttention operator for rows of different lengths."
+    from torch.nn.attention.varlen import varlen_attn
+    B, T, n_head, _ = q.shape
+    starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+    rows = (x.flatten(0, 1) for x in (q, k, v)) # (B·T, heads, head_dim), one after another
+    # window_size: tokens to the left and to the right
+    out = varlen_attn(*rows, starts, starts, T, T, scale=scale, window_size=(window, 0),
+                      enable_gqa=n_head != k.size(2))
+    return out.unflatten(0, (B, T))
 
 # %% ../../nbs/model/11_attention.ipynb #b94c2c56
-def _only(
-    kernel: str, # name of a `torch.nn.attention.SDPBackend`
-):
+def _only(kernel): # a `torch.nn.attention.SDPBackend`
     "Return `sdpa_attention` restricted to one of torch's CUDA kernels."
     def attend(q, k, v, *, window=None, scale=None):
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        with sdpa_kernel(getattr(SDPBackend, kernel)):
+        with torch.nn.attention.sdpa_kernel(kernel):
             return sdpa_attention(q, k, v, window=window, scale=scale)
     return attend
 
-# %% ../../nbs/model/11_attention.ipynb #99fa30e2
+_CHUNKS = "SDPA in chunks"
+
 def _candidates(device_type: str) -> dict[str, dict]: # {"full" or "window": {name: function}}
     "The kernels to try, for full and for windowed attention."
     plain = _cpu_attention if device_type == "cpu" else sdpa_attention
-    full, window = {"SDPA": plain}, {"SDPA in chunks": plain}
+    full, window = {"SDPA": plain}, {_CHUNKS: plain}
     if device_type == "cuda":
-        flash = {"FlashAttention-4": _flash("flash_attn.cute"),
-                 "FlashAttention-3": _flash("flash_attn_interface")}
-        torchs = {"cuDNN": _only("CUDNN_ATTENTION"), "FlashAttention-2": _only("FLASH_ATTENTION")}
-        full = flash | torchs | full
+        backends = torch.nn.attention.SDPBackend
+        flash = dict.fromkeys(_FLASH, _only(backends.FLASH_ATTENTION))
+        full = flash | {"cuDNN": _only(backends.CUDNN_ATTENTION)} | full
+        flash = dict.fromkeys(_FLASH, _varlen_attention)
         window = flash | {"FlexAttention": _flex_attention} | window
     return {"full": full, "window": window}
 
 # %% ../../nbs/model/11_attention.ipynb #0e038e01
 def _probe(
     attend, # a function like `sdpa_attention`
-    device: torch.device,
-    dtype: torch.dtype, # of queries, keys and values
-    head_dim: int, # channels of a head
+    like: torch.Tensor, # (1, T, 1, head_dim) gives the device, dtype and head_dim
     window: int | None, # how many tokens back a query sees
 ):
     "Run `attend` forward and backward. Raises `ArithmeticError` if it differs from the formula."
-    g = torch.Generator().manual_seed(0)
+    g, head_dim = torch.Generator().manual_seed(0), like.size(3)
     scale = 1.5 / math.sqrt(head_dim)
     shapes = [(1, 256, n, head_dim) for n in (4, 2, 2, 4)]
-    q, k, v, grad = (torch.randn(s, generator=g).to(device, dtype) for s in shapes)
+    q, k, v, grad = (torch.randn(s, generator=g).to(like) for s in shapes)
     results = []
-    for f, cast in ((attend, dtype), (reference_attention, torch.float32)):
-        inputs = [x.to(cast, copy=True).requires_grad_() for x in (q, k, v)]
+    for f, dtype in ((attend, like.dtype), (reference_attention, torch.float32)):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
         out = f(*inputs, window=window, scale=scale)
         # the gradient of a scalar: given a gradient, autograd would import modules for a second
         total = (out * grad).sum()
         results.append((out, *torch.autograd.grad(total, inputs)))
-    tolerance = 1e-2 if dtype == torch.float32 else 1e-1
+    tolerance = 1e-2 if like.dtype == torch.float32 else 1e-1
     for got, want in zip(*results): # not `torch.testing`, which takes seconds to import
         error = (got.float() - want).abs() / (1 + want.abs())
         worst = error.max().item()
         if not worst < tolerance: raise ArithmeticError(f"is off by {worst:.2g}")
 
-# %% ../../nbs/model/11_attention.ipynb #3214f9a1
+# %% ../../nbs/model/11_attention.ipynb #b4268804
 _BUSY = 65536 # tokens that keep a GPU busy
 
-# %% ../../nbs/model/11_attention.ipynb #b4268804
 def _milliseconds(
     attend, # a function like `sdpa_attention`
-    device: torch.device,
-    dtype: torch.dtype, # of queries, keys and values
-    head_dim: int, # channels of a head; there are 4 heads
-    T: int, # tokens of a row
+    like: torch.Tensor, # (1, T, 1, head_dim) gives the device, dtype and sizes; there are 4 heads
     window: int | None, # how many tokens back a query sees
 ) -> float:
     "Measure the mean time of a forward and backward pass."
-    def wait():
-        if device.type == "cuda": torch.cuda.synchronize(device)
-    tokens = _BUSY if device.type == "cuda" else 512
-    shape = (max(1, tokens // T), T, 4, head_dim)
+    T, device = like.size(1), like.device
+    tokens = _BUSY if like.is_cuda else 512
+    shape = (max(1, tokens // T), T, 4, like.size(3))
     g = torch.Generator(device).manual_seed(0)
-    *inputs, grad = (torch.randn(shape, generator=g, device=device, dtype=dtype) for _ in range(4))
+    *inputs, grad = (torch.randn(shape, generator=g, device=device).to(like) for _ in range(4))
     for x in inputs: x.requires_grad_()
-    warmup, timed = 3, 10
-    for i in range(warmup + timed):
-        if i == warmup:
-            wait()
-            start = time.perf_counter()
-        torch.autograd.grad(attend(*inputs, window=window), inputs, grad)
-    wait()
-    return (time.perf_counter() - start) / timed * 1000
-
-# %% ../../nbs/model/11_attention.ipynb #deb17a13
-def _reason(name: str, e: Exception) -> str:
-    "A candidate's name with the first line of its error."
-    lines = str(e).strip().splitlines() or [type(e).__name__]
-    return f"{name} ({lines[0][:80]})"
+    def passes(n):
+        for _ in range(n): torch.autograd.grad(attend(*inputs, window=window), inputs, grad)
+        if like.is_cuda: torch.cuda.synchronize(device)
+    passes(3) # may compile
+    start = time.perf_counter()
+    passes(10)
+    return (time.perf_counter() - start) / 10 * 1000
 
 # %% ../../nbs/model/11_attention.ipynb #faf7615c
 def _judge(
     candidates: dict, # name -> function
-    device: torch.device,
-    dtype: torch.dtype, # of queries, keys and values
-    head_dim: int, # channels of a head
-    T: int, # tokens of a row when candidates are timed
-    window: int | None, # how many tokens back a query sees when timed; None for all
-) -> tuple[dict, dict]: # correct ones: name -> milliseconds; failed ones: name -> reason
-    "Probe the candidates and time the correct ones. A single candidate is not timed (0 ms)."
-    correct, failed = {}, {}
-    probe_window = None if window is None else 100
+    like: torch.Tensor, # (1, T, 1, head_dim) gives the device, dtype and sizes
+    window: int | None, # how many tokens back a query sees
+) -> tuple[dict, dict]: # {name: milliseconds} if correct, {name: reason} if not
+    "Probe every candidate; time the correct ones if there are several."
+    correct, failed, rivals = {}, {}, len(candidates) > 1
     # the caller may have switched gradients off or autocast on
     with (torch.inference_mode(False), torch.enable_grad(),
-          torch.autocast(device.type, enabled=False), warnings.catch_warnings()):
+          torch.autocast(like.device.type, enabled=False), warnings.catch_warnings()):
         warnings.simplefilter("ignore") # a kernel that refuses an input also warns why
         for name, attend in candidates.items():
             try:
-                _probe(attend, device, dtype, head_dim, probe_window)
-                correct[name] = 0.0
-                if len(candidates) > 1:
-                    correct[name] = _milliseconds(attend, device, dtype, head_dim, T, window)
+                if name in _FLASH: _activate_flash(_FLASH[name])
+                _probe(attend, like, None if window is None else 100)
+                correct[name] = _milliseconds(attend, like, window) if rivals else 0.0
             # a kernel may be missing, unsupported or wrong: each raises in its own way
-            except Exception as e: failed[name] = _reason(name, e)
+            except Exception as e:
+                line = (str(e).strip() or type(e).__name__).splitlines()[0]
+                failed[name] = f"{name} ({line[:80]})"
     return correct, failed
+
+# %% ../../nbs/model/11_attention.ipynb #b0c1f7a5
+def _common(results: list) -> tuple[dict, dict]: # {kind: {name: milliseconds}}, {name: reason}
+    "Rank 0's times of what is correct on every rank, and why the others cannot be used."
+    times, unusable = results[0]
+    for rank, (correct, failed) in enumerate(results):
+        for kind, own in correct.items():
+            times[kind] = {name: ms for name, ms in times[kind].items() if name in own}
+        for name, why in failed.items(): unusable.setdefault(name, f"{why} on rank {rank}")
+    return times, unusable
+
+# %% ../../nbs/model/11_attention.ipynb #b0c1f7a8
+def _fastest(times: dict) -> dict[str, str]: # {kind: {name: milliseconds}} -> {kind: name}
+    "The fastest pair of kernels that one implementation of FlashAttention can serve."
+    windowed = [name for name in times["window"] if name != _CHUNKS] or [_CHUNKS]
+    pairs = itertools.product(times["full"], windowed)
+    def possible(pair): return len({_FLASH[name] for name in pair if name in _FLASH}) < 2
+    def cost(pair): return times["full"][pair[0]] + times["window"][pair[1]]
+    return dict(zip(("full", "window"), min(filter(possible, pairs), key=cost)))
 
 # %% ../../nbs/model/11_attention.ipynb #80f7b99a
 _chosen = {} # (device type, dtype, head_dim) -> {"full": function, "window": function}
 
-def _ranking(
-    correct: dict, # name -> milliseconds; 0 if not timed
-) -> str:
-    "The correct candidates in words: the fastest, and the others in parentheses."
-    names = sorted(correct, key=correct.get)
+def _ranking(correct: dict, chosen: str) -> str: # correct: {name: milliseconds}, 0 if not timed
+    "The correct candidates in words: the chosen one, and the others in parentheses."
+    names = sorted(correct, key=lambda name: (name != chosen, correct[name]))
     told = [f"{name} {correct[name]:.2f} ms" if correct[name] else name for name in names]
     return told[0] if len(told) == 1 else f"{told[0]} ({', '.join(told[1:])})"
 
@@ -341,27 +346,30 @@ def choose_backends(
     head_dim: int, # channels of a head
     T: int = 2048, # tokens of a row when candidates are timed
     window: int = 512, # how many tokens back a query sees when windowed candidates are timed
+    alone: bool = False, # choose for this rank only, because the others may not call this now
 ) -> dict[str, str]: # {"full": name, "window": name}
     "Choose the fastest correct kernels for `attention`. Raises `RuntimeError` if none works."
-    chosen, names, told, unusable = {}, {}, {}, {}
-    for kind, candidates in _candidates(device.type).items():
-        seen = window if kind == "window" else None
-        correct, failed = _judge(candidates, device, dtype, head_dim, T, seen)
+    candidates, active = _candidates(device.type), _activate_flash(None)
+    like = torch.empty(1, T, 1, head_dim, device=device, dtype=dtype)
+    times, unusable = {}, {}
+    for kind, kernels in candidates.items():
+        times[kind], failed = _judge(kernels, like, window if kind == "window" else None)
         unusable |= failed
-        if not correct:
+    _activate_flash(active) # an earlier choice may need it
+    if not alone: times, unusable = _common(gather([(times, unusable)]))
+    for kind in times:
+        if not times[kind]:
             raise RuntimeError(f"no {kind} attention works on {device.type} in {dtype} "
-                               f"with heads of {head_dim}: {'; '.join(failed.values())}")
-        names[kind] = min(correct, key=correct.get)
-        chosen[kind] = candidates[names[kind]]
-        told[kind] = _ranking(correct)
-    _chosen[device.type, dtype, head_dim] = chosen
-
+                               f"with heads of {head_dim}: {'; '.join(unusable.values())}")
+    names = _fastest(times)
+    for name in names.values():
+        if name in _FLASH: _activate_flash(_FLASH[name])
+    _chosen[device.type, dtype, head_dim] = {kind: candidates[kind][names[kind]] for kind in names}
     # one line for the user
-    line = f"attention on {device.type} in {str(dtype).removeprefix('torch.')}: "
-    line += f"{told['full']}, windows by {told['window']}"
-    if device.type == "cuda":
-        line += (f", for {max(1, _BUSY // T)}×{T} tokens in 4 heads of {head_dim}, "
-                 "forward and backward")
+    full, windows = (_ranking(times[kind], names[kind]) for kind in ("full", "window"))
+    where = f"{device.type} in {str(dtype).removeprefix('torch.')}"
+    line, n = f"attention on {where}: {full}, windows by {windows}", max(1, _BUSY // T)
+    if like.is_cuda: line += f", for {n}×{T} tokens in 4 heads of {head_dim}, forward and backward"
     if unusable: line += f"; not usable: {', '.join(unusable.values())}"
     elif device.type == "cpu" and dtype == torch.bfloat16:
         line += f"; rows of up to {_SHORT} tokens by matrix products"
@@ -379,7 +387,7 @@ def attention(
 ) -> torch.Tensor: # (B, T, n_head, head_dim)
     "Causal attention by the fastest correct kernel on this machine, see `choose_backends`."
     key = q.device.type, q.dtype, q.size(-1)
-    if key not in _chosen: choose_backends(q.device, q.dtype, q.size(-1))
+    if key not in _chosen: choose_backends(q.device, q.dtype, q.size(-1), alone=True)
     backends = _chosen[key]
     if window is None or window >= q.size(1) - 1: return backends["full"](q, k, v, scale=scale)
     return backends["window"](q, k, v, window=window, scale=scale)
@@ -401,6 +409,12 @@ def _cached_attention(
     return out.transpose(1, 2)
 
 # %% ../../nbs/model/11_attention.ipynb #e11d8eef
+def _check_room(length: int, max_len: int):
+    "Raise `UserError` if a row is longer than its cache."
+    if length > max_len:
+        raise UserError(f"a row of {length} tokens does not fit into the cache of {max_len}: "
+                        "shorten the conversation, or ask for fewer new tokens.")
+
 class KVCache:
     "Keys and values of every layer for rows of different lengths."
     def __init__(
@@ -424,13 +438,6 @@ class KVCache:
     @property
     def max_len(self) -> int: return self.k.size(3)
 
-# %% ../../nbs/model/11_attention.ipynb #634724d2
-def _check_room(length: int, max_len: int):
-    "Raise `UserError` if a row is longer than its cache."
-    if length > max_len:
-        raise UserError(f"a row of {length} tokens does not fit into the cache of {max_len}: "
-                        "shorten the conversation, or ask for fewer new tokens.")
-
 # %% ../../nbs/model/11_attention.ipynb #44719734
 @patch
 def begin(
@@ -441,19 +448,16 @@ def begin(
     "Plan a pass. Raises `UserError` if a row does not fit into the cache."
     device = self.lengths.device
     if valid is not None and bool((valid == T).all()): valid = None
-
     # the lengths after this pass, and the shortest and longest of them
     self._after = self.lengths + (T if valid is None else valid)
     self._extremes = (self.shortest + T, self.longest + T)
     if valid is not None: self._extremes = tuple(map(int, self._after.aminmax()))
     longest = self._extremes[1]
     _check_room(longest, self.max_len)
-
     # padding may extend beyond the cache: its positions are clamped, and it is never written
     steps = torch.arange(T, device=device)
     positions = self.lengths[:, None] + steps # (B, T)
     self.positions = positions.clamp(max=max(longest - 1, 0))
-
     # where the real tokens are stored: their rows and positions
     rows = torch.arange(len(self.lengths), device=device)[:, None]
     self._real, self._slots = None, (rows, self.positions)
@@ -523,7 +527,6 @@ def select(
     if self.previous is not None: new.previous = self.previous[indices]
     return new
 
-# %% ../../nbs/model/11_attention.ipynb #e6ca416c
 @patch
 def repeat(
     self: KVCache,
@@ -616,7 +619,6 @@ def _plan(self: RowCache, size: int, k: torch.Tensor):
     slots = torch.arange(end, device=k.device)
     return slot, end, slots <= self.positions[:, :, None] # (live, 1, end)
 
-# %% ../../nbs/model/11_attention.ipynb #ca8cd9c3
 @patch
 def advance(self: RowCache):
     "End the step: the new tokens now count."
@@ -634,7 +636,6 @@ def _last_positions(
     "The positions of a row that a ring of `size` slots holds."
     return torch.arange(max(0, length - size), length, device=device)
 
-# %% ../../nbs/model/11_attention.ipynb #8098cb3b
 def _fill_ring(
     ring: torch.Tensor, # (n_kv_head, size, head_dim), a row's slots in a layer
     row: torch.Tensor, # (n_kv_head, longest, head_dim), all its keys or values
@@ -688,7 +689,6 @@ def take(
     cache.previous = self.previous_of_all[row:row + 1].clone()
     return cache
 
-# %% ../../nbs/model/11_attention.ipynb #7e0ca581
 @patch
 def move(self: RowCache, source: int, target: int):
     "Copy the row in place `source` to place `target`."
