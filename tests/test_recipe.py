@@ -209,13 +209,14 @@ def gap(a, b): return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 def test_a_hundred_steps_beside_a_second_implementation(start, batches):
-    ours = {latest: our_losses(start, batches, muon_eq=latest, muon_plus=latest) for latest in (False, True)}
-    for latest, losses in ours.items():
-        assert losses[-1] < losses[0] - 1 # it learns, so that the comparison means something
-        assert gap(losses, reference_losses(start, batches, latest, latest)) < 1e-4 # 3e-5 was measured
+    ours = our_losses(start, batches)
+    assert ours[-1] < ours[0] - 1 # it learns, so that the comparison means something
+    assert gap(ours, reference_losses(start, batches, False, False)) < 1e-4 # 2e-5 was measured
+    latest = our_losses(start, batches[:50], muon_eq=True, muon_plus=True)
+    assert gap(latest, reference_losses(start, batches[:50], True, True)) < 1e-4
     # what differs would be seen
-    assert gap(ours[False], ours[True]) > 1e-3
-    assert gap(ours[False][:15], our_losses(start, batches[:15], optimizer="own")) > 1e-3
+    assert gap(ours[:50], latest) > 1e-3
+    assert gap(ours[:15], our_losses(start, batches[:15], optimizer="own")) > 1e-3
 
 
 def test_a_hundred_steps_beside_the_published_code(start, batches, tmp_path):
@@ -239,6 +240,7 @@ def test_a_hundred_steps_beside_the_published_code(start, batches, tmp_path):
 def test_the_compiled_update_is_the_eager_one(monkeypatch):
     from torch._dynamo.testing import CompileCounterWithBackend
     counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(optim, "_COMPILED_SIZE", 1000) # neither gates nor scalars
     monkeypatch.setattr(optim, "_compile", cache(partial(torch.compile, dynamic=False, fullgraph=True, backend=counter)))
     models = []
     for compiled in (False, True):
@@ -251,7 +253,7 @@ def test_the_compiled_update_is_the_eager_one(monkeypatch):
             optimizer.step(lr_mult=1 - 0.1 * step, momentum=0.9 + 0.01 * step, wd_mult=1 - 0.2 * step)
             compilations.append(counter.frame_count)
         models.append(model)
-    assert compilations[0] > 3 and len(set(compilations)) == 1 # the rates change, and nothing is compiled again
+    assert compilations == [5] * 4 # three shapes of matrices, two rules of AdamW; the rates change, and nothing is compiled again
     for a, b in zip(models[0].parameters(), models[1].parameters()): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 

@@ -143,13 +143,18 @@ class MuonVariant(NamedTuple):
 
 # %% ../../nbs/model/15_optim.ipynb #32a24033
 def _muon(
-    param, grad, mean, variance, # (n, rows, cols); the variance (n, rows, 1) or (n, 1, cols)
-    momentum, fresh, # shares of the old gradients and of the new one
-    lr, weight_decay,
+    param: torch.Tensor, # (n, rows, cols); updated in place, as are mean and variance
+    grad: torch.Tensor, # (n, rows, cols)
+    mean: torch.Tensor, # (n, rows, cols), of the gradients
+    variance: torch.Tensor, # (n, rows, 1) or (n, 1, cols)
+    momentum: float, # share of the old gradients
+    fresh: float, # share of the new one: 1 - momentum
+    lr: float, # learning rate
+    weight_decay: float, # decay per step, relative to the learning rate
     dtype: torch.dtype | None, # of the products
     variant: MuonVariant,
 ):
-    "Update matrices and state in place: the arithmetic of `muon_update`."
+    "Compute `muon_update`, on tensors alone."
     update = _nesterov(grad, mean, momentum, fresh)
     if variant.equal_rows: update = _equal_rows(update)
     update = polar_express(update, dtype, variant.steps)
@@ -157,6 +162,8 @@ def _muon(
     _cautious_step(param, _normuon(update, variance), lr, weight_decay)
 
 # %% ../../nbs/model/15_optim.ipynb #5b1e0c0c
+_COMPILED_SIZE = 2**20 # numbers; a smaller update is not worth a compilation
+
 @lru_cache
 def _compile(update): return torch.compile(update, dynamic=False)
 
@@ -192,16 +199,25 @@ def muon_update(
     numbers = momentum, 1 - momentum, lr, weight_decay
     _apply(_muon, tensors, numbers, (dtype, variant), compiled)
 
-# %% ../../nbs/model/15_optim.ipynb #6f261fda
-def _adamw(param, grad, exp_avg, exp_avg_sq, keep, step_size, correction, betas, eps):
-    "Update parameters and state in place: the arithmetic of `adamw_update`."
-    beta1, beta2 = betas
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+# %% ../../nbs/model/15_optim.ipynb #5b1e0c0e
+def _adamw(
+    param: torch.Tensor, # any shape; updated in place, as are the two means
+    grad: torch.Tensor, # the same shape
+    exp_avg: torch.Tensor, # running mean of the gradients
+    exp_avg_sq: torch.Tensor, # and of their squares
+    keep: float, # share of the weights that decay leaves
+    step_size: float, # negative learning rate, with the correction of the mean
+    correction: float, # of the mean of squares
+    betas: tuple[float, float], # shares of the old means that are kept
+    eps: float, # added to the divisor
+):
+    "Compute `adamw_update`, on tensors alone."
+    exp_avg.lerp_(grad, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
     root = (exp_avg_sq / correction).sqrt_().add_(eps)
-    param.mul_(keep)
-    param.add_((exp_avg * step_size).div_(root))
+    param.mul_(keep).add_((exp_avg * step_size).div_(root))
 
+# %% ../../nbs/model/15_optim.ipynb #6f261fda
 @torch.no_grad()
 def adamw_update(
     param: torch.Tensor, # any shape; updated in place
@@ -253,7 +269,7 @@ class MuonAdamW:
         self.rank, self.world_size = group_rank_and_world()
         self.updates = 0 # number of updates so far
         self.param_groups = groups
-        self.compiled = False # compile the updates? `optimizer_for` sets it
+        self.compiled = False # compile large updates? `optimizer_for` sets it
         # groups whose sums have begun, on several ranks: (this rank's share, a handle to wait for)
         self._started = []
         for group in groups: self._add_state(group)
@@ -394,12 +410,13 @@ def _update(
     param = self._mine(group["params"], group["unit"], group["share"])
     shard = group["shard"]
     lr, decay = group["lr"] * lr_mult, group["weight_decay"]
+    compiled = self.compiled and param.numel() >= _COMPILED_SIZE
     if group["kind"] == "muon":
         muon_update(param, grad, shard, lr, momentum, decay * wd_mult, group.get("dtype"),
-                    group.get("variant", MuonVariant()), self.compiled)
+                    group.get("variant", MuonVariant()), compiled)
     else:
         adamw_update(param, grad, shard, self.updates, lr, group["betas"], group["eps"], decay,
-                     self.compiled)
+                     compiled)
     return param
 
 # %% ../../nbs/model/15_optim.ipynb #89482486

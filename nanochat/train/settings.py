@@ -415,7 +415,7 @@ def _nest(flat: dict) -> dict:
     return tree
 
 # %% ../../nbs/train/21_settings.ipynb #257cb4bd
-# settings of later versions: at their default they are left out, so that an older run stays the same
+# settings of later versions; without their defaults, an older run keeps its configuration
 _LATER = ("base.optimizer", "base.muon_eq", "base.muon_plus")
 
 def nested_config(
