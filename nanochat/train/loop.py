@@ -34,7 +34,8 @@ from ..model.attention import choose_backends
 from ..model.precision import LossScaler, quantize_weights, use_fp8
 from ..model.gpt import GPT, GPTConfig
 from ..model.optim import (
-    MuonAdamW, lr_multiplier, make_optimizer, muon_momentum, weight_decay_multiplier)
+    NANOCHAT_STEPS, POLAR_STEPS, MuonAdamW, MuonVariant, lr_multiplier, make_optimizer,
+    muon_momentum, weight_decay_multiplier)
 from .checkpoint import (
     latest_checkpoint, load_checkpoint, mark_best, rng_state, save_checkpoint, set_rng_state)
 
@@ -440,9 +441,18 @@ def optimizer_for(
     "Make the run's optimizer, with the learning rates of pretraining times `lr_scale`."
     base, kinds = config["base"], ("matrix", "embedding", "head", "scalar")
     rates = {f"{kind}_lr": base[f"{kind}_lr"] * lr_scale for kind in kinds}
+    # the record trains smear and backout at a rate that does not depend on the batch
+    as_record = base.get("optimizer") == "nanochat"
+    if as_record: rates["smear_lr"] = 0.2 * lr_scale
+    variant = MuonVariant(NANOCHAT_STEPS if as_record else POLAR_STEPS,
+                          base.get("muon_eq", False), base.get("muon_plus", False))
     # the dtype in which Muon orthogonalizes (Polar Express, 15_optim); None: the device's default
     dtype = torch.bfloat16 if config["hardware"]["dtype"] == "bfloat16" else None
-    return make_optimizer(model, **rates, weight_decay=base["weight_decay"], dtype=dtype)
+    optimizer = make_optimizer(model, **rates, weight_decay=base["weight_decay"], dtype=dtype,
+                               variant=variant)
+    on_cuda = model.lm_head.weight.is_cuda
+    optimizer.compiled = bool(on_cuda and config["hardware"].get("compile"))
+    return optimizer
 
 # %% ../../nbs/train/26_loop.ipynb #09c4c138
 def prepare_model(
