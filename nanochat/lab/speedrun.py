@@ -158,7 +158,8 @@ def _train(run: Run):
 # %% ../../nbs/lab/56_speedrun.ipynb #d4fe50ab
 @cli.command("speedrun")
 @click.option("--preset",
-              help="smoke, laptop, gpu, speedrun or d32; by default gpu with CUDA, else laptop.")
+              help="smoke, laptop, gpu, speedrun, d32, record or pr830; "
+                   "by default gpu with CUDA, else laptop.")
 @click.option("--run", "name",
               help="Name of the run's folder; by default made from preset, data, depth and budget.")
 @_plan_options

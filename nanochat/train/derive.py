@@ -271,8 +271,8 @@ def derive(
     _derive_batch(c, hw)
     _derive_training(c)
     _derive_evaluations(c, hw)
-    # a token is at most about five characters
-    c.setdefault("data.characters", 5 * c["base.tokens"])
+    # a token is at most about five characters; cropping discards a third of the text
+    c.setdefault("data.characters", (8 if c["base.crop"] else 5) * c["base.tokens"])
     c.setdefault("tokenizer.max_characters", min(2_000_000_000, c["data.characters"]))
     web = reads_web(c)
     c.setdefault("eval.core_questions", 500 if web else 0)

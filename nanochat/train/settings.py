@@ -200,6 +200,12 @@ _BASE = [
     _Setting("base.embedding_lr", float, None, "", "AdamW's for the embedding; 0.3 × √(B/2^19)"),
     _Setting("base.head_lr", float, None, "", "AdamW's for the head; 0.008 × √(B/2^19)"),
     _Setting("base.scalar_lr", float, None, "", "AdamW's for the scalars; 0.5 × √(B/2^19)"),
+    _Setting("base.optimizer", str, "own", "", "nanochat: Polar Express, and the rate of smear and "
+             "backout, as in karpathy/nanochat's record", choices=("own", "nanochat")),
+    _Setting("base.muon_eq", bool, False, "",
+             "MuonEq: give a gradient's rows one norm before Muon orthogonalizes it"),
+    _Setting("base.muon_plus", bool, False, "",
+             "Muon+: give Muon's updates the norm of an orthogonal matrix"),
     _Setting("base.weight_decay", float, None, "",
              "Muon's weight decay; 0.28 × √(B/2^19) × D_12/D"),
     _Setting("base.warmup_steps", int, None, "steps",
@@ -408,11 +414,14 @@ def _nest(flat: dict) -> dict:
     return tree
 
 # %% ../../nbs/train/21_settings.ipynb #257cb4bd
+# settings of later versions; without their defaults, an older run keeps its configuration
+_LATER = ("base.optimizer", "base.muon_eq", "base.muon_plus")
+
 def nested_config(
     preset: str,
     c: dict, # full name: value, complete
 ) -> dict: # the `config.yaml` of a run
-    "Build the nested configuration from all settings, without the tasks of weight 0."
+    "Build the nested configuration from all settings, without those that are unused."
     order = []
     for name in SETTINGS:
         stage = name.split(".")[0]
@@ -423,7 +432,10 @@ def nested_config(
             own = [other for other in c if other not in SETTINGS]
             order += [other for other in own if other.startswith(f"{stage}.mixture.")]
         order.append(name)
-    used = {name: c[name] for name in order if c[name] or ".mixture." not in name}
+    def unused(name):
+        if ".mixture." in name: return not c[name]
+        return name in _LATER and c[name] == SETTINGS[name].default
+    used = {name: c[name] for name in order if not unused(name)}
     return {"preset": preset} | _nest(used)
 
 # %% ../../nbs/train/21_settings.ipynb #afa261b5
@@ -451,7 +463,7 @@ def known_presets() -> list[str]:
 
 # %% ../../nbs/train/21_settings.ipynb #cf5ca301
 def _load_preset(
-    name: str, # smoke, laptop, gpu, speedrun or d32
+    name: str, # laptop, speedrun, … (see `known_presets`)
 ) -> dict: # full name: value
     "Read a preset. Raises `UserError` for an unknown name."
     if name not in known_presets():
