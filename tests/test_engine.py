@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.engine import Batch, Row, Sampling
 from nanochat.model.scheduler import Scheduler
+from nanochat.post.chat_eval import greedy_answers
 from nanochat.lab.bench.engine import bench_engine, bench_model
 
 
@@ -231,6 +232,16 @@ def test_a_step_waits_for_nothing_but_its_tokens(graphs, compiled):
     with Transfers() as transfers:
         for _ in range(5): batch.step()
     assert transfers.seen == {"cpu": 10, "tolist": 10}, transfers.seen
+
+
+def test_an_evaluation_does_not_wait_for_every_step():
+    "Whether two tokens were level is read once, at the end."
+    engine, seen = bench_engine(shaken(LAPTOP)), []
+    engine.stop_ids = set()
+    for n in (8, 18):
+        with Transfers() as transfers: greedy_answers(engine, ragged(4, 9, 2048), n)
+        seen.append(transfers.seen)
+    assert seen[1] - seen[0] == {"cpu": 20, "tolist": 20}, seen
 
 
 def test_a_step_reads_the_tokens_of_the_step_before(monkeypatch):

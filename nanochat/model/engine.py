@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-# %% ../../nbs/model/17_engine.ipynb #63f6dead
 from ..core.files import UserError, say
 from ..core.machine import derive_seed
 from ..core.tokenizer import StreamDecoder, Tokenizer
@@ -302,10 +301,8 @@ def _upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda": x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
-def _download(
-    tensors: list[torch.Tensor], # on one device
-) -> tuple[list[torch.Tensor], torch.cuda.Event | None]: # as in `_Drawn`
-    "Request copies on the host, without waiting for them."
+def _download(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+    "Request copies on the host, without waiting for them; returns what `_Drawn` keeps."
     device = tensors[0].device
     if device.type != "cuda": return [x.cpu() for x in tensors], None
     copies = [x.to("cpu", non_blocking=True) for x in tensors] # in pinned memory
@@ -320,7 +317,7 @@ class _Drawn(NamedTuple):
     copies: list[torch.Tensor] # on the host: tokens and their log-probabilities at temperature 1,
     # each (rows,); if requested, log-probabilities and tokens of the n likeliest, each (rows, n)
     arrived: torch.cuda.Event | None # happens when the copies are complete; None: they are
-    log_p: torch.Tensor # (rows, vocab_size) on the device, at temperature 1, without top_k and top_p
+    log_p: torch.Tensor # (rows, vocab_size), on the device; at temperature 1, from all tokens
 
 # %% ../../nbs/model/17_engine.ipynb #da41adcd
 class Batch:
@@ -338,8 +335,7 @@ class Batch:
         self.rows: list[Row] = [] # in the order of their places
         longest = max_len + self.ahead # running ahead, a full row is computed once more
         self._cache = engine.weights().new_rows(n_rows, longest, static=engine.compiled)
-        # for each place: the newest token, all random numbers, how many of these are used, and
-        # the temperature
+        # for each place: the newest token, random numbers, how many of them are used, temperature
         self._tokens = torch.zeros(n_rows, dtype=torch.int64, device=self.device)
         self._uniform = torch.zeros(n_rows, max_len + 1, device=self.device)
         self._used = torch.zeros(n_rows, dtype=torch.int64, device=self.device)
@@ -351,8 +347,7 @@ class Batch:
             self._stream = torch.cuda.Stream(self.device)
         elif engine.compiled: self._compiled = torch.compile(self._plain_forward, dynamic=False)
 
-    def holds(self, n_rows: int, max_len: int, ahead: bool | None) -> bool:
-        "Is there room for these rows, and do steps run ahead as requested?"
+    def holds(self, n_rows: int, max_len: int, ahead: bool | None) -> bool: # could it do this?
         fits = n_rows <= len(self._tokens) and max_len <= self._max_len
         return fits and ahead in (None, self.ahead)
 
@@ -360,11 +355,8 @@ class Batch:
     def n_free(self) -> int: return self.n_places - len(self.rows)
 
 # %% ../../nbs/model/17_engine.ipynb #d6665114
-def _kinds(
-    rows: list[Row],
-    device: torch.device,
-) -> list[tuple[Sampling, torch.Tensor | slice]]: # one of each group's; the rows' indices
-    "Group rows that are drawn by one call."
+def _kinds(rows: list[Row], device: torch.device) -> list[tuple[Sampling, torch.Tensor | slice]]:
+    "Group rows that are drawn by one call: a sampling of each group, and the rows' indices."
     groups = {}
     for i, row in enumerate(rows):
         s = row.sampling
@@ -373,7 +365,6 @@ def _kinds(
     return [(rows[i].sampling, _upload(torch.tensor([i, *others]), device))
             for i, *others in groups.values()]
 
-# %% ../../nbs/model/17_engine.ipynb #a6a957e9
 def _sample(
     kinds: list[tuple[Sampling, torch.Tensor | slice]], # from `_kinds`
     logits: torch.Tensor, # (rows, vocab_size)
@@ -406,8 +397,8 @@ def _draw(
     log_p = F.log_softmax(logits.float(), dim=-1)
     logprobs = log_p.gather(-1, tokens[:, None]).squeeze(-1)
     n_top = min(max(row.n_alternatives for row in rows), log_p.shape[-1])
-    found = [tokens, logprobs, *(log_p.topk(n_top) if n_top else ())]
-    return _Drawn(rows, *_download(found), log_p)
+    likeliest = log_p.topk(n_top) if n_top else ()
+    return _Drawn(rows, *_download([tokens, logprobs, *likeliest]), log_p)
 
 # %% ../../nbs/model/17_engine.ipynb #4964dca6
 @patch
@@ -428,9 +419,7 @@ def _read(
         if n := row.n_alternatives: row.alternatives = list(zip(top[i], top_p[i]))[:n]
     self.drop([row for row in self.rows if row.finish])
     log_p = drawn.log_p
-    if len(grew) < len(log_p):
-        indices = torch.tensor(grew, dtype=torch.int64)
-        log_p = log_p[_upload(indices, self.device)]
+    if len(grew) < len(log_p): log_p = log_p[_upload(torch.tensor(grew).long(), self.device)]
     return [drawn.rows[i] for i in grew], log_p
 
 # %% ../../nbs/model/17_engine.ipynb #546a3331
@@ -517,11 +506,6 @@ def drop(
         self.rows.pop()
     if rows: self._changed()
 
-# %% ../../nbs/model/17_engine.ipynb #f72bde93
-def _power_of_two(n: int) -> int: # at least n
-    "Round up to a power of two."
-    return 1 << (n - 1).bit_length()
-
 # %% ../../nbs/model/17_engine.ipynb #89256c80
 @patch
 def _plain_forward(
@@ -530,18 +514,6 @@ def _plain_forward(
 ) -> torch.Tensor: # (n, vocab_size)
     "Compute the logits of the first `n` places, without a graph."
     return self.engine.logits(self._tokens[:n, None], self._cache)
-
-# %% ../../nbs/model/17_engine.ipynb #7bf2f58f
-@patch
-def _capture(
-    self: Batch,
-    n: int, # places
-) -> tuple: # the graph; the logits that it writes, (n, vocab_size)
-    "Capture a step: its kernels and the addresses that they read and write."
-    graph = torch.cuda.CUDAGraph()
-    how = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-    with torch.cuda.device(self.device), torch.cuda.graph(graph, **how):
-        return graph, self._plain_forward(n)
 
 # %% ../../nbs/model/17_engine.ipynb #899a6c7c
 @patch
@@ -553,7 +525,11 @@ def _graph_forward(
     if n not in self._graphs:
         self._graphs[n] = None
         return self._plain_forward(n)
-    if self._graphs[n] is None: self._graphs[n] = self._capture(n)
+    if self._graphs[n] is None:
+        graph = torch.cuda.CUDAGraph()
+        how = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, **how):
+            self._graphs[n] = graph, self._plain_forward(n)
     graph, logits = self._graphs[n]
     graph.replay()
     return logits
@@ -564,7 +540,7 @@ def _forward(self: Batch) -> torch.Tensor: # (rows, vocab_size)
     "Compute the logits of a step, plain or compiled."
     n = len(self.rows)
     if not self.engine.compiled: return self._plain_forward(n)
-    padded = self._cache.live = min(_power_of_two(n), len(self._tokens))
+    padded = self._cache.live = min(1 << (n - 1).bit_length(), len(self._tokens))
     self._cache.lengths[n:] = 0 # padding restarts at 0; else it would outgrow `max_len`
     forward = self._graph_forward if self.engine._captures else self._compiled
     logits = forward(padded)
@@ -587,28 +563,16 @@ def next_group(
 
 # %% ../../nbs/model/17_engine.ipynb #42331c13
 @patch
-def _take_batch(
-    self: Engine,
-    n_rows: int, # as in `Batch`
-    max_len: int,
-    ahead: bool | None,
-) -> Batch: # without rows
-    "Return the kept batch if it is large enough, or a new one."
+def _take_batch(self: Engine, n_rows: int, max_len: int, ahead: bool | None) -> Batch:
+    "Return the kept batch if it is large enough, or a new one. The arguments are those of `Batch`."
     if not self._captures: return Batch(self, n_rows, max_len, ahead)
     with self._lock: batch, self._kept = self._kept, None
     if batch is None or not batch.holds(n_rows, max_len, ahead):
         del batch # frees its memory before the new one needs it
         longest = min(-(-max_len // 128) * 128, 2 * self.context)
-        batch = Batch(self, _power_of_two(n_rows), longest, ahead)
+        batch = Batch(self, 1 << (n_rows - 1).bit_length(), longest, ahead)
     batch.engine, batch.n_places, batch._pending = self, n_rows, None
     return batch
-
-@patch
-def _keep(self: Engine, batch: Batch):
-    "Keep a batch without rows for the next call of `steps`, if it has graphs."
-    if not self._captures: return
-    batch.engine = None
-    with self._lock: self._kept = batch
 
 # %% ../../nbs/model/17_engine.ipynb #9547bfd7
 @patch
@@ -634,7 +598,7 @@ def steps(
         group = next_group(waiting, batch.n_free) if enough else []
         grew, log_p = batch.admit(group) if group else batch.step()
         if grew: yield grew, log_p
-    self._keep(batch)
+    if self._captures: batch.engine, self._kept = None, batch
 
 # %% ../../nbs/model/17_engine.ipynb #fe22f1a8
 @patch
