@@ -205,6 +205,19 @@ def test_a_task_that_needs_longer_answers_gets_them(data, sandbox, monkeypatch):
     assert taken == [256, 300, 384, 8]
 
 
+def test_letters_that_bfloat16_leaves_open_are_read_together(data, monkeypatch):
+    """In float32 batches, and only those that are still level one by one."""
+    read, prefill = [], Engine.prefill
+    def noted(self, prompts):
+        read.append((self.dtype, len(prompts)))
+        return prefill(self, prompts)
+    monkeypatch.setattr(Engine, "prefill", noted)
+    rough = evaluate_task(engine(torch.bfloat16), make_task("arc-easy", "test"), 48, batch=16)
+    again = [n for dtype, n in read if dtype == torch.float32]
+    assert [n for dtype, n in read if dtype == torch.bfloat16] == [16, 16, 16] and max(again) > 4 and len(again) <= 6, read
+    assert rough["right"] == evaluate_task(engine(), make_task("arc-easy", "test"), 48, batch=16)["right"]
+
+
 def test_what_does_not_fit_the_context_counts_as_wrong(data):
     made = engine(context=64)
     result = evaluate_task(made, make_task("arc-easy", "test"), 70)

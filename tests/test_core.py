@@ -322,7 +322,7 @@ def test_ties_hang_neither_on_the_batch_nor_on_the_ranks(tmp_path, monkeypatch):
     for rank in range(2): assert json.loads((tmp_path/f"found-{rank}.json").read_text()) == [want, want]
 
     # without the further passes the noise would decide, in every format and dtype
-    monkeypatch.setattr(core_eval, "passes", lambda dtype: [(dtype, 0.0, False)])
+    monkeypatch.setattr(core_eval, "passes", lambda dtype: [core_eval._Pass(dtype, 0.0)])
     one, many = answers_to_ties(1), answers_to_ties(4096)
     assert all(a != b for a, b in zip(one[::2], many[::2]))
 

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-# %% ../../nbs/model/17_engine.ipynb #63f6dead
 from ..core.files import UserError, say
 from ..core.machine import derive_seed
 from ..core.tokenizer import StreamDecoder, Tokenizer
@@ -113,13 +112,17 @@ class Engine:
         *,
         exact: bool = True, # on a CPU, compute in float32 whatever `dtype` says
         int8: bool = False, # keep the large matrices in 8 bits
-        compiled: bool = False, # decode with CUDA graphs (on a GPU) or `torch.compile` (elsewhere)
+        compiled: bool | None = None, # decode with CUDA graphs (on CUDA) or `torch.compile`
+        # (elsewhere); None: only on CUDA
     ):
         if tokenizer.vocab_size != model.config.vocab_size:
             raise UserError(f"the model has {model.config.vocab_size} tokens and the tokenizer "
                             f"{tokenizer.vocab_size}: load the tokenizer that the model "
                             "was trained with.")
-        self.model, self.tokenizer, self.int8, self.compiled = model, tokenizer, int8, compiled
+        self.model, self.tokenizer, self.int8 = model, tokenizer, int8
+        on_cuda = self.device.type == "cuda"
+        self.compiled = on_cuda if compiled is None else compiled
+        self._captures = self.compiled and on_cuda # its batches use CUDA graphs
         # bfloat16 rounds differently in another batch: answers would depend on their neighbours
         self.dtype = torch.float32 if exact and self.device.type == "cpu" else dtype
         self.context = model.config.sequence_len
@@ -129,20 +132,33 @@ class Engine:
         self._output = special("<|output_start|>"), special("<|output_end|>")
         self._lock, self._weights, self._changes = threading.RLock(), None, None
         self._earlier = {} # maps the tokens of an earlier row (prompt, answer) to its `KVCache`
+        self._kept: Batch | None = None # the batch of the last `steps`, with its CUDA graphs
 
     @property
     def device(self) -> torch.device: return next(self.model.parameters()).device
 
+# %% ../../nbs/model/17_engine.ipynb #e4adf177
+@torch.inference_mode()
+def _copy_weights(source: GPT, target: GPT):
+    "Copy the weights of a model made for inference into the tensors of another one."
+    def tensors(model):
+        eight_bits = [getattr(layer, "int8", None) or () for layer in model.modules()]
+        return [*model.parameters(), *(x for pair in eight_bits for x in pair)]
+    for new, old in zip(tensors(source), tensors(target), strict=True):
+        if new.data_ptr() != old.data_ptr(): old.copy_(new)
+
 # %% ../../nbs/model/17_engine.ipynb #7990c1f6
 @patch
 def weights(self: Engine) -> GPT:
-    "The model for inference, copied again whenever the weights have changed."
+    "The model for inference, renewed whenever the weights have changed."
     with self._lock:
         # inference tensors have no version, as torch does not count their changes
         changes = sum(0 if p.is_inference() else p._version for p in self.model.parameters())
-        if self._weights is None or changes != self._changes:
-            self._weights = for_inference(self.model, self.dtype, self.int8)
-            self._changes, self._earlier = changes, {}
+        if changes == self._changes: return self._weights
+        new = for_inference(self.model, self.dtype, self.int8)
+        if self._captures and self._weights is not None: _copy_weights(new, self._weights)
+        else: self._weights = new
+        self._changes, self._earlier = changes, {}
         return self._weights
 
 # %% ../../nbs/model/17_engine.ipynb #74019bc7
@@ -279,14 +295,29 @@ def prefill(
     idx = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True).to(self.device) # (B, T)
     return self.logits(idx, cache, valid), cache, [row_of[tuple(p)] for p in prompts]
 
+# %% ../../nbs/model/17_engine.ipynb #dd56e3de
+def _upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    "Copy a tensor to the device, without waiting for what it still has to do."
+    if device.type == "cuda": x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+def _download(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+    "Request copies on the host, without waiting for them; returns what `_Drawn` keeps."
+    device = tensors[0].device
+    if device.type != "cuda": return [x.cpu() for x in tensors], None
+    copies = [x.to("cpu", non_blocking=True) for x in tensors] # in pinned memory
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(device))
+    return copies, arrived
+
 # %% ../../nbs/model/17_engine.ipynb #7682f32b
 class _Drawn(NamedTuple):
-    "The tokens of one step, still on the device."
+    "The tokens of one step, on their way to the host."
     rows: list[Row]
-    tokens: torch.Tensor # (rows,) int64
-    logprobs: torch.Tensor # (rows,) of these tokens, at temperature 1
-    top: tuple | None # the n likeliest: log-probabilities and tokens, each (rows, n); None: n is 0
-    log_p: torch.Tensor # (rows, vocab_size) of the model at temperature 1, without top_k and top_p
+    copies: list[torch.Tensor] # on the host: tokens and their log-probabilities at temperature 1,
+    # each (rows,); if requested, log-probabilities and tokens of the n likeliest, each (rows, n)
+    arrived: torch.cuda.Event | None # happens when the copies are complete; None: they are
+    log_p: torch.Tensor # (rows, vocab_size), on the device; at temperature 1, from all tokens
 
 # %% ../../nbs/model/17_engine.ipynb #da41adcd
 class Batch:
@@ -299,44 +330,52 @@ class Batch:
         ahead: bool | None = None, # request a step before reading the previous one; None: on a GPU
     ):
         self.engine, self.device = engine, engine.device
+        self.n_places, self._max_len = n_rows, max_len
         self.ahead = self.device.type == "cuda" if ahead is None else ahead
         self.rows: list[Row] = [] # in the order of their places
         longest = max_len + self.ahead # running ahead, a full row is computed once more
         self._cache = engine.weights().new_rows(n_rows, longest, static=engine.compiled)
-        # for each place: the newest token, all random numbers, and how many of these are used
+        # for each place: the newest token, random numbers, how many of them are used, temperature
         self._tokens = torch.zeros(n_rows, dtype=torch.int64, device=self.device)
         self._uniform = torch.zeros(n_rows, max_len + 1, device=self.device)
         self._used = torch.zeros(n_rows, dtype=torch.int64, device=self.device)
+        self._temperature = torch.ones(n_rows, device=self.device)
         self._pending: _Drawn | None = None # the step that was requested ahead
-        self._graphs = {}
-        if engine.compiled and self.device.type != "cuda":
-            self._compiled = torch.compile(self._plain_forward, dynamic=False)
+        self._graphs = {} # maps a number of places to its graph and the logits that it writes
+        if engine._captures:
+            self._pool = torch.cuda.graph_pool_handle() # memory that all graphs share
+            self._stream = torch.cuda.Stream(self.device)
+        elif engine.compiled: self._compiled = torch.compile(self._plain_forward, dynamic=False)
 
-    @property
-    def n_places(self) -> int: return len(self._tokens)
+    def holds(self, n_rows: int, max_len: int, ahead: bool | None) -> bool: # could it do this?
+        fits = n_rows <= len(self._tokens) and max_len <= self._max_len
+        return fits and ahead in (None, self.ahead)
 
     @property
     def n_free(self) -> int: return self.n_places - len(self.rows)
 
-# %% ../../nbs/model/17_engine.ipynb #a6a957e9
-@patch
-def _sample(
-    self: Batch,
-    rows: list[Row],
-    logits: torch.Tensor, # (rows, vocab_size)
-    uniform: torch.Tensor, # (rows,)
-) -> torch.Tensor: # (rows,) int64
-    "Draw a token for each row, as its `Sampling` says."
-    kinds = {}
+# %% ../../nbs/model/17_engine.ipynb #d6665114
+def _kinds(rows: list[Row], device: torch.device) -> list[tuple[Sampling, torch.Tensor | slice]]:
+    "Group rows that are drawn by one call: a sampling of each group, and the rows' indices."
+    groups = {}
     for i, row in enumerate(rows):
         s = row.sampling
-        kinds.setdefault((s.temperature == 0, s.top_k, s.top_p), []).append(i)
-    tokens = torch.empty(len(rows), dtype=torch.int64, device=self.device)
-    for (greedy, top_k, top_p), members in kinds.items():
-        some = slice(None) if len(kinds) == 1 else torch.tensor(members, device=self.device)
-        temperatures = [rows[i].sampling.temperature for i in members]
-        temperature = 0 if greedy else torch.tensor(temperatures, device=self.device)
-        tokens[some] = sample_tokens(logits[some], uniform[some], temperature, top_k, top_p)
+        groups.setdefault((s.temperature == 0, s.top_k, s.top_p), []).append(i)
+    if len(groups) == 1: return [(rows[0].sampling, slice(None))]
+    return [(rows[i].sampling, _upload(torch.tensor([i, *others]), device))
+            for i, *others in groups.values()]
+
+def _sample(
+    kinds: list[tuple[Sampling, torch.Tensor | slice]], # from `_kinds`
+    logits: torch.Tensor, # (rows, vocab_size)
+    uniform: torch.Tensor, # (rows,)
+    temperature: torch.Tensor, # (rows,)
+) -> torch.Tensor: # (rows,) int64
+    "Draw a token for each row, as its `Sampling` says."
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    for s, some in kinds:
+        own = temperature[some] if s.temperature else 0
+        tokens[some] = sample_tokens(logits[some], uniform[some], own, s.top_k, s.top_p)
     return tokens
 
 # %% ../../nbs/model/17_engine.ipynb #84ee8faf
@@ -346,18 +385,20 @@ def _draw(
     rows: list[Row], # that lie next to each other
     logits: torch.Tensor, # (rows, vocab_size)
     first: int, # place of the first row
+    kinds: list[tuple[Sampling, torch.Tensor | slice]], # from `_kinds`
 ) -> _Drawn:
     "Draw a token for rows, without waiting for the device."
     places = slice(first, first + len(rows))
     # each row's next random number
     uniform = self._uniform[places].gather(1, self._used[places][:, None]).squeeze(1)
     self._used[places] += 1
-    tokens = self._sample(rows, logits, uniform)
+    tokens = _sample(kinds, logits, uniform, self._temperature[places])
     self._tokens[places] = tokens
     log_p = F.log_softmax(logits.float(), dim=-1)
     logprobs = log_p.gather(-1, tokens[:, None]).squeeze(-1)
     n_top = min(max(row.n_alternatives for row in rows), log_p.shape[-1])
-    return _Drawn(rows, tokens, logprobs, log_p.topk(n_top) if n_top else None, log_p)
+    likeliest = log_p.topk(n_top) if n_top else ()
+    return _Drawn(rows, *_download([tokens, logprobs, *likeliest]), log_p)
 
 # %% ../../nbs/model/17_engine.ipynb #4964dca6
 @patch
@@ -367,25 +408,29 @@ def _read(
 ) -> tuple[list[Row], torch.Tensor | None]: # as in `step`
     "Append the tokens of a step to their rows; rows that have ended leave."
     if drawn is None: return [], None
-    tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
-    if drawn.top: top_p, top = drawn.top[0].exp().tolist(), drawn.top[1].tolist()
+    if drawn.arrived is not None: drawn.arrived.synchronize()
+    tokens, logprobs, *likeliest = drawn.copies
+    tokens, logprobs = tokens.tolist(), logprobs.tolist()
+    if likeliest: top_p, top = likeliest[0].exp().tolist(), likeliest[1].tolist()
     grew = [i for i, row in enumerate(drawn.rows) if row.finish is None]
     for i in grew:
         row = drawn.rows[i]
         self.engine._accept(row, tokens[i], logprobs[i])
         if n := row.n_alternatives: row.alternatives = list(zip(top[i], top_p[i]))[:n]
     self.drop([row for row in self.rows if row.finish])
-    log_p = drawn.log_p if len(grew) == len(drawn.rows) else drawn.log_p[grew]
+    log_p = drawn.log_p
+    if len(grew) < len(log_p): log_p = log_p[_upload(torch.tensor(grew).long(), self.device)]
     return [drawn.rows[i] for i in grew], log_p
 
 # %% ../../nbs/model/17_engine.ipynb #546a3331
 @patch
 def _changed(self: Batch):
-    "Tell the cache how many rows there are, and the range of their lengths."
+    "Note which rows there are: for the cache, their number and the range of their lengths."
     self._cache.live = len(self.rows)
     if not self.rows: return
     lengths = [row.read for row in self.rows]
     self._cache.longest, self._cache.shortest = max(lengths), min(lengths)
+    self._row_kinds = _kinds(self.rows, self.device)
 
 # %% ../../nbs/model/17_engine.ipynb #d0ff1c7b
 @patch
@@ -399,16 +444,21 @@ def admit(
     logits, cache, sources = self.engine.prefill([row.prompt for row in rows])
     if sources != list(range(len(rows))): logits = logits[torch.tensor(sources, device=self.device)]
     first = len(self.rows)
+    places = slice(first, first + len(rows))
     self._cache.put(first, cache, sources)
-    self._used[first:first + len(rows)] = 0
-    for place, row in enumerate(rows, first):
+    self._used[places] = 0
+    temperatures = torch.tensor([row.sampling.temperature for row in rows])
+    self._temperature[places] = _upload(temperatures, self.device)
+    uniform = torch.zeros(len(rows), max(row.room for row in rows))
+    for own, row in zip(uniform, rows):
         generator = torch.Generator().manual_seed(row.seed)
-        self._uniform[place, :row.room] = torch.rand(row.room, generator=generator).to(self.device)
+        own[:row.room] = torch.rand(row.room, generator=generator)
         row.read = len(row.prompt)
+    self._uniform[places, :uniform.size(1)] = _upload(uniform, self.device)
     self.rows += rows
     self._changed()
     # a step requested ahead stays pending: it has its own list of rows
-    return self._read(self._draw(rows, logits, first))
+    return self._read(self._draw(rows, logits, first, _kinds(rows, self.device)))
 
 # %% ../../nbs/model/17_engine.ipynb #18b296c1
 @patch
@@ -426,7 +476,7 @@ def step(
             if row.forced and self.ahead: self._tokens[place] = row.forced[0]
             elif not self.ahead and not row.mask[-1]: self._tokens[place] = row.tokens[-1]
             row.read += 1
-        drawn = self._draw(list(self.rows), self._forward(), 0)
+        drawn = self._draw(list(self.rows), self._forward(), 0, self._row_kinds)
     if self.ahead: drawn, self._pending = self._pending, drawn
     return self._read(drawn)
 
@@ -438,6 +488,8 @@ def drop(
     rows: list[Row], # of this batch
 ):
     "Take rows out; their places become free."
+    # a static cache does not count its tokens, and `move` needs to know how many there are
+    if rows: self._cache.longest = max(row.read for row in self.rows)
     for row in rows:
         place = next(i for i, other in enumerate(self.rows) if other is row)
         last = len(self.rows) - 1
@@ -448,7 +500,8 @@ def drop(
         # the last row moves into the free place
         if place != last:
             self._cache.move(last, place)
-            for x in (self._tokens, self._uniform, self._used): x[place] = x[last].clone()
+            for x in (self._tokens, self._uniform, self._used, self._temperature):
+                x[place] = x[last].clone()
         self.rows[place] = self.rows[last]
         self.rows.pop()
     if rows: self._changed()
@@ -462,20 +515,21 @@ def _plain_forward(
     "Compute the logits of the first `n` places, without a graph."
     return self.engine.logits(self._tokens[:n, None], self._cache)
 
-# %% ../../nbs/model/17_engine.ipynb #7bf2f58f
+# %% ../../nbs/model/17_engine.ipynb #899a6c7c
 @patch
 def _graph_forward(
     self: Batch,
     n: int, # places; one graph for each `n`
 ) -> torch.Tensor: # (n, vocab_size)
-    "Compute the logits with a CUDA graph, recorded at the second step with `n` places."
+    "Compute the logits with a CUDA graph, captured at the second step with `n` places."
     if n not in self._graphs:
         self._graphs[n] = None
         return self._plain_forward(n)
     if self._graphs[n] is None:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph): recorded = self._plain_forward(n)
-        self._graphs[n] = graph, recorded
+        how = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, **how):
+            self._graphs[n] = graph, self._plain_forward(n)
     graph, logits = self._graphs[n]
     graph.replay()
     return logits
@@ -486,9 +540,9 @@ def _forward(self: Batch) -> torch.Tensor: # (rows, vocab_size)
     "Compute the logits of a step, plain or compiled."
     n = len(self.rows)
     if not self.engine.compiled: return self._plain_forward(n)
-    padded = self._cache.live = min(1 << (n - 1).bit_length(), self.n_places)
+    padded = self._cache.live = min(1 << (n - 1).bit_length(), len(self._tokens))
     self._cache.lengths[n:] = 0 # padding restarts at 0; else it would outgrow `max_len`
-    forward = self._graph_forward if self.device.type == "cuda" else self._compiled
+    forward = self._graph_forward if self.engine._captures else self._compiled
     logits = forward(padded)
     self._cache.live = n
     return logits[:n]
@@ -507,6 +561,19 @@ def next_group(
         group.append(waiting.popleft())
     return group
 
+# %% ../../nbs/model/17_engine.ipynb #42331c13
+@patch
+def _take_batch(self: Engine, n_rows: int, max_len: int, ahead: bool | None) -> Batch:
+    "Return the kept batch if it is large enough, or a new one. The arguments are those of `Batch`."
+    if not self._captures: return Batch(self, n_rows, max_len, ahead)
+    with self._lock: batch, self._kept = self._kept, None
+    if batch is None or not batch.holds(n_rows, max_len, ahead):
+        del batch # frees its memory before the new one needs it
+        longest = min(-(-max_len // 128) * 128, 2 * self.context)
+        batch = Batch(self, 1 << (n_rows - 1).bit_length(), longest, ahead)
+    batch.engine, batch.n_places, batch._pending = self, n_rows, None
+    return batch
+
 # %% ../../nbs/model/17_engine.ipynb #9547bfd7
 @patch
 def steps(
@@ -521,7 +588,7 @@ def steps(
     for row in rows: self.check(row)
     if not rows: return
     waiting, longest = deque(rows), max(len(row.prompt) + row.room for row in rows)
-    batch = Batch(self, min(len(rows), max_rows), longest, ahead)
+    batch = self._take_batch(min(len(rows), max_rows), longest, ahead)
     while waiting or batch.rows:
         if stop is not None and stop.is_set():
             for row in rows: row.finish = row.finish or "interrupted"
@@ -531,6 +598,7 @@ def steps(
         group = next_group(waiting, batch.n_free) if enough else []
         grew, log_p = batch.admit(group) if group else batch.step()
         if grew: yield grew, log_p
+    if self._captures: batch.engine, self._kept = None, batch
 
 # %% ../../nbs/model/17_engine.ipynb #fe22f1a8
 @patch

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 # %% ../../nbs/model/18_scheduler.ipynb #414d3437
+import torch
 from fastcore.basics import patch
 
 from ..core.files import UserError
@@ -132,6 +133,8 @@ def _step(self: Scheduler, new: list[Row]):
 @patch
 def _run(self: Scheduler):
     "Remove rows, admit rows and step, until the scheduler is closed: what the thread does."
+    device = self.engine.device # a new thread's current device is the first GPU
+    if device.type == "cuda": torch.cuda.set_device(device)
     def has_work(): return self._waiting or self._leaving or self._closed or self._batch.rows
     while True:
         with self._change:

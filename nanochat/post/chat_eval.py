@@ -67,11 +67,11 @@ def _might_turn(
     lead: torch.Tensor, # (B,) logit of the best candidate minus that of the second
     logits: torch.Tensor, # (B, vocab_size) all logits, or log-probabilities
     dtype: torch.dtype, # of the matrix products that made them
-) -> list[bool]:
+) -> torch.Tensor: # (B,) bool
     "Return for each row whether another batch shape might have another winner."
     distance = logits.amax(-1) - logits.mean(-1)
     # 2e-6: the rounding of log-probabilities when all tokens are equally likely
-    return (lead < ROUNDING[dtype] * distance + 2e-6).tolist()
+    return lead < ROUNDING[dtype] * distance + 2e-6
 
 # %% ../../nbs/post/36_chat_eval.ipynb #6ad45dad
 def _exact(engine: Engine) -> Engine:
@@ -102,26 +102,32 @@ def _choose_letters(
     batch: int = 64, # most prompts to read at a time
 ) -> list[str]: # one for each prompt
     "Return the most likely letter after each prompt, the same in every batch."
-    alphabet, exact = sorted({letter for some in letters for letter in some}), _exact(engine)
+    alphabet = sorted({letter for some in letters for letter in some})
     ids = [engine.tokenizer.encode(letter)[0] for letter in alphabet]
     def best_and_lead(row: list[float], own: list[str]):
         # negative logits, so that equal ones are ordered by letter
         first, second, *_ = sorted((-row[alphabet.index(letter)], letter) for letter in own)
         return first[1], second[0] - first[0]
 
-    chosen = [""] * len(prompts)
+    chosen, unsure = [""] * len(prompts), []
     for group in length_groups(list(map(len, prompts)), batch):
         logits, _, places = engine.prefill([prompts[i] for i in group])
         logits = logits[places] # (B, vocab_size)
         rows = logits[:, ids].tolist()
         found = [best_and_lead(row, letters[i]) for i, row in zip(group, rows)]
         leads = torch.tensor([lead for _, lead in found], device=logits.device)
-        unsure = _might_turn(leads, logits.float(), engine.dtype)
-        for i, (letter, _), again in zip(group, found, unsure):
-            if again: # alone, in float32
-                row = exact.prefill([prompts[i]])[0][0, ids].tolist()
-                letter, _ = best_and_lead(row, letters[i])
+        turns = _might_turn(leads, logits.float(), engine.dtype).tolist()
+        unsure += [i for i, again in zip(group, turns) if again]
+        for i, (letter, _) in zip(group, found): chosen[i] = letter
+    # read again: in float32, or if that was too close, alone
+    if engine.dtype != torch.float32:
+        again = [prompts[i] for i in unsure], [letters[i] for i in unsure]
+        for i, letter in zip(unsure, _choose_letters(_exact(engine), *again, batch)):
             chosen[i] = letter
+        return chosen
+    for i in unsure:
+        row = engine.prefill([prompts[i]])[0][0, ids].tolist()
+        chosen[i], _ = best_and_lead(row, letters[i])
     return chosen
 
 # %% ../../nbs/post/36_chat_eval.ipynb #89231c06
@@ -133,14 +139,16 @@ def greedy_answers(
     "Write an answer to each prompt greedily, the same in every batch."
     greedy = Sampling(max_new_tokens, temperature=0)
     rows = [Row(prompt=prompt, number=i, sampling=greedy) for i, prompt in enumerate(prompts)]
-    # note the rows with a near tie
-    unsure = set()
+    # find near ties of tokens that no tool has forced; the device is not read before the end
+    seen, ties = [], []
     for grew, log_p in engine.steps(rows): # (rows that grew, vocab_size)
         first, second = log_p.topk(2).values.T
-        for row, again in zip(grew, _might_turn(first - second, log_p, torch.float32)):
-            # `mask` is 0 where a tool forced the token; a single prompt is alone already
-            if again and row.mask[-1] and len(prompts) > 1: unsure.add(row.number)
+        ties.append(_might_turn(first - second, log_p, torch.float32))
+        seen += [(row.number, row.mask[-1]) for row in grew]
+    ties = torch.cat(ties).tolist() if ties else []
+    unsure = {number for (number, chosen), tie in zip(seen, ties) if tie and chosen}
 
+    if len(prompts) == 1: unsure = set() # it is alone already
     def alone(prompt): return engine.generate([prompt], greedy)[0]
     return [alone(prompt) if i in unsure else engine.completion(rows[i])
             for i, prompt in enumerate(prompts)]

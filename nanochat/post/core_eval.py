@@ -16,8 +16,10 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # %% ../../nbs/post/35_core_eval.ipynb #4f44989b
 import numpy as np
@@ -397,13 +399,36 @@ def decide(
 # %% ../../nbs/post/35_core_eval.ipynb #3178ef1c
 # the lead that decides, in nats or logits: several times the difference between batches
 CLEAR = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
+_CLEAR_TF32 = 0.02
 
+class _Pass(NamedTuple):
+    "One reading of the questions."
+    dtype: torch.dtype # of the matrix products
+    clear: float # the lead that decides
+    tf32: bool = False # round the factors of float32 products, where the GPU can
+    alone: bool = False # each question in a batch of its own
+
+# %% ../../nbs/post/35_core_eval.ipynb #276a2422
 def passes(
     dtype: torch.dtype, # of the first pass
-) -> list[tuple[torch.dtype, float, bool]]: # (dtype, lead that decides, each question alone?)
+) -> list[_Pass]:
     "Return the passes over the questions. Each one reads those that are still undecided."
-    dtypes = dict.fromkeys((dtype, torch.float32))
-    return [*((d, CLEAR[d], False) for d in dtypes), (torch.float32, 0.0, True)]
+    exact = [_Pass(torch.float32, CLEAR[torch.float32]), _Pass(torch.float32, 0.0, alone=True)]
+    if dtype == torch.float32: return exact
+    first = _Pass(dtype, CLEAR[dtype])
+    # a GPU that has bfloat16 has TF32, too
+    if dtype != torch.bfloat16: return [first, *exact]
+    return [first, _Pass(torch.float32, _CLEAR_TF32, tf32=True), *exact]
+
+# %% ../../nbs/post/35_core_eval.ipynb #058a8e51
+@contextmanager
+def _tf32(on: bool):
+    "Let CUDA round the factors of float32 products for a `with` block."
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    if on: products.fp32_precision = "tf32"
+    try: yield
+    finally: products.fp32_precision = before
 
 # %% ../../nbs/post/35_core_eval.ipynb #3270031b
 # most tokens in a batch; on a CPU a small batch stays in the processor's cache
@@ -466,15 +491,16 @@ def ask(
             own = [next(tokens) for _ in some]
             questions.append(to_question(task, i, rows[i].get("gold", 0), own, reader.context))
         # read them; read those again whose lead is too small
-        for pass_dtype, clear, alone in passes(dtype):
-            undecided = []
-            for batch in batches(questions, 1 if alone else batch_tokens, reader.vocab_size):
-                for q, scores in zip(batch, score_questions(reader, batch, pass_dtype)):
+        for number, current in enumerate(passes(dtype)):
+            undecided, most = [], 1 if current.alone else batch_tokens
+            for batch in batches(questions, most, reader.vocab_size):
+                with _tf32(current.tf32): found = score_questions(reader, batch, current.dtype)
+                for q, scores in zip(batch, found):
                     answer, lead = decide(task, q, scores)
-                    if lead < clear: undecided.append(q)
+                    if lead < current.clear: undecided.append(q)
                     else: answers.append({"index": q.index, "answer": answer,
                                           "right": answer == q.gold, "cropped": q.cropped})
-                progress(len(batch) * world_size if pass_dtype == dtype and not alone else 0)
+                progress(len(batch) * world_size if number == 0 else 0)
             questions = undecided
     return sorted(gather(answers), key=lambda a: a["index"])
 

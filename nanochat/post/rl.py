@@ -462,6 +462,15 @@ def _rollout_settings(section: dict, seed: int) -> RolloutSettings:
     return RolloutSettings(
         section["prompts_per_step"], section["samples_per_prompt"], sampling, seed)
 
+# %% ../../nbs/post/38_rl.ipynb #d5667a25
+def _micro_tokens(
+    rows: int,  # of a micro-batch in pretraining
+    context: int,  # tokens in a row
+    device: torch.device,
+) -> int:  # padding included
+    "Choose the size of a micro-batch."
+    return min(rows * context, 8192) if device.type == "cuda" else rows * context
+
 # %% ../../nbs/post/38_rl.ipynb #069d6dae
 def train_rl(
     run: Run,  # a run whose stage "sft" is done
@@ -486,7 +495,8 @@ def train_rl(
         result = reinforce(
             engine, optimizer, tasks, heldout, settings, _rollout_settings(section, run.seed),
             PolicySettings(**switches),
-            micro_tokens=config["base"]["device_batch"] * model.config.sequence_len,
+            micro_tokens=_micro_tokens(
+                config["base"]["device_batch"], model.config.sequence_len, device),
             metrics=lambda step: run.metrics("rl", step), dtype=dtype)
         summary = evaluate_stage(run, "rl", model, tokenizer, result["step"], dtype)
         return run.finish("rl", **result, world_score=summary["world_score"],
