@@ -125,7 +125,7 @@ def _reading_seconds(
     return tokens / 3 / rate
 
 # %% ../../nbs/train/22_estimate.ipynb #b9f1e49c
-_LAYER_START = 6e-5 # seconds of a layer's kernels in a CUDA graph, if they had nothing to do
+_LAYER_START = 9e-5 # seconds to start a layer's kernels from a CUDA graph: about 44 of 2 µs
 _DECODE_MFU = 0.3 # of the MFU of training, on a CPU or an Apple GPU
 
 # %% ../../nbs/train/22_estimate.ipynb #9e17c7e2
@@ -146,7 +146,7 @@ def decode_seconds(
     seen = sum(min(window, tokens) for window in layer_windows(model)) # over the layers
     channels = model["n_kv_head"] * model["n_embd"] // model["n_head"]
     moved = width * (scaling_params(model) + rows * 2 * channels * seen) # bytes
-    return model["n_layer"] * _LAYER_START + moved / attained(hw, "memory")
+    return max(model["n_layer"] * _LAYER_START, moved / attained(hw, "memory"))
 
 # %% ../../nbs/train/22_estimate.ipynb #baa08d05
 _USUAL = {
@@ -311,7 +311,7 @@ def _rl_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
 # mean tokens of a question of CORE, with examples and all options (vocabulary of 32,768)
 _CORE_TOKENS = 550
 _CORE_ROWS = 4138 # mean number of questions in each of CORE's 22 tasks
-_SECOND_PASS = 0.3 * 10 # share of questions that are read again, times how much slower that is
+_SECOND_PASS = 1.3 # passes in bfloat16 that take as long as reading undecided questions again
 
 # %% ../../nbs/train/22_estimate.ipynb #64d10e20
 def _core_seconds(c: dict, hw: Hardware) -> float:
