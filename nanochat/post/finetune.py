@@ -78,8 +78,30 @@ def render_conversations(
         pieces = _Pieces(tokenizer)
     if pieces.counts: rendered.append(pieces.render())
     if not rendered: return np.empty(0, tokenizer.dtype), np.empty(0, bool), np.zeros(1, np.int64)
-    ids, learned, sizes = (np.concatenate(parts) for parts in zip(*rendered))
-    return ids, learned, np.r_[0, np.cumsum(sizes)].astype(np.int64)
+    ids, learned, sizes = (list(parts) for parts in zip(*rendered))
+    rendered.clear()
+    offsets = np.r_[0, np.cumsum(np.concatenate(sizes))].astype(np.int64)
+    return _joined(ids), _joined(learned), offsets
+
+# %% ../../nbs/post/37_finetune.ipynb #f71faf6a
+def _joined(parts: list[np.ndarray]) -> np.ndarray: # `parts` is empty afterwards
+    "Concatenate arrays, and release each when it is copied."
+    joined, at = np.empty(sum(map(len, parts)), parts[0].dtype), 0
+    parts.reverse()
+    while parts:
+        part = parts.pop()
+        joined[at:at + len(part)] = part
+        at += len(part)
+    return joined
+
+def _count_learned(
+    learned: np.ndarray, # (n_tokens,) bool
+    starts: np.ndarray, # (n,) of the conversations
+    lengths: np.ndarray, # (n,)
+) -> np.ndarray: # (n,) int64
+    "Count the learned tokens of each conversation."
+    bounds = zip(starts.tolist(), (starts + lengths).tolist())
+    return np.array([np.count_nonzero(learned[a:b]) for a, b in bounds], np.int64)
 
 # %% ../../nbs/post/37_finetune.ipynb #1f98e997
 @dataclass
@@ -95,8 +117,7 @@ class Rendered:
 
     def learned_tokens(self) -> np.ndarray: # (n,)
         "Count the learned tokens among the used tokens of each conversation."
-        before = np.r_[0, np.cumsum(self.learned)]
-        return before[self.starts + self.lengths] - before[self.starts]
+        return _count_learned(self.learned, self.starts, self.lengths)
 
 # %% ../../nbs/post/37_finetune.ipynb #8ef0cdcd
 def fit_conversations(
@@ -109,13 +130,13 @@ def fit_conversations(
     "Render conversations. One that is too long ends with the last assistant message that fits."
     ids, learned, offsets = render_conversations(conversations, tokenizer)
     lengths, end = np.diff(offsets), tokenizer.special("<|assistant_end|>")
-    taught = np.r_[0, np.cumsum(learned)][offsets] # learned tokens before each conversation
+    silent = _count_learned(learned, offsets[:-1], lengths) == 0
     cut = lengths > capacity
     for i in np.flatnonzero(cut):
         part = slice(offsets[i], offsets[i] + capacity)
         ends = np.flatnonzero((ids[part] == end) & learned[part])
         lengths[i] = ends[-1] + 1 if len(ends) else 0
-    lengths[np.diff(taught) == 0] = 0
+    lengths[silent] = 0
     return Rendered(name, asked, ids, learned, offsets[:-1], lengths, cut & (lengths > 0))
 
 # %% ../../nbs/post/37_finetune.ipynb #fbce18b1

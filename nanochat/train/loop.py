@@ -583,6 +583,7 @@ def pretrain(
 
         settings = loop_settings(run, "base", section["steps"], model, tokenizer, "pretraining")
         grad_accum = grad_accum_steps(section["batch_tokens"], B, T, world_size)
+        rows.prefetch(grad_accum + 1)
         peak_flops = config["hardware"].get("peak_flops") or 0.0
         def metrics(step): return run.metrics("base", step)
         result = train(
