@@ -5,6 +5,7 @@ import os
 import resource
 import threading
 import time
+from contextlib import nullcontext
 from multiprocessing import get_context
 
 import numpy as np
@@ -14,14 +15,16 @@ import pytest
 import torch
 
 from nanochat.core.dataloader import PackedLoader, Shards, tokenize
-from nanochat.core import dataloader
+from nanochat.core import dataloader, machine
 from nanochat.core.dataset import iter_texts
 from nanochat.core.files import UserError
 from nanochat.core.machine import peak_memory
+from nanochat.core.run import Run
 from nanochat.core.tokenizer import Tokenizer
+from nanochat.lab import stages
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import make_optimizer
-from nanochat.post.finetune import ConversationLoader, fit_conversations, pack_conversations
+from nanochat.post.finetune import ConversationLoader, fit_conversations, pack_conversations, prepare_rows
 from nanochat.train.loop import LoopSettings, bits_per_byte, train
 
 CALM = {"lr_mult": 1.0, "wd_mult": 0.0}
@@ -277,3 +280,47 @@ def test_an_index_of_millions_of_documents(tmp_path):
     rank.load_state(where)
     assert torch.equal(rank.next_batch()[0], x[4:])
     print(f"{time.perf_counter() - began:.1f} s")
+
+
+def test_rows_of_later_stages_are_made_while_a_gpu_pretrains(tmp_path, monkeypatch):
+    config = {"seed": 1, "model": {"sequence_len": 512}, "dial": {"until": "report"}, "hardware": {"device": "auto", "nproc": 1}}
+    run = Run(tmp_path, config | {"mid": {"mixture": {"sums": 40}}, "sft": {"mixture": {"sums": 20}}})
+    tokenizer = Tokenizer.train(["what is 1 + 2? it is 3. "] * 9, 280)
+    tokenizer.save(run.stage_dir("tokenizer"))
+    done = [tmp_path/stage/"rows"/"manifest.json" for stage in ("mid", "sft")]
+    def pretraining(run, stage): # ends when the other process has made the rows
+        until = time.monotonic() + 60
+        while not all(file.exists() for file in done) and time.monotonic() < until: time.sleep(0.05)
+    monkeypatch.setattr(stages, "compute_stage", pretraining)
+    monkeypatch.setattr(machine, "pick_device", lambda name: torch.device("cuda", 0))
+    stages.run_stage(run, "base")
+    assert all(file.exists() for file in done)
+    made = [file.stat().st_mtime_ns for file in done]
+    assert prepare_rows(run, "mid", tokenizer, 512)["train"].total("asked") == 40
+    assert [file.stat().st_mtime_ns for file in done] == made # found, not made again
+    monkeypatch.setattr(machine, "pick_device", lambda name: torch.device("cpu"))
+    assert isinstance(stages._rows_meanwhile(run), nullcontext)
+
+
+def test_text_is_read_encoded_and_written_at_the_same_time(tmp_path, monkeypatch):
+    "The first shard is on the disk only after the second is encoded and the third is read: whoever does one after the other waits in vain."
+    texts = [f"Document {i:04}: " + "words and more words. " * 20 for i in range(200)]
+    (tmp_path/"text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer, read, encoded, in_time = Tokenizer.train(texts, 300), threading.Event(), threading.Event(), []
+    def watched(make, after, event):
+        calls = []
+        def call(*args, **how):
+            made = make(*args, **how)
+            calls.append(1)
+            if len(calls) == after: event.set()
+            return made
+        return call
+    save = np.save
+    def hold(*args):
+        if not in_time: in_time.append((read.wait(20), encoded.wait(20)))
+        save(*args)
+    monkeypatch.setattr(dataloader, "_shard_size", watched(dataloader._shard_size, 3, read))
+    monkeypatch.setattr(Tokenizer, "encode_batch", watched(Tokenizer.encode_batch, 2, encoded))
+    monkeypatch.setattr(dataloader.np, "save", hold)
+    tokenize(tmp_path/"text.jsonl", tokenizer, tmp_path/"tokens", None, 10_000)
+    assert in_time == [(True, True)]

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -144,6 +144,18 @@ def compute_stage(
         if stage == "report": return _report_stage(run)
         raise UserError(f"stage {stage!r} is not one of {', '.join(STAGES)}.")
 
+# %% ../../nbs/lab/55_stages.ipynb #4b0fb143
+def _rows_meanwhile(run: Run): # -> a context manager for the stage "base"
+    "Make the rows of mid-training and SFT during pretraining, if a GPU trains."
+    from nanochat.core.machine import pick_device
+    from nanochat.post.finetune import BEFORE, rows_in_background
+    order = list(STAGES)
+    stages = order[:order.index(run.config["dial"]["until"]) + 1]
+    later = [stage for stage in BEFORE if stage in stages]
+    if not later or pick_device(run.config["hardware"]["device"]).type != "cuda":
+        return nullcontext()
+    return rows_in_background(run, later)
+
 # %% ../../nbs/lab/55_stages.ipynb #1ba405db
 def run_stage(
     run: Run,
@@ -155,10 +167,11 @@ def run_stage(
         say(f"{stage}: already done on {finished}.")
         return done
     nproc = run.config["hardware"]["nproc"]
-    if nproc > 1 and stage in TRAINED:
-        _launch(run, stage, nproc)
-        return run.needs(stage)
-    return compute_stage(run, stage)
+    with _rows_meanwhile(run) if stage == "base" else nullcontext():
+        if nproc > 1 and stage in TRAINED:
+            _launch(run, stage, nproc)
+            return run.needs(stage)
+        return compute_stage(run, stage)
 
 # %% ../../nbs/lab/55_stages.ipynb #28d48e6d
 def _added_lines(path: Path): # -> an iterator that never ends

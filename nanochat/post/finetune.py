@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['BEFORE', 'render_conversations', 'Rendered', 'fit_conversations', 'PackedConversations', 'pack_conversations',
-           'replayed_documents', 'prepare_rows', 'ConversationLoader', 'finetune']
+           'replayed_documents', 'prepare_rows', 'rows_in_background', 'ConversationLoader', 'finetune']
 
 # %% ../../nbs/post/37_finetune.ipynb #768432b7
+import io
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterable
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 # %% ../../nbs/post/37_finetune.ipynb #ec5841d2
@@ -301,6 +306,35 @@ def prepare_rows(
             tasks[split] = packed.tasks
         atomic_write(folder/"manifest.json", json.dumps({"key": key, "tasks": tasks}, indent=1))
         return _load_rows(folder, key)
+
+# %% ../../nbs/post/37_finetune.ipynb #1716c08b
+def _make_rows(
+    run: Run, # whose stage "tokenizer" is done
+    stages: list[str], # some of "mid", "sft"
+):
+    "Make the rows of some stages, in a process of its own. Prints nothing."
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the training, which then ends this
+    if hasattr(os, "nice"): os.nice(19)
+    quiet = io.StringIO()
+    # after any error the stage itself makes the rows, and reports it
+    with redirect_stdout(quiet), redirect_stderr(quiet), suppress(Exception):
+        tokenizer = Tokenizer.load(run.stage_dir("tokenizer"))
+        for stage in stages:
+            prepare_rows(run, stage, tokenizer, run.config["model"]["sequence_len"])
+
+# %% ../../nbs/post/37_finetune.ipynb #99fcc50b
+@contextmanager
+def rows_in_background(
+    run: Run, # whose stage "tokenizer" is done
+    stages: list[str], # some of "mid", "sft"
+):
+    "Make the rows of some stages in another process while the `with` block runs."
+    process = get_context("spawn").Process(target=_make_rows, args=(run, stages), daemon=True)
+    process.start()
+    try: yield
+    finally:
+        process.terminate() # the stage makes what is not finished
+        process.join()
 
 # %% ../../nbs/post/37_finetune.ipynb #8d85bae3
 class ConversationLoader:
