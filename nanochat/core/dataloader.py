@@ -163,7 +163,6 @@ def tokenize(
                 "shard_characters": shard_characters}
     state = _tokens_state(out_dir, settings)
     if (out_dir/"manifest.json").exists(): return out_dir
-
     files = path if isinstance(path, list) else text_files(path)
     groups = _ahead(_groups_left(files, state, wait))
     encoded = _ahead(_encode_group(tokenizer, *group) for group in groups)
@@ -484,10 +483,9 @@ def _open_shard(
                         "delete the folder; the next run makes the tokens again.") from None
     return tokens, offsets
 
-# %% ../../nbs/core/09_dataloader.ipynb #c018da57
+# %% ../../nbs/core/09_dataloader.ipynb #ae4b6de0
 _Position = tuple[int, int, int] # epoch, block, row in the block
 
-# %% ../../nbs/core/09_dataloader.ipynb #ae4b6de0
 class PackedLoader:
     "Batches of packed rows from token shards."
     def __init__(
@@ -523,8 +521,7 @@ class PackedLoader:
 def _start_thread(self: PackedLoader): # → its executor; the stream of its copies, None on a CPU
     "Set up the thread that makes the batches."
     if self.device.type != "cuda": return ThreadPoolExecutor(1, "loader"), None
-    if self.device.index is None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
+    if self.device.index is None: self.device = torch.device("cuda", torch.cuda.current_device())
     # a new thread is on GPU 0, whichever this process uses, and would take memory there
     on_device = dict(initializer=torch.cuda.set_device, initargs=(self.device,))
     return ThreadPoolExecutor(1, "loader", **on_device), torch.cuda.Stream(self.device)
@@ -547,8 +544,7 @@ def prefetch(
 @patch
 def _go_to(self: PackedLoader, position: _Position):
     "Set the position where the next batch begins."
-    # wait until the thread has left the buffers
-    for future in self._coming:
+    for future in self._coming: # wait until the thread has left the buffers
         if not future.cancel(): future.exception()
     self._coming.clear()
     self.position = self._cursor = position # of the next batch to take; to make
@@ -643,7 +639,6 @@ def _fill_queue(self: PackedLoader):
         self._coming.append(self._thread.submit(self._make, self._turn))
         self._turn = (self._turn + 1) % len(self._buffers)
 
-# %% ../../nbs/core/09_dataloader.ipynb #7a9a2648
 @patch
 def _plan_ahead(self: PackedLoader):
     "Let the thread plan the block after that of the position, once for each block."
@@ -674,7 +669,6 @@ def epoch_plans(self: PackedLoader) -> Iterator[PackingPlan]:
     "The plans of this epoch's blocks. Takes a few seconds at most per 10⁸ tokens."
     return (self._plan_of(self.position[0], b) for b in range(_n_blocks(len(self.shards))))
 
-# %% ../../nbs/core/09_dataloader.ipynb #17e8da94
 @patch(as_prop=True)
 def epoch_rows(self: PackedLoader) -> int:
     "The number of rows of this epoch, for all ranks. Plans the whole epoch."
@@ -695,7 +689,6 @@ def state(self: PackedLoader) -> dict: # JSON-able, the same on all ranks
     "The position where the next batch begins, and a hash of what the rows depend on."
     return dict(zip(("epoch", "block", "row"), self.position)) | {"rows_id": self.rows_id}
 
-# %% ../../nbs/core/09_dataloader.ipynb #433afd8b
 @patch
 def load_state(self: PackedLoader, state: dict):
     "Resume from a `state()`, on any number of ranks. Raises `UserError` if its rows are others."
