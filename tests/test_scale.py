@@ -28,6 +28,7 @@ from nanochat.post.finetune import ConversationLoader, fit_conversations, pack_c
 from nanochat.train.loop import LoopSettings, bits_per_byte, train
 
 CALM = {"lr_mult": 1.0, "wd_mult": 0.0}
+FULL = (pytest.mark.slow, pytest.mark.skipif("CI" in os.environ, reason="half a minute; a tenth of it is tested everywhere"))
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +260,7 @@ def pack_many(folder, n, repeats=1):
     return time.perf_counter() - began, peak_memory() - before, packed.total("packed"), n_tokens, len(packed.tokens)
 
 
-@pytest.mark.parametrize("n, repeats", [(50_000, 1), (10_000, 60), pytest.param(460_000, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n, repeats", [(50_000, 1), (10_000, 60), pytest.param(460_000, 1, marks=FULL)])
 def test_hundreds_of_thousands_of_conversations_are_packed_in_bounded_memory(tmp_path, in_a_process, n, repeats):
     seconds, megabytes, packed, n_tokens, rows = in_a_process(pack_many, tmp_path, n, repeats)
     print(f"{n:,} conversations, {n_tokens:,} tokens: {seconds:.1f} s, {megabytes:.0f} MB")
