@@ -151,7 +151,7 @@ def test_batches_are_copied_while_the_gpu_computes(tokens):
     torch.cuda.synchronize()
     torch.cuda._sleep(1_000_000_000) # keeps the stream of the computation busy for about half a second
     on_gpu.next_batch() # and has the one after it made
-    _, copied, _ = on_gpu._next.result()
+    _, copied, _ = on_gpu._coming[0].result()
     copied.synchronize()
     assert not torch.cuda.current_stream().query() # the copy has ended, the computation has not
     torch.cuda.synchronize()

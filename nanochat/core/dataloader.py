@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -27,7 +28,8 @@ from fastcore.basics import patch
 
 # %% ../../nbs/core/09_dataloader.ipynb #6c6b0e37
 from .files import (
-    UserError, atomic_file, atomic_write, file_lock, read_json, sha256_file, sha256_json)
+    UserError, atomic_file, atomic_write, file_lock, read_json, refuse_too_many_files,
+    sha256_file, sha256_json)
 from .run import base_dir, progress_bar
 from .tokenizer import Tokenizer
 from .download import SOURCES, Source, download, missing_files
@@ -53,6 +55,13 @@ def batched(
 # %% ../../nbs/core/09_dataloader.ipynb #ef2056e6
 _SHARD_CHARACTERS = 25_000_000 # text in a token shard: about 6 million tokens, 12 MB
 
+def _shard_size(
+    smallest: int, # characters in the first shards
+    written: int, # characters in the shards so far
+) -> int: # characters in the next shard
+    "Let shards grow with the text, so that a large one does not become thousands of files."
+    return min(20 * smallest, max(smallest, written // 64))
+
 # %% ../../nbs/core/09_dataloader.ipynb #4e20d1cf
 def _tokens_state(
     out_dir: Path, # the folder of token shards
@@ -76,18 +85,68 @@ def _tokens_state(
 def _write_token_shard(
     out_dir: Path,
     number: int, # of the shard
-    texts: list[str],
-    tokenizer: Tokenizer,
-) -> dict: # its entry in the manifest, without split and file
-    "Tokenize some documents and write their two files."
-    tokens, offsets = tokenizer.encode_batch(texts, prepend=tokenizer.bos_id)
+    tokens: np.ndarray, # of all its documents
+    offsets: np.ndarray, # where each document begins, and the end of the last
+) -> dict[str, str]: # file name → SHA-256
+    "Write the two files of a shard."
     hashes = {}
     for kind, array in (("tokens", tokens), ("docs", offsets)):
         name = f"{kind}_{number:05d}.npy"
         with atomic_file(out_dir/name) as f: np.save(f, array)
         hashes[name] = sha256_file(out_dir/name)
-    return {"documents": len(texts), "characters": sum(map(len, texts)),
-            "bytes": sum(len(t.encode()) for t in texts), "tokens": len(tokens), "sha256": hashes}
+    return hashes
+
+# %% ../../nbs/core/09_dataloader.ipynb #e7bf544c
+def _ahead(items: Iterable) -> Iterator: # of items that are not None
+    "Make the next item in a thread while the caller works on the current one."
+    items, thread = iter(items), ThreadPoolExecutor(1, "ahead")
+    try:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+    finally: thread.shutdown(wait=False, cancel_futures=True)
+
+# %% ../../nbs/core/09_dataloader.ipynb #e26104ae
+def _groups_left(
+    files: list[Path],
+    state: dict, # as `_tokens_state` returns it
+    wait: Callable[[Path], None], # returns when a file is downloaded
+) -> Iterator[tuple[str, str, list[str]]]: # split, file, documents; none: the file is finished
+    "Read the documents of each shard that is missing."
+    settings = state["settings"]
+    most, smallest = settings["max_characters"], settings["shard_characters"]
+    for split, limit in (("train", most), ("val", val_characters(most))):
+        written = 0 # characters of the split
+        for file, texts in split_parts(files, split):
+            if limit is not None and written >= limit: break
+            name = _name_in(files, file)
+            shards = _shards_of(state, split, name)
+            written += sum(shard["characters"] for shard in shards)
+            if [split, name] in state["finished"]: continue
+            if file: wait(file)
+            left = None if limit is None else limit - written
+            skip = sum(shard["documents"] for shard in shards)
+            texts = take_characters(islice(texts, skip, None), left)
+            while group := next(batched(texts, _shard_size(smallest, written)), None):
+                written += sum(map(len, group))
+                yield split, name, group
+            yield split, name, []
+
+# %% ../../nbs/core/09_dataloader.ipynb #1042bed5
+def _encode_group(
+    tokenizer: Tokenizer,
+    split: str, # "train" or "val"
+    file: str, # as `_name_in` names it
+    texts: list[str], # the documents of a shard; none: the file is finished
+) -> tuple[dict, np.ndarray | None, np.ndarray | None]: # entry of the shard, tokens, offsets
+    "Encode the documents of a shard, and count them."
+    entry = {"split": split, "file": file}
+    if not texts: return entry, None, None
+    tokens, offsets = tokenizer.encode_batch(texts, prepend=tokenizer.bos_id)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    counts = {"documents": len(texts), "characters": sum(map(len, texts)), "bytes": n_bytes}
+    return entry | counts | {"tokens": len(tokens)}, tokens, offsets
 
 # %% ../../nbs/core/09_dataloader.ipynb #875bc368
 def tokenize(
@@ -95,7 +154,7 @@ def tokenize(
     tokenizer: Tokenizer,
     out_dir: Path, # the folder for the token shards
     max_characters: int | None = None, # of training text (validation: `val_characters`); None: all
-    shard_characters: int = _SHARD_CHARACTERS, # a shard ends when its text has this many
+    shard_characters: int = _SHARD_CHARACTERS, # of text in each of the first shards
     wait: Callable[[Path], None] = lambda file: None, # returns when a file is downloaded
 ) -> Path: # out_dir
     "Write or resume token shards. Raises `UserError` if `out_dir` holds other tokens."
@@ -104,21 +163,19 @@ def tokenize(
                 "shard_characters": shard_characters}
     state = _tokens_state(out_dir, settings)
     if (out_dir/"manifest.json").exists(): return out_dir
-
     files = path if isinstance(path, list) else text_files(path)
+    groups = _ahead(_groups_left(files, state, wait))
+    encoded = _ahead(_encode_group(tokenizer, *group) for group in groups)
     bar = progress_bar(max_characters, _total(state, "train", "characters"),
                        "tokenize", " characters", scale=True)
     with bar:
-        for split, limit in (("train", max_characters), ("val", val_characters(max_characters))):
-            left = math.inf if limit is None else limit
-            for file, texts in split_parts(files, split):
-                if left <= 0: break
-                name = _name_in(files, file)
-                if [split, name] not in state["finished"]:
-                    if file: wait(file)
-                    groups = batched(take_characters(texts, left), shard_characters)
-                    _tokenize_file(out_dir, state, split, name, groups, tokenizer, bar)
-                left -= sum(shard["characters"] for shard in _shards_of(state, split, name))
+        for entry, tokens, offsets in encoded:
+            if tokens is None: state["finished"].append([entry["split"], entry["file"]])
+            else:
+                hashes = _write_token_shard(out_dir, len(state["shards"]), tokens, offsets)
+                state["shards"].append(entry | {"sha256": hashes})
+                if entry["split"] == "train": bar.update(entry["characters"])
+            atomic_write(out_dir/"progress.json", json.dumps(state, indent=1))
     _write_manifest(out_dir, state, files, tokenizer)
     return out_dir
 
@@ -134,26 +191,6 @@ def _shards_of(state: dict, split: str, file: str) -> list[dict]: # entries of t
 
 def _total(state: dict, split: str, key: str) -> int: # sum over a split's shards
     return sum(shard[key] for shard in state["shards"] if shard["split"] == split)
-
-# %% ../../nbs/core/09_dataloader.ipynb #4ce9122d
-def _tokenize_file(
-    out_dir: Path,
-    state: dict, # grows; written to progress.json after each shard
-    split: str, # "train" or "val"
-    file: str, # as `_name_in` names it
-    groups: Iterator[list[str]], # the documents of each shard of the file
-    tokenizer: Tokenizer,
-    bar, # progress bar that counts characters of training text
-):
-    "Write the shards of one file that are missing, and mark the file as finished."
-    def save(): atomic_write(out_dir/"progress.json", json.dumps(state, indent=1))
-    for texts in islice(groups, len(_shards_of(state, split, file)), None):
-        shard = _write_token_shard(out_dir, len(state["shards"]), texts, tokenizer)
-        state["shards"].append({"split": split, "file": file, **shard})
-        save()
-        if split == "train": bar.update(shard["characters"])
-    state["finished"].append([split, file])
-    save()
 
 # %% ../../nbs/core/09_dataloader.ipynb #409187b7
 def _write_manifest(out_dir: Path, state: dict, files: list[Path], tokenizer: Tokenizer):
@@ -381,7 +418,7 @@ class Shards:
         folder = Path(tokens_dir)
         self.manifest = _read_manifest(folder, tokenizer_hash)
         shards = list(enumerate(self.manifest["shards"]))
-        loaded = [_map_shard(folder, k, s["tokens"]) for k, s in shards if s["split"] == split]
+        loaded = [_open_shard(folder, k, s["tokens"]) for k, s in shards if s["split"] == split]
         self.tokens, offsets = zip(*loaded)
         self.bos_id = self.manifest["bos_id"]
         self.begin = np.concatenate([o[:-1] for o in offsets]) # (n_documents,) first token in shard
@@ -420,26 +457,35 @@ def _read_manifest(folder: Path, tokenizer_hash: str | None) -> dict:
     return manifest
 
 # %% ../../nbs/core/09_dataloader.ipynb #e42d54f1
-def _map_shard(
+def _map(file: Path) -> np.ndarray:
+    "Map a one-dimensional `.npy` file into memory, read-only, without keeping it open."
+    array = np.load(file, mmap_mode="r") # says where the numbers begin, but keeps the file open
+    data = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+    mapped = data.numpy()[array.offset:array.offset + array.nbytes].view(array.dtype)
+    mapped.flags.writeable = False
+    return mapped
+
+# %% ../../nbs/core/09_dataloader.ipynb #65b8a963
+def _open_shard(
     folder: Path,
     number: int, # of the shard
     n_tokens: int, # according to the manifest
 ) -> tuple[np.ndarray, np.ndarray]: # tokens; offsets of the documents
     "Map a shard's tokens and read its offsets. Raises `UserError` if it is damaged."
     try:
-        tokens = np.load(folder/f"tokens_{number:05d}.npy", mmap_mode="r")
+        tokens = _map(folder/f"tokens_{number:05d}.npy")
         offsets = np.load(folder/f"docs_{number:05d}.npy")
         if not len(tokens) == offsets[-1] == n_tokens:
             raise ValueError("its length differs from the manifest's")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, EOFError) as e:
+        refuse_too_many_files(e)
         raise UserError(f"token shard {number} in {folder} is damaged ({e}): "
                         "delete the folder; the next run makes the tokens again.") from None
-    return np.asarray(tokens), offsets # still mapped; indexing an `np.memmap` is slower
-
-# %% ../../nbs/core/09_dataloader.ipynb #c018da57
-_Position = tuple[int, int, int] # epoch, block, row in the block
+    return tokens, offsets
 
 # %% ../../nbs/core/09_dataloader.ipynb #ae4b6de0
+_Position = tuple[int, int, int] # epoch, block, row in the block
+
 class PackedLoader:
     "Batches of packed rows from token shards."
     def __init__(
@@ -463,38 +509,63 @@ class PackedLoader:
         # a hash of all that the rows depend on: `load_state` refuses the state of other rows
         identity = [self.shards.manifest["shards"], split, seq_len, self.seed, crop]
         self.rows_id = sha256_json(identity)[:16]
-        self._order = self._plan = (None, None) # key and value of the last order, the last plan
-        self._prepare_copies()
-        self._go_to((0, 0, 0))
+        self._order = (None, None) # epoch, order of its documents
+        self._plans = {} # the two blocks that were planned last
+        self._thread, self._stream = self._start_thread()
+        self._coming = deque() # futures of the batches that the thread makes, in order
+        self.position = (0, 0, 0)
+        self.prefetch(1)
 
-    def _prepare_copies(self):
-        "Set up the thread that makes batches, and its two buffers."
-        self._thread = ThreadPoolExecutor(1, "loader")
-        self._next = None # future of the batch that the thread makes
-        shape, cuda = (self.batch_size, self.seq_len + 1), self.device.type == "cuda"
-        new_buffer = lambda: torch.empty(shape, dtype=torch.int32, pin_memory=cuda)
-        self._buffers = [new_buffer(), new_buffer()]
-        self._stream = torch.cuda.Stream(self.device) if cuda else None
-        self._copied = [torch.cuda.Event() for _ in (0, 1)] if cuda else None # ends of copies
+# %% ../../nbs/core/09_dataloader.ipynb #49e7eae3
+@patch
+def _start_thread(self: PackedLoader): # → its executor; the stream of its copies, None on a CPU
+    "Set up the thread that makes the batches."
+    if self.device.type != "cuda": return ThreadPoolExecutor(1, "loader"), None
+    if self.device.index is None: self.device = torch.device("cuda", torch.cuda.current_device())
+    # a new thread is on GPU 0, whichever this process uses, and would take memory there
+    on_device = dict(initializer=torch.cuda.set_device, initargs=(self.device,))
+    return ThreadPoolExecutor(1, "loader", **on_device), torch.cuda.Stream(self.device)
 
-    def _go_to(self, position: _Position):
-        "Set the position where the next batch begins."
-        if self._next: self._next.exception() # wait until the thread has left the buffers
-        self.position, self._next, self._turn = position, None, 0
+# %% ../../nbs/core/09_dataloader.ipynb #426781c0
+@patch
+def prefetch(
+    self: PackedLoader,
+    batches: int, # that the thread makes ahead of those taken; at least 1
+):
+    "Say how many batches are made ahead. The rows do not depend on it."
+    self._go_to(self.position)
+    self._depth, cuda = batches, self._stream is not None
+    shape = (self.batch_size, self.seq_len + 1)
+    new_buffer = lambda: torch.empty(shape, dtype=torch.int32, pin_memory=cuda)
+    self._buffers = [new_buffer() for _ in range(batches + 1)] # one is in the caller's hands
+    self._copied = [torch.cuda.Event() for _ in self._buffers] if cuda else None # ends of copies
+
+# %% ../../nbs/core/09_dataloader.ipynb #5d7b6d05
+@patch
+def _go_to(self: PackedLoader, position: _Position):
+    "Set the position where the next batch begins."
+    for future in self._coming: # wait until the thread has left the buffers
+        if not future.cancel(): future.exception()
+    self._coming.clear()
+    self.position = self._cursor = position # of the next batch to take; to make
+    self._turn, self._planned = 0, None # next buffer; block whose next block is planned
 
 # %% ../../nbs/core/09_dataloader.ipynb #40f11ede
 @patch
 def _plan_of(self: PackedLoader, epoch: int, block: int) -> PackingPlan:
-    "The plan of a block. The last plan is cached."
+    "The plan of a block. The last two plans are kept."
     if self.split == "val": epoch = 0
-    if self._order[0] != epoch:
+    key, kept = (epoch, block), self._plans
+    if key in kept: return kept[key]
+    order = self._order
+    if order[0] != epoch:
         rng = np.random.default_rng((self.seed, epoch))
-        self._order = epoch, rng.permutation(len(self.shards))
-    if self._plan[0] != (epoch, block):
-        seed, order = (self.seed, epoch, block), self._order[1]
-        plan = _plan_block(self.shards.length, self.seq_len + 1, order, block, seed, self.crop)
-        self._plan = (epoch, block), plan
-    return self._plan[1]
+        self._order = order = epoch, rng.permutation(len(self.shards))
+    seed, capacity = (self.seed, epoch, block), self.seq_len + 1
+    plan = _plan_block(self.shards.length, capacity, order[1], block, seed, self.crop)
+    # replaced, not changed, because another thread may read it
+    self._plans = dict([*kept.items()][-1:]) | {key: plan}
+    return plan
 
 # %% ../../nbs/core/09_dataloader.ipynb #90b371a3
 @patch
@@ -546,14 +617,14 @@ def _fill(
 @patch
 def _make(
     self: PackedLoader,
-    position: _Position,
     turn: int, # which buffer to use
 ): # → (B, T+1) int32 on the device, -1 at padding; event of the copy or None; next position
-    "Make a batch, in the loader's thread."
+    "Make the batch at the cursor, in the loader's thread."
     buffer = self._buffers[turn]
     if self._copied: self._copied[turn].synchronize() # the buffer's last copy must have ended
-    plans, after = self.rows_at(position)
+    plans, after = self.rows_at(self._cursor)
     self._fill(buffer.numpy().reshape(-1), plans)
+    self._cursor = after
     if not self._stream: return buffer, None, after
     with torch.cuda.stream(self._stream):
         tokens = buffer.to(self.device, non_blocking=True)
@@ -562,10 +633,18 @@ def _make(
 
 # %% ../../nbs/core/09_dataloader.ipynb #d9819d88
 @patch
-def _begin(self: PackedLoader):
-    "Let the thread make the next batch."
-    self._next = self._thread.submit(self._make, self.position, self._turn)
-    self._turn = 1 - self._turn
+def _fill_queue(self: PackedLoader):
+    "Let the thread make batches up to the depth."
+    while len(self._coming) < self._depth:
+        self._coming.append(self._thread.submit(self._make, self._turn))
+        self._turn = (self._turn + 1) % len(self._buffers)
+
+@patch
+def _plan_ahead(self: PackedLoader):
+    "Let the thread plan the block after that of the position, once for each block."
+    here = self.position[:2] # epoch, block
+    if self._planned != here: self._thread.submit(self._plan_of, *self._after(*here))
+    self._planned = here
 
 # %% ../../nbs/core/09_dataloader.ipynb #81af31f1
 @patch
@@ -573,9 +652,10 @@ def next_batch(
     self: PackedLoader
 ) -> tuple[torch.Tensor, torch.Tensor]: # x, y: (B, T) int64; y is -1 at padding
     "The next rows of this rank, as inputs and targets."
-    if not self._next: self._begin()
-    tokens, copied, self.position = self._next.result()
-    self._begin() # into the other buffer
+    if not self._coming: self._fill_queue()
+    tokens, copied, self.position = self._coming.popleft().result()
+    self._fill_queue() # into the other buffers
+    self._plan_ahead()
     if copied:
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(copied)
@@ -589,7 +669,6 @@ def epoch_plans(self: PackedLoader) -> Iterator[PackingPlan]:
     "The plans of this epoch's blocks. Takes a few seconds at most per 10⁸ tokens."
     return (self._plan_of(self.position[0], b) for b in range(_n_blocks(len(self.shards))))
 
-# %% ../../nbs/core/09_dataloader.ipynb #17e8da94
 @patch(as_prop=True)
 def epoch_rows(self: PackedLoader) -> int:
     "The number of rows of this epoch, for all ranks. Plans the whole epoch."
@@ -610,7 +689,6 @@ def state(self: PackedLoader) -> dict: # JSON-able, the same on all ranks
     "The position where the next batch begins, and a hash of what the rows depend on."
     return dict(zip(("epoch", "block", "row"), self.position)) | {"rows_id": self.rows_id}
 
-# %% ../../nbs/core/09_dataloader.ipynb #433afd8b
 @patch
 def load_state(self: PackedLoader, state: dict):
     "Resume from a `state()`, on any number of ranks. Raises `UserError` if its rows are others."

@@ -25,7 +25,7 @@ from pathlib import Path
 
 # %% ../../nbs/core/08_dataset.ipynb #f758447b
 from .files import (
-    UserError, atomic_file, file_lock, read_json, say, sha256_json)
+    UserError, atomic_file, file_lock, read_json, refuse_too_many_files, say, sha256_json)
 from .machine import n_cores
 from .run import base_dir
 from .tokenizer import check_conversation
@@ -187,6 +187,7 @@ def _record_batches(
                                 f"give the right column the name {name!r}.")
         yield from f.iter_batches(256, columns=list(columns))
     except (pa.ArrowException, OSError) as e:
+        refuse_too_many_files(e)
         raise UserError(f"{file} is damaged ({str(e).splitlines()[0]}): "
                         "fetch or write it again, or remove it.") from None
 
@@ -219,6 +220,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]: # line number from 1,
         raise UserError(f"{file}, line {n}: not readable as JSON lines ({e}): "
                         "correct or remove the line.") from None
     except (EOFError, OSError, zlib.error) as e: # of gzip or the disk
+        refuse_too_many_files(e)
         raise UserError(f"{file}, after line {n}: not readable as JSON lines ({e}): "
                         "fetch or write the file again.") from None
 
@@ -270,6 +272,7 @@ def _plain_texts(file: Path, cut: bool) -> Iterator[str]:
             if cut: yield from _cut_text(f.read, size)
             else: yield f.read()
     except (UnicodeDecodeError, OSError) as e:
+        refuse_too_many_files(e)
         why = f"{file} cannot be read as UTF-8 text ({e}): convert it to UTF-8 or remove it."
         raise UserError(why) from None
 

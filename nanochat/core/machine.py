@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../../nbs/core/01_machine.ipynb #c0de0015
-from .files import UserError, rank_and_world, say
+from .files import UserError, raise_file_limit, rank_and_world, say
 
 # %% ../../nbs/core/01_machine.ipynb #aa3a8d85
 def pick_device(
@@ -77,6 +77,7 @@ def distributed(device): # torch.device of this process
     "Join the process group (NCCL on CUDA, gloo elsewhere) for a `with` block, if there is one."
     import torch
     import torch.distributed as dist
+    raise_file_limit()
     rank, world_size = rank_and_world()
     if world_size == 1 or dist.is_initialized():
         yield

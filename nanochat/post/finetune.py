@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['BEFORE', 'render_conversations', 'Rendered', 'fit_conversations', 'PackedConversations', 'pack_conversations',
-           'replayed_documents', 'prepare_rows', 'ConversationLoader', 'finetune']
+           'replayed_documents', 'prepare_rows', 'rows_in_background', 'ConversationLoader', 'finetune']
 
 # %% ../../nbs/post/37_finetune.ipynb #768432b7
+import io
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterable
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 # %% ../../nbs/post/37_finetune.ipynb #ec5841d2
@@ -78,8 +83,30 @@ def render_conversations(
         pieces = _Pieces(tokenizer)
     if pieces.counts: rendered.append(pieces.render())
     if not rendered: return np.empty(0, tokenizer.dtype), np.empty(0, bool), np.zeros(1, np.int64)
-    ids, learned, sizes = (np.concatenate(parts) for parts in zip(*rendered))
-    return ids, learned, np.r_[0, np.cumsum(sizes)].astype(np.int64)
+    ids, learned, sizes = (list(parts) for parts in zip(*rendered))
+    rendered.clear()
+    offsets = np.r_[0, np.cumsum(np.concatenate(sizes))].astype(np.int64)
+    return _joined(ids), _joined(learned), offsets
+
+# %% ../../nbs/post/37_finetune.ipynb #f71faf6a
+def _joined(parts: list[np.ndarray]) -> np.ndarray: # `parts` is empty afterwards
+    "Concatenate arrays, and release each when it is copied."
+    joined, at = np.empty(sum(map(len, parts)), parts[0].dtype), 0
+    parts.reverse()
+    while parts:
+        part = parts.pop()
+        joined[at:at + len(part)] = part
+        at += len(part)
+    return joined
+
+def _count_learned(
+    learned: np.ndarray, # (n_tokens,) bool
+    starts: np.ndarray, # (n,) of the conversations
+    lengths: np.ndarray, # (n,)
+) -> np.ndarray: # (n,) int64
+    "Count the learned tokens of each conversation."
+    bounds = zip(starts.tolist(), (starts + lengths).tolist())
+    return np.array([np.count_nonzero(learned[a:b]) for a, b in bounds], np.int64)
 
 # %% ../../nbs/post/37_finetune.ipynb #1f98e997
 @dataclass
@@ -95,8 +122,7 @@ class Rendered:
 
     def learned_tokens(self) -> np.ndarray: # (n,)
         "Count the learned tokens among the used tokens of each conversation."
-        before = np.r_[0, np.cumsum(self.learned)]
-        return before[self.starts + self.lengths] - before[self.starts]
+        return _count_learned(self.learned, self.starts, self.lengths)
 
 # %% ../../nbs/post/37_finetune.ipynb #8ef0cdcd
 def fit_conversations(
@@ -109,13 +135,13 @@ def fit_conversations(
     "Render conversations. One that is too long ends with the last assistant message that fits."
     ids, learned, offsets = render_conversations(conversations, tokenizer)
     lengths, end = np.diff(offsets), tokenizer.special("<|assistant_end|>")
-    taught = np.r_[0, np.cumsum(learned)][offsets] # learned tokens before each conversation
+    silent = _count_learned(learned, offsets[:-1], lengths) == 0
     cut = lengths > capacity
     for i in np.flatnonzero(cut):
         part = slice(offsets[i], offsets[i] + capacity)
         ends = np.flatnonzero((ids[part] == end) & learned[part])
         lengths[i] = ends[-1] + 1 if len(ends) else 0
-    lengths[np.diff(taught) == 0] = 0
+    lengths[silent] = 0
     return Rendered(name, asked, ids, learned, offsets[:-1], lengths, cut & (lengths > 0))
 
 # %% ../../nbs/post/37_finetune.ipynb #fbce18b1
@@ -280,6 +306,35 @@ def prepare_rows(
             tasks[split] = packed.tasks
         atomic_write(folder/"manifest.json", json.dumps({"key": key, "tasks": tasks}, indent=1))
         return _load_rows(folder, key)
+
+# %% ../../nbs/post/37_finetune.ipynb #1716c08b
+def _make_rows(
+    run: Run, # whose stage "tokenizer" is done
+    stages: list[str], # some of "mid", "sft"
+):
+    "Make the rows of some stages, in a process of its own. Prints nothing."
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the training, which then ends this
+    if hasattr(os, "nice"): os.nice(19)
+    quiet = io.StringIO()
+    # after any error the stage itself makes the rows, and reports it
+    with redirect_stdout(quiet), redirect_stderr(quiet), suppress(Exception):
+        tokenizer = Tokenizer.load(run.stage_dir("tokenizer"))
+        for stage in stages:
+            prepare_rows(run, stage, tokenizer, run.config["model"]["sequence_len"])
+
+# %% ../../nbs/post/37_finetune.ipynb #99fcc50b
+@contextmanager
+def rows_in_background(
+    run: Run, # whose stage "tokenizer" is done
+    stages: list[str], # some of "mid", "sft"
+):
+    "Make the rows of some stages in another process while the `with` block runs."
+    process = get_context("spawn").Process(target=_make_rows, args=(run, stages), daemon=True)
+    process.start()
+    try: yield
+    finally:
+        process.terminate() # the stage makes what is not finished
+        process.join()
 
 # %% ../../nbs/post/37_finetune.ipynb #8d85bae3
 class ConversationLoader:
