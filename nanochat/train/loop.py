@@ -111,6 +111,7 @@ def accumulate_gradients(
             except torch.OutOfMemoryError: failed = True
     total[1] = failed
     loss, n_failed = all_reduce_sum(total)
+    # waits for the device, because the update must not begin if a part is missing
     if (failed or world_size > 1) and n_failed: raise _OutOfMemory
     return loss, n_targets
 
@@ -400,9 +401,10 @@ class _Fitting:
     ):
         self.model, self.optimizer, self.dtype = model, optimizer, dtype
         self.setting = f"{stage or 'base'}.device_batch"
-        self.rows = sys.maxsize # at most this many in a micro-batch
+        self.rows = None # at most this many in a micro-batch; None: as the loader makes it
 
     def _divided(self, batches: list) -> list:
+        if self.rows is None: return batches
         return [part for x, y in batches for part in zip(x.split(self.rows), y.split(self.rows))]
 
     def gradients(self, batches: list, loss_scale: float): # as from `accumulate_gradients`
