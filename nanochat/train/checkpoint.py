@@ -102,11 +102,11 @@ def _discard(path: Path):
 def _no_room(dir: Path, need: int) -> UserError:
     "Make the error for a checkpoint of `need` bytes that the disk has no room for."
     free = shutil.disk_usage(dir).free
-    return UserError(f"a checkpoint of {need / 1e9:.1f} GB does not fit into the {free / 1e9:.1f} GB "
-                     f"that are free in {dir}: make room and start again.")
+    return UserError(f"a checkpoint of {need / 1e9:.1f} GB does not fit into the "
+                     f"{free / 1e9:.1f} GB that are free in {dir}: make room and start again.")
 
 def _make_room(dir: Path, need: int):
-    "Remove what a killed process left. Raises `UserError` if the disk has no room for `need` bytes."
+    "Remove what a killed process left. Raises `UserError` if `need` bytes are not free then."
     dir.mkdir(parents=True, exist_ok=True)
     for leftover in (*dir.glob(".step_*.part"), *dir.glob(".step_*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -307,11 +307,13 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=work, name=_THREAD)
         self._thread.start()
 
-    def wait(self):
-        "Wait until everything is written. Raises the thread's error, if there was one."
-        if self._thread: self._thread.join()
-        error, self._thread, self._error = self._error, None, None
-        if error: raise error
+# %% ../../nbs/train/25_checkpoint.ipynb #25a10020
+@patch
+def wait(self: CheckpointWriter):
+    "Wait until everything is written. Raises the thread's error, if there was one."
+    if self._thread: self._thread.join()
+    error, self._thread, self._error = self._error, None, None
+    if error: raise error
 
 # %% ../../nbs/train/25_checkpoint.ipynb #25a10012
 @patch

@@ -342,7 +342,7 @@ def _rows_in_words(
 # %% ../../nbs/train/26_loop.ipynb #175ebf95
 class _Losses:
     "Keep losses and gradient norms on the device until `check` fetches all of them at once."
-    def __init__(self, loop: Loop): # writes the checkpoints, of which an error names the last good one
+    def __init__(self, loop: Loop): # an error names its last good checkpoint
         self.loop, self.waiting = loop, []
 
     def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, before: dict, after: dict):
@@ -407,31 +407,43 @@ class _Fitting:
         if self.rows is None: return batches
         return [part for x, y in batches for part in zip(x.split(self.rows), y.split(self.rows))]
 
-    def gradients(self, batches: list, loss_scale: float): # as from `accumulate_gradients`
-        "Set `.grad`. Raises `UserError` on all ranks if the memory does not suffice for one row."
-        while True:
-            self.optimizer.zero_grad()
-            parts = self._divided(batches)
-            try:
-                with quantize_weights(self.model):
-                    return accumulate_gradients(
-                        self.model, parts, self.dtype, self.optimizer, loss_scale)
-            except _OutOfMemory: pass # the error would keep the memory of the step
-            self._halve(parts[0][0].shape)
+# %% ../../nbs/train/26_loop.ipynb #26a10012
+@patch
+def _halve(
+    self: _Fitting,
+    shape: tuple[int, int], # of the first micro-batch
+):
+    "Halve the rows. Raises `UserError` if there is only one."
+    rows, T = shape
+    if rows == 1:
+        raise UserError(f"the memory does not suffice for training on one row of {T} tokens at "
+                        "a time: start another --run with a smaller --depth, or with "
+                        "--set sequence_len=… for shorter rows.")
+    self.rows = rows // 2
+    say(f"The memory does not suffice for {rows} rows at a time. The step is repeated with "
+        f"{self.rows}, which changes only the speed. To begin with that: "
+        f"--set {self.setting}={self.rows}.")
+    if torch.cuda.is_initialized(): torch.cuda.empty_cache()
+    # compile for the new shape, not for all shapes
+    if "torch._dynamo" in sys.modules: torch.compiler.reset()
 
-    def _halve(self, shape: tuple[int, int]): # of the first micro-batch
-        rows, T = shape
-        if rows == 1:
-            raise UserError(f"the memory does not suffice for training on one row of {T} tokens at "
-                            "a time: start another --run with a smaller --depth, or with "
-                            "--set sequence_len=… for shorter rows.")
-        self.rows = rows // 2
-        say(f"The memory does not suffice for {rows} rows at a time. The step is repeated with "
-            f"{self.rows}, which changes only the speed. To begin with that: "
-            f"--set {self.setting}={self.rows}.")
-        if torch.cuda.is_initialized(): torch.cuda.empty_cache()
-        # compile for the new shape, not for all shapes
-        if "torch._dynamo" in sys.modules: torch.compiler.reset()
+# %% ../../nbs/train/26_loop.ipynb #26a10013
+@patch
+def gradients(
+    self: _Fitting,
+    batches: list, # of a step
+    loss_scale: float,
+): # loss and number of targets, as from `accumulate_gradients`
+    "Set `.grad`. Raises `UserError` on all ranks if the memory does not suffice for one row."
+    while True:
+        self.optimizer.zero_grad()
+        parts = self._divided(batches)
+        try:
+            with quantize_weights(self.model):
+                return accumulate_gradients(
+                    self.model, parts, self.dtype, self.optimizer, loss_scale)
+        except _OutOfMemory: pass # the error would keep the memory of the step
+        self._halve(parts[0][0].shape)
 
 # %% ../../nbs/train/26_loop.ipynb #0e35da08
 def train(
