@@ -13,11 +13,14 @@ from nanochat.train.checkpoint import latest_checkpoint, load_checkpoint, save_c
 
 SAVER = """
 import itertools, sys, torch
-from nanochat.train.checkpoint import save_checkpoint
+from nanochat.train.checkpoint import CheckpointWriter
+writer, weights = CheckpointWriter(), torch.empty(300_000)
 for step in itertools.count(1):
-    value = torch.full((300_000,), float(step))
-    save_checkpoint(sys.argv[1], step, {"w": value}, {"w/exp_avg": value}, {"step": step})
-    if step == 2: print("saving", flush=True)
+    weights.fill_(step)
+    writer.save(sys.argv[1], step, {"w": weights}, {"w/exp_avg": weights.clone()}, {"step": step})
+    if step == 2:
+        writer.wait()
+        print("saving", flush=True)
 """
 
 

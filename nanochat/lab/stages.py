@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -145,6 +145,18 @@ def compute_stage(
         if stage == "report": return _report_stage(run)
         raise UserError(f"stage {stage!r} is not one of {', '.join(STAGES)}.")
 
+# %% ../../nbs/lab/55_stages.ipynb #4b0fb143
+def _rows_meanwhile(run: Run): # -> a context manager for the stage "base"
+    "Make the rows of mid-training and SFT during pretraining, if a GPU trains."
+    from nanochat.core.machine import pick_device
+    from nanochat.post.finetune import BEFORE, rows_in_background
+    order = list(STAGES)
+    stages = order[:order.index(run.config["dial"]["until"]) + 1]
+    later = [stage for stage in BEFORE if stage in stages]
+    if not later or pick_device(run.config["hardware"]["device"]).type != "cuda":
+        return nullcontext()
+    return rows_in_background(run, later)
+
 # %% ../../nbs/lab/55_stages.ipynb #1ba405db
 def run_stage(
     run: Run,
@@ -156,10 +168,11 @@ def run_stage(
         say(f"{stage}: already done on {finished}.")
         return done
     nproc = run.config["hardware"]["nproc"]
-    if nproc > 1 and stage in TRAINED:
-        _launch(run, stage, nproc)
-        return run.needs(stage)
-    return compute_stage(run, stage)
+    with _rows_meanwhile(run) if stage == "base" else nullcontext():
+        if nproc > 1 and stage in TRAINED:
+            _launch(run, stage, nproc)
+            return run.needs(stage)
+        return compute_stage(run, stage)
 
 # %% ../../nbs/lab/55_stages.ipynb #28d48e6d
 def _added_lines(path: Path): # -> an iterator that never ends
@@ -222,16 +235,53 @@ class _Follower:
 
 # %% ../../nbs/lab/55_stages.ipynb #3580460b
 _PATIENCE = 120 # seconds that a rank has, after a signal, to end its step and save
+_GRACE = 10 # seconds that it has to end by itself when another rank has ended
+
+# %% ../../nbs/lab/55_stages.ipynb #55a10001
+def _hear_signals(): # -> a function: has a signal come that Python handles?
+    "Notice signals even while the main thread cannot run their handlers."
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    came = []
+    def heard():
+        with suppress(BlockingIOError): came.append(os.read(reader, 1))
+        return bool(came)
+    return heard
+
+# %% ../../nbs/lab/55_stages.ipynb #55a10002
+def _a_rank_is_gone(launcher: int) -> bool:
+    "Has a rank of this machine ended?"
+    import psutil
+    alive = 0
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(launcher).children():
+            with suppress(psutil.NoSuchProcess):
+                alive += child.status() != psutil.STATUS_ZOMBIE
+    return alive < int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+# %% ../../nbs/lab/55_stages.ipynb #55a10003
+def _end_now():
+    "End this process after `_GRACE`, and after the checkpoint that it writes."
+    from nanochat.train.checkpoint import finish_writing
+    time.sleep(_GRACE)
+    finish_writing(_PATIENCE)
+    os._exit(1)
 
 # %% ../../nbs/lab/55_stages.ipynb #78ef2173
 def _end_with(
     launcher: int, # process id of this rank's launcher
     kernel: int, # process id of the kernel that started the launcher; 0: there is none
 ):
-    "End this rank when its launcher is gone, and all ranks when the kernel is gone."
+    """End this rank when its launcher is gone, and all ranks when the kernel is gone.
+
+    After a signal, end it also when another rank of this machine has ended."""
     import psutil
+    heard = _hear_signals()
     def watch():
         while os.getppid() == launcher and (not kernel or psutil.pid_exists(kernel)):
+            if heard() and _a_rank_is_gone(launcher): _end_now()
             time.sleep(1)
         if os.getppid() != launcher: os.kill(os.getpid(), signal.SIGTERM)
         elif os.environ.get("LOCAL_RANK") == "0": os.kill(launcher, signal.SIGTERM)
@@ -261,32 +311,83 @@ def _check_launcher(folder: Path):
         raise UserError("after a restart, torchrun would give the ranks the addresses of ranks "
                         "that died: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.")
 
+# %% ../../nbs/lab/55_stages.ipynb #55a10004
+def _is_consequence(error: BaseException, folder: Path, launcher: int) -> bool:
+    "Did a rank fail because another one has ended, or is about to?"
+    import torch
+    from torch.distributed import DistError
+    own = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    if not isinstance(error, RuntimeError) or isinstance(error, own): return False
+    if isinstance(error, DistError): return True
+    until = time.monotonic() + _GRACE / 2
+    while time.monotonic() < until:
+        told = any((folder/name).exists() for name in ("error.txt", "stopped.txt"))
+        if told or _a_rank_is_gone(launcher): return True
+        time.sleep(0.1)
+    return False
+
+# %% ../../nbs/lab/55_stages.ipynb #55a10005
+def _for_the_person(
+    error: BaseException,
+    run: Run,
+    stage: str,
+) -> UserError:
+    "Turn the exception that ends a stage into one sentence."
+    import torch
+    if isinstance(error, UserError): return error
+    who = f"rank {rank_and_world()[0]} of stage {stage}"
+    again = f"`nanochat speedrun --run {run.name}` resumes from the last checkpoint"
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped(f"{who} was interrupted by Ctrl-C before it could save: {again}.")
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(f"{who} ran out of GPU memory: lower base.device_batch (in an evaluation, "
+                         f"eval.batch) with --set, or end other programs on this GPU; {again}.")
+    what = " ".join(str(error).split())[:300]
+    log = run.stage_dir(stage)/"ranks.log"
+    return UserError(f"{who} failed with {type(error).__name__} ({what}): "
+                     f"the traceback is in {log}; {again}.")
+
+# %% ../../nbs/lab/55_stages.ipynb #55a10006
+@contextmanager
+def _memory_in_words(run: Run, stage: str):
+    "Turn torch's error of a GPU without free memory into a `UserError`."
+    try: yield
+    except RuntimeError as e:
+        import torch
+        if not isinstance(e, torch.OutOfMemoryError): raise
+        raise _for_the_person(e, run, stage) from None
+
 # %% ../../nbs/lab/55_stages.ipynb #a2337c1b
 @contextmanager
 def _as_rank(run: Run, stage: str):
     """Run the block as a rank, if `torch.distributed.run` started this process.
 
-    The process ends if its launcher does. A `UserError` ends all ranks without a restart."""
+    The process ends if its launcher does. An exception ends all ranks without a restart."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
+        with _memory_in_words(run, stage): yield
         return
     folder, launcher = run.stage_dir(stage), os.getppid()
     _end_with(launcher, int(os.environ.get("NANOCHAT_PARENT", 0)))
     try:
         _check_launcher(folder)
         yield
-    except UserError as e:
-        _leave_message(folder, e)
+    except (Exception, KeyboardInterrupt) as e:
+        if _is_consequence(e, folder, launcher): raise
+        _leave_message(folder, _for_the_person(e, run, stage))
         # the launcher will send SIGTERM, but this process must still print the message
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # stop the launcher before this process ends, or it would restart all ranks
         if os.getppid() == launcher: os.kill(launcher, signal.SIGTERM)
+        # the system ends this process if a library hangs while Python shuts down
+        signal.alarm(2 * _GRACE)
         raise
 
 # %% ../../nbs/lab/55_stages.ipynb #efbf9f0f
 LAUNCHER_ENV = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", # a new server for each start
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_PATIENCE), # 30 s are too few for a large model
+    # after a time-out of an exchange, write which rank was where
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
 }
 
 # %% ../../nbs/lab/55_stages.ipynb #3279c76a

@@ -22,7 +22,7 @@ from torch import nn
 
 # %% ../../nbs/model/15_optim.ipynb #b8007e54
 from ..core.files import UserError
-from ..core.machine import group_rank_and_world
+from ..core.machine import group_rank_and_world, host_copy
 
 # %% ../../nbs/model/15_optim.ipynb #0a15aa35
 POLAR_EXPRESS = ( # (a, b, c) for each step: Amsel et al. 2025, arXiv 2505.16932
@@ -482,7 +482,7 @@ def full_state(self: MuonAdamW) -> dict[str, torch.Tensor]: # on the CPU; empty 
             if self.rank > 0: continue
             pieces = _unpack(packed, group["counts"])
             for name, shape, piece in zip(group["names"], _state_shapes(group, key), pieces):
-                out[f"{name}/{key}"] = piece.reshape(shape).to("cpu", copy=True)
+                out[f"{name}/{key}"] = host_copy(piece.reshape(shape))
     return out if self.rank == 0 else {}
 
 # %% ../../nbs/model/15_optim.ipynb #519a3ea7

@@ -9,9 +9,10 @@ __all__ = ['BEST_BY', 'all_reduce_sum', 'autocast', 'bits_per_byte', 'accumulate
 
 # %% ../../nbs/train/26_loop.ipynb #192f8923
 import math
+import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from fastcore.basics import patch
 # %% ../../nbs/train/26_loop.ipynb #0c173349
 from ..core.files import Stopped, UserError, rank_and_world, say
 from ..core.machine import (
-    barrier, derive_seed, distributed, group_rank_and_world, peak_memory, pick_device,
+    derive_seed, distributed, group_rank_and_world, on_every_rank, peak_memory, pick_device,
     pick_dtype, seed_everything)
 from ..core.run import Run, StopSignal, in_words, progress_bar, read_metrics
 from ..core.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ from ..model.optim import (
     NANOCHAT_STEPS, POLAR_STEPS, MuonAdamW, MuonVariant, lr_multiplier, make_optimizer,
     muon_momentum, weight_decay_multiplier)
 from .checkpoint import (
-    latest_checkpoint, load_checkpoint, mark_best, rng_state, save_checkpoint, set_rng_state)
+    CheckpointWriter, latest_checkpoint, load_checkpoint, rng_state, set_rng_state)
 
 # %% ../../nbs/train/26_loop.ipynb #687844e8
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor: # `x` itself
@@ -77,6 +78,9 @@ def bits_per_byte(
     return (total[0] / (total[1] * math.log(2))).item()
 
 # %% ../../nbs/train/26_loop.ipynb #0abc4636
+class _OutOfMemory(torch.OutOfMemoryError):
+    "A rank had too little memory for its micro-batches. All ranks raise it."
+
 def accumulate_gradients(
     model: GPT, # the module to differentiate
     batches: list[tuple[torch.Tensor, torch.Tensor]], # micro-batches, each (x, y) int64 (B, T)
@@ -84,7 +88,7 @@ def accumulate_gradients(
     optimizer: MuonAdamW | None = None, # averages gradients during the last backward pass
     loss_scale: float = 1.0, # factor of the gradients, see `LossScaler`
 ) -> tuple[torch.Tensor, torch.Tensor]: # mean loss and number of targets, over all ranks (scalars)
-    """Add this rank's part of the gradient to `.grad`.
+    """Add this rank's part of the gradient to `.grad`. Raises `_OutOfMemory` on all ranks together.
 
     The optimizer averages these parts over the ranks. The average is `loss_scale` times the
     gradient of the mean loss over all targets of all micro-batches and ranks."""
@@ -92,15 +96,25 @@ def accumulate_gradients(
     _, world_size = group_rank_and_world()
     counts = torch.stack([(y >= 0).sum() for _, y in batches])
     n_targets = all_reduce_sum(counts.sum().float()).clamp(min=1)
-    total = torch.zeros((), device=n_targets.device)
-    for i, (x, y) in enumerate(batches):
+    failed = False
+    total = torch.zeros(2, device=n_targets.device) # loss; ranks that are out of memory
+    def add(x, y): # in a function, so that an error frees the graph
         with autocast(x.device, dtype):
             loss = model(x, y, loss_reduction="sum") / n_targets
+        (loss * (world_size * loss_scale)).backward()
+        total[0] += loss.detach()
+    for i, (x, y) in enumerate(batches):
         is_last = i == len(batches) - 1
+        # a rank that is out of memory takes part in all exchanges, or the others would wait
         with optimizer.overlap_backward() if optimizer and is_last else nullcontext():
-            (loss * (world_size * loss_scale)).backward()
-        total += loss.detach()
-    return all_reduce_sum(total), n_targets
+            if failed: continue
+            try: add(x, y)
+            except torch.OutOfMemoryError: failed = True
+    total[1] = failed
+    loss, n_failed = all_reduce_sum(total)
+    # waits for the device, because the update must not begin if a part is missing
+    if (failed or world_size > 1) and n_failed: raise _OutOfMemory
+    return loss, n_targets
 
 # %% ../../nbs/train/26_loop.ipynb #b33a7651
 def agree(*wishes: bool, device: torch.device) -> list[bool]:
@@ -187,6 +201,7 @@ class Loop:
         self._earlier_seconds = 0.0 # of the runs before this one
         if saved := resume(settings.checkpoints, model, optimizer): self._restore(saved)
         self.metrics = metrics(self.step) if callable(metrics) else metrics
+        self._writer = CheckpointWriter() # in use on rank 0 only
         self._began = self._saved_at = self.evaluated_at = time.perf_counter()
 
     def _restore(self, saved: dict):
@@ -220,7 +235,8 @@ def _wishes(self: Loop) -> list[bool]: # [save, stop]
     "Tell whether any rank wants to save, and whether any wants to stop, after this step."
     if self._agreed is None:
         late = time.perf_counter() - self._saved_at > self.settings.save_minutes * 60
-        self._agreed = agree(late, self._stop.requested, device=self.device)
+        # after an error of the writer, all ranks save, which raises it
+        self._agreed = agree(late or self._writer.failed, self._stop.requested, device=self.device)
     return self._agreed
 
 # %% ../../nbs/train/26_loop.ipynb #440fa481
@@ -235,13 +251,17 @@ def __iter__(self: Loop):
     "Yield the steps that are left. Raises `Stopped`, after saving, if a signal came."
     s = self.settings
     with StopSignal() as self._stop, progress_bar(s.steps, self.step, s.desc) as self._bar:
-        if self.due() and not self._was_evaluated(): self._evaluate()
-        while self.step < s.steps:
-            self.step += 1
-            self._agreed = None
-            yield self.step - 1
-            self._bar.update()
-            self._between_steps()
+        try:
+            if self.due() and not self._was_evaluated(): self._evaluate()
+            while self.step < s.steps:
+                self.step += 1
+                self._agreed = None
+                yield self.step - 1
+                self._bar.update()
+                self._between_steps()
+            self.settle()
+        finally: # an error ends the loop, but not before the checkpoint is written
+            with suppress(Exception): self._writer.wait()
 
 # %% ../../nbs/train/26_loop.ipynb #60b97168
 @patch
@@ -254,6 +274,7 @@ def _between_steps(self: Loop):
         self._evaluate()
         stop = agree(self._stop.requested, device=self.device)[0] # it may have come meanwhile
     if not stop: return
+    self.settle()
     kept = "which is saved: the same command or cell resumes there"
     if self.settings.checkpoints is None:
         kept = "and nothing is kept, because no folder for checkpoints was given"
@@ -263,18 +284,24 @@ def _between_steps(self: Loop):
 
 # %% ../../nbs/train/26_loop.ipynb #95e3730c
 @patch
+def settle(self: Loop):
+    "Wait on every rank until rank 0 has written its checkpoint. Every rank raises its `UserError`."
+    if self.settings.checkpoints: on_every_rank(self._writer.wait)
+
+# %% ../../nbs/train/26_loop.ipynb #26a10001
+@patch
 def _save(self: Loop):
-    "Write a checkpoint on rank 0. That of the last step has no optimizer state."
+    "Begin to write a checkpoint on rank 0. That of the last step has no optimizer state."
     s = self.settings
     if s.checkpoints is None: return
+    self.settle() # main memory may not hold two copies
     # every rank must call `full_state`
     optim_state = self.optimizer.full_state() if self.step < s.steps else None
     if rank_and_world()[0] == 0:
         parts = {name: part.state() for name, part in self.parts.items()}
         meta = s.meta | parts | self.memory | {"rng": rng_state(), "seconds": self.seconds}
         weights = self.model.state_dict()
-        save_checkpoint(s.checkpoints, self.step, weights, optim_state, meta, s.keep)
-    barrier()
+        self._writer.save(s.checkpoints, self.step, weights, optim_state, meta, s.keep)
     self._saved_at = time.perf_counter()
 
 # %% ../../nbs/train/26_loop.ipynb #39437a86
@@ -287,7 +314,7 @@ def _evaluate(self: Loop):
     s = self.settings
     # step 0 has no checkpoint to mark
     if s.checkpoints and self.step and BEST_BY in self.last_eval and rank_and_world()[0] == 0:
-        mark_best(s.checkpoints, self.step, self.last_eval[BEST_BY])
+        self._writer.mark(s.checkpoints, self.step, self.last_eval[BEST_BY])
     self.evaluated_at = time.perf_counter()
 
 # %% ../../nbs/train/26_loop.ipynb #b871a449
@@ -316,8 +343,8 @@ def _rows_in_words(
 # %% ../../nbs/train/26_loop.ipynb #175ebf95
 class _Losses:
     "Keep losses and gradient norms on the device until `check` fetches all of them at once."
-    def __init__(self, checkpoints: Path | None): # the folder that holds the last good checkpoint
-        self.checkpoints, self.waiting = checkpoints, []
+    def __init__(self, loop: Loop): # an error names its last good checkpoint
+        self.loop, self.waiting = loop, []
 
     def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, before: dict, after: dict):
         "Remember a step's numbers, and the loader's state before and after it."
@@ -336,7 +363,9 @@ class _Losses:
 
     def _refuse(self, what: str, number: float, step: int, rows: str):
         "Raise `UserError` for a number that is not finite."
-        good = self.checkpoints and latest_checkpoint(self.checkpoints)
+        self.loop.settle() # the last good checkpoint may be under way
+        folder = self.loop.settings.checkpoints
+        good = folder and latest_checkpoint(folder)
         kept = "there is no checkpoint yet"
         if good: kept = f"to look into the cause: the last good checkpoint is {good}"
         raise UserError(
@@ -361,6 +390,62 @@ def measured(
     if memory: speed["memory_mb"] = round(memory, 1)
     return speed
 
+# %% ../../nbs/train/26_loop.ipynb #26a10005
+class _Fitting:
+    "Computes gradients, with fewer rows at a time if memory does not suffice."
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: MuonAdamW, # over the model
+        dtype: torch.dtype, # of the matrix products
+        stage: str | None, # for the message: whose setting `device_batch` is
+    ):
+        self.model, self.optimizer, self.dtype = model, optimizer, dtype
+        self.setting = f"{stage or 'base'}.device_batch"
+        self.rows = None # at most this many in a micro-batch; None: as the loader makes it
+
+    def _divided(self, batches: list) -> list:
+        if self.rows is None: return batches
+        return [part for x, y in batches for part in zip(x.split(self.rows), y.split(self.rows))]
+
+# %% ../../nbs/train/26_loop.ipynb #26a10012
+@patch
+def _halve(
+    self: _Fitting,
+    shape: tuple[int, int], # of the first micro-batch
+):
+    "Halve the rows. Raises `UserError` if there is only one."
+    rows, T = shape
+    if rows == 1:
+        raise UserError(f"the memory does not suffice for training on one row of {T} tokens at "
+                        "a time: start another --run with a smaller --depth, or with "
+                        "--set sequence_len=… for shorter rows.")
+    self.rows = rows // 2
+    say(f"The memory does not suffice for {rows} rows at a time. The step is repeated with "
+        f"{self.rows}, which changes only the speed. To begin with that: "
+        f"--set {self.setting}={self.rows}.")
+    if torch.cuda.is_initialized(): torch.cuda.empty_cache()
+    # compile for the new shape, not for all shapes
+    if "torch._dynamo" in sys.modules: torch.compiler.reset()
+
+# %% ../../nbs/train/26_loop.ipynb #26a10013
+@patch
+def gradients(
+    self: _Fitting,
+    batches: list, # of a step
+    loss_scale: float,
+): # loss and number of targets, as from `accumulate_gradients`
+    "Set `.grad`. Raises `UserError` on all ranks if the memory does not suffice for one row."
+    while True:
+        self.optimizer.zero_grad()
+        parts = self._divided(batches)
+        try:
+            with quantize_weights(self.model):
+                return accumulate_gradients(
+                    self.model, parts, self.dtype, self.optimizer, loss_scale)
+        except _OutOfMemory: pass # the error would keep the memory of the step
+        self._halve(parts[0][0].shape)
+
 # %% ../../nbs/train/26_loop.ipynb #0e35da08
 def train(
     model: GPT, # on its device
@@ -378,9 +463,10 @@ def train(
     """Train from the last checkpoint, if there is one, up to `settings.steps`.
 
     Raises `UserError` if the loss is not finite, and `Stopped`, after saving, if a signal came."""
-    scaler, losses = LossScaler(dtype == torch.float16), _Losses(settings.checkpoints)
+    scaler = LossScaler(dtype == torch.float16)
     loop = Loop(model, optimizer, settings, metrics, evaluate=evaluate,
                 memory={"tokens": 0}, parts={"loader": loader, "scaler": scaler})
+    losses, fitting = _Losses(loop), _Fitting(model, optimizer, dtype, settings.meta.get("stage"))
     memory, world_size = loop.memory, group_rank_and_world()[1]
     log_every, loss_value = max(1, settings.steps // 1000), float("nan")
     logged_at, logged_tokens = time.perf_counter(), memory["tokens"]
@@ -388,9 +474,7 @@ def train(
         # forward and backward pass
         before = loader.state()
         batches = [loader.next_batch() for _ in range(grad_accum)]
-        optimizer.zero_grad()
-        with quantize_weights(model):
-            loss, n_targets = accumulate_gradients(model, batches, dtype, optimizer, scaler.scale)
+        loss, n_targets = fitting.gradients(batches, scaler.scale)
 
         # update; in float16, a step whose gradients overflowed is skipped
         how = schedule(step)
@@ -593,6 +677,7 @@ def pretrain(
 
         settings = loop_settings(run, "base", section["steps"], model, tokenizer, "pretraining")
         grad_accum = grad_accum_steps(section["batch_tokens"], B, T, world_size)
+        rows.prefetch(grad_accum + 1)
         peak_flops = config["hardware"].get("peak_flops") or 0.0
         def metrics(step): return run.metrics("base", step)
         result = train(
