@@ -8,7 +8,6 @@ __all__ = ['batched', 'tokenize', 'start_download', 'tokens_dir', 'prepare_token
 
 # %% ../../nbs/core/09_dataloader.ipynb #74554f27
 import json
-import math
 import os
 import threading
 import time

@@ -16,7 +16,7 @@ from ..core.download import SOURCES
 from ..core.dataset import (
     content_text, conversation_files, conversations, file_state)
 from ..model.shape import (
-    count_params, flops_per_token, layer_windows, padded_vocab, scaling_params)
+    count_params, flops_per_token, layer_windows, scaling_params)
 from .hardware import Hardware, Kernels, attained, token_parts
 from .settings import (
     ANSWER_TOKENS, SET_SIZES, TASK_SIZE, WORLD_TASKS, mixture_of)
