@@ -454,8 +454,8 @@ def for_training(
 
 # %% ../../nbs/model/14_gpt.ipynb #c0a10008
 @patch
-def _scales(self: GPT) -> list: # for each layer: factors of the stream and of the embedding, or None
-    "List the scales of the stream."
+def _scales(self: GPT) -> list: # a pair for each layer, or None
+    "List the factors of the stream and of the embedding."
     if not self.config.resid_lambdas: return [None] * self.config.n_layer
     return list(zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind()))
 
