@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from nanochat.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.train.checkpoint import _build_model, latest_checkpoint, load_checkpoint, save_checkpoint
 
 SAVER = """
 import itertools, sys, torch
@@ -43,3 +44,16 @@ def test_kill_at_any_moment(tmp_path, trial):
     step = load_checkpoint(latest_checkpoint(tmp_path))[2]["step"] + 1
     save_checkpoint(tmp_path, step, weights, None, {"step": step})
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step_{step - 1:06d}", f"step_{step:06d}"] # leftovers are gone
+
+
+def test_weights_of_a_checkpoint_are_not_made_first(monkeypatch, tmp_path):
+    model = GPT(GPTConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32), seed=3)
+    state = model.state_dict()
+    state["lm_head.weight"] = state["lm_head.weight"].bfloat16() # an imported model may be stored so
+    def refuse(*_): raise AssertionError("weights were made that the checkpoint replaces")
+    monkeypatch.setattr(GPT, "init_weights", refuse)
+    built = _build_model(tmp_path, state, vars(model.config), "cpu")
+    for name, p in built.named_parameters():
+        assert p.requires_grad and p.dtype == torch.float32 and torch.equal(p, state[name].float()), name
+        assert p.data_ptr() != state[name].data_ptr(), name
+    assert torch.equal(built.rope_cos, model.rope_cos)

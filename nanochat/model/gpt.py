@@ -8,13 +8,16 @@ __all__ = ['GPTConfig', 'norm', 'rope_tables', 'apply_rope', 'Linear', 'Embeddin
 
 # %% ../../nbs/model/14_gpt.ipynb #c42a8924
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 # %% ../../nbs/model/14_gpt.ipynb #54ceb6ab
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
+from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/model/14_gpt.ipynb #09d22115
 from ..core.files import UserError
@@ -96,9 +99,10 @@ def norm(
     x: torch.Tensor, # (..., channels)
 ) -> torch.Tensor: # same shape and dtype
     "RMSNorm over the last dimension, without weights."
+    if torch.is_grad_enabled(): return _Norm.apply(x)
     if torch.compiler.is_compiling():
         return F.rms_norm(x, (x.size(-1),), eps=1e-6).to(x.dtype) # autocast may return float32
-    return _Norm.apply(x) if torch.is_grad_enabled() else x * _norm_factor(x).to(x.dtype)
+    return x * _norm_factor(x).to(x.dtype)
 
 # %% ../../nbs/model/14_gpt.ipynb #20aebad7
 def rope_tables(
@@ -191,8 +195,7 @@ def forward(
     cos: torch.Tensor, # rotations, as in `apply_rope`
     sin: torch.Tensor,
     window: int | None, # how many tokens back this layer sees; None for all
-    layer: int, # index of the layer, also in the cache
-    kv_cache: KVCache | None,
+    attend: Callable = attention, # or the cached attention of this layer, `KVCache.attend`
 ) -> torch.Tensor: # (B, T, n_embd)
     "Let every token attend to itself and the tokens before it."
     B, T, _ = x.shape
@@ -202,19 +205,20 @@ def forward(
         gate = 3 * torch.sigmoid(self.ve_gate(gate_in)) # (B, T, n_kv_head)
         v = torch.addcmul(v, gate[..., None], ve.view_as(v).to(v.dtype))
     q, k = (x.to(v.dtype) for x in (q, k))
-    if kv_cache is None: y = attention(q, k, v, window=window, scale=self.scale)
-    else: y = kv_cache.attend(layer, q, k, v, window=window, scale=self.scale)
+    y = attend(q, k, v, window=window, scale=self.scale)
     return self.c_proj(y.reshape(B, T, -1))
 
 # %% ../../nbs/model/14_gpt.ipynb #992cb923
 class _ReluSquared(torch.autograd.Function):
-    "max(h, 0)², written over h; keeps only its result for the backward pass."
+    "max(h, 0)²; keeps only its result for the backward pass. Written over h, unless compiled."
     @staticmethod
     def forward(ctx, h):
-        ctx.mark_dirty(h)
-        h.relu_().mul_(h)
-        ctx.save_for_backward(h)
-        return h
+        if torch.compiler.is_compiling(): a = F.relu(h).square()
+        else:
+            ctx.mark_dirty(h)
+            a = h.relu_().mul_(h)
+        ctx.save_for_backward(a)
+        return a
 
     @staticmethod
     def backward(ctx, grad):
@@ -226,8 +230,8 @@ def _relu_squared(
     h: torch.Tensor, # any shape; may be overwritten
 ) -> torch.Tensor: # the same shape and dtype
     "Compute max(h, 0)²."
-    if torch.compiler.is_compiling(): return F.relu(h).square()
-    return _ReluSquared.apply(h) if torch.is_grad_enabled() else h.relu_().square_()
+    if torch.is_grad_enabled(): return _ReluSquared.apply(h)
+    return F.relu(h).square() if torch.compiler.is_compiling() else h.relu_().square_()
 
 # %% ../../nbs/model/14_gpt.ipynb #68abbfbc
 class MLP(nn.Module):
@@ -248,8 +252,8 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, has_ve)
         self.mlp = MLP(config)
 
-    def forward(self, x, ve, cos, sin, window, layer, kv_cache) -> torch.Tensor: # (B, T, n_embd)
-        x = x + self.attn(norm(x), ve, cos, sin, window, layer, kv_cache)
+    def forward(self, x, ve, cos, sin, window, attend=attention) -> torch.Tensor: # (B, T, n_embd)
+        x = x + self.attn(norm(x), ve, cos, sin, window, attend)
         return x + self.mlp(norm(x))
 
 # %% ../../nbs/model/14_gpt.ipynb #8fa9a818
@@ -258,7 +262,7 @@ _ROPE_REACH = 4 # the rotation tables are this many times as long as a training 
 # %% ../../nbs/model/14_gpt.ipynb #69409094
 class GPT(nn.Module):
     "A decoder-only transformer."
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, seed: int = 0): # `seed`: of the initial weights
         super().__init__()
         self.config = config
         n_layer, n_embd, table = config.n_layer, config.n_embd, config.padded_vocab_size
@@ -288,9 +292,8 @@ class GPT(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
-        # `torch.compile(self.trunk)`, for training only: generation has too many shapes
-        self.compiled_trunk = None
-        if not self.lm_head.weight.is_meta: self.init_weights()
+        self.for_training()
+        if not self.lm_head.weight.is_meta: self.init_weights(seed)
 
 # %% ../../nbs/model/14_gpt.ipynb #e68e951d
 @patch
@@ -387,6 +390,75 @@ def _rotations(self: GPT, T, kv_cache, valid):
     positions = kv_cache.begin(T, valid) # (B, T)
     return self.rope_cos[positions][:, :, None], self.rope_sin[positions][:, :, None]
 
+# %% ../../nbs/model/14_gpt.ipynb #c0a10002
+def _embed(
+    model: "GPT",
+    idx: torch.Tensor, # (B, T) int64 tokens
+    kv_cache: KVCache | None, # as in `GPT.trunk`
+    valid: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # the stream (B, T, n_embd), and rotations
+    "The first piece: look up embeddings and rotations."
+    cos, sin = model._rotations(idx.size(1), kv_cache, valid)
+    x = norm(model.transformer.wte(idx)) # (B, T, n_embd)
+    device = x.device.type
+    if torch.is_autocast_enabled(device): x = x.to(torch.get_autocast_dtype(device))
+    if model.config.smear: x = model._smear(x, kv_cache, valid)
+    return x, cos.to(x.dtype), sin.to(x.dtype)
+
+# %% ../../nbs/model/14_gpt.ipynb #c0a10003
+def _layer(
+    block: Block,
+    x: torch.Tensor, # (B, T, n_embd), the stream
+    x0: torch.Tensor, # (B, T, n_embd), the stream before the first layer
+    scales: tuple[torch.Tensor, torch.Tensor] | None, # factors of x and of x0, () each
+    table: Embedding | None, # the layer's value embeddings
+    idx: torch.Tensor, # (B, T) int64 tokens
+    cos: torch.Tensor, # rotations, as in `apply_rope`
+    sin: torch.Tensor,
+    window: int | None, # how many tokens back the layer sees; None for all
+    attend: Callable, # as in `CausalSelfAttention.forward`
+) -> torch.Tensor: # (B, T, n_embd)
+    "The second piece: one layer."
+    if scales: x = torch.addcmul(scales[0] * x, scales[1].to(x.dtype), x0)
+    ve = None if table is None else table(idx)
+    return block(x, ve, cos, sin, window, attend)
+
+# %% ../../nbs/model/14_gpt.ipynb #c0a10004
+def _finish(
+    x: torch.Tensor, # (B, T, n_embd), the stream after the last layer
+    middle: torch.Tensor, # (B, T, n_embd), the stream after the middle layer
+    share: torch.Tensor | None, # () or (1,), how much of it to subtract
+) -> torch.Tensor: # (B, T, n_embd)
+    "The third piece: backout and the last norm."
+    if share is not None: x = torch.addcmul(x, share.to(x.dtype), middle, value=-1)
+    return norm(x)
+
+# %% ../../nbs/model/14_gpt.ipynb #c0a10006
+def _recomputed_layer(*inputs) -> torch.Tensor: # (B, T, n_embd); takes what `_layer` takes
+    "A layer that keeps its input only."
+    return checkpoint(_layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+# %% ../../nbs/model/14_gpt.ipynb #c0a10007
+_PIECES = (_embed, _layer, _finish)
+
+@patch
+def for_training(
+    self: GPT,
+    compiler: Callable | None = None, # `torch.compile` with its options; None: do not compile
+    recompute: bool = False, # keep only each layer's input for the backward pass
+):
+    "Say how the trunk is computed in training. Generation and evaluation do not change."
+    embed, layer, finish = _PIECES
+    pieces = (embed, _recomputed_layer if recompute else layer, finish)
+    self._pieces = tuple(map(compiler, pieces)) if compiler else pieces
+
+# %% ../../nbs/model/14_gpt.ipynb #c0a10008
+@patch
+def _scales(self: GPT) -> list: # a pair for each layer, or None
+    "List the factors of the stream and of the embedding."
+    if not self.config.resid_lambdas: return [None] * self.config.n_layer
+    return list(zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind()))
+
 # %% ../../nbs/model/14_gpt.ipynb #fa5983cb
 @patch
 def trunk(
@@ -396,29 +468,23 @@ def trunk(
     valid: torch.Tensor | None = None, # (B,) with a cache: how many of the T tokens are real
 ) -> torch.Tensor: # (B, T, n_embd), normed: the head's input
     "Compute everything up to the head."
-    c = self.config
-    cos, sin = self._rotations(idx.size(1), kv_cache, valid)
-
-    # embedding
-    x = norm(self.transformer.wte(idx)) # (B, T, n_embd)
-    device = x.device.type
-    if torch.is_autocast_enabled(device): x = x.to(torch.get_autocast_dtype(device))
-    cos, sin = (table.to(x.dtype) for table in (cos, sin))
-    if c.smear: x = self._smear(x, kv_cache, valid)
-    x0 = x
+    c, training = self.config, self.training and kv_cache is None
+    embed, layer, finish = self._pieces if training else _PIECES
+    x, cos, sin = embed(self, idx, kv_cache, valid)
+    # another tensor object than x: `torch.compile` would compile a layer that gets one object
+    # twice by itself
+    x0 = x.view_as(x)
 
     # blocks
+    scales = self._scales()
     for i, (block, window) in enumerate(zip(self.transformer.h, c.windows)):
-        if c.resid_lambdas:
-            x = torch.addcmul(self.resid_lambdas[i] * x, self.x0_lambdas[i].to(x.dtype), x0)
-        ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
+        table = self.value_embeds[str(i)] if str(i) in self.value_embeds else None
         if window >= c.sequence_len: window = None
-        x = block(x, ve, cos, sin, window, i, kv_cache)
+        attend = attention if kv_cache is None else partial(kv_cache.attend, i)
+        x = layer(block, x, x0, scales[i], table, idx, cos, sin, window, attend)
         if i == c.n_layer // 2: middle = x
     if kv_cache is not None: kv_cache.advance()
-
-    if c.backout: x = torch.addcmul(x, self.backout_lambda.to(x.dtype), middle, value=-1)
-    return norm(x)
+    return finish(x, middle, self.backout_lambda if c.backout else None)
 
 # %% ../../nbs/model/14_gpt.ipynb #46872843
 @patch
@@ -457,8 +523,7 @@ def forward(
     last_only: bool = False, # return the logits of each row's last real token only
 ) -> torch.Tensor: # logits (B, T or 1, vocab_size) float32, or the loss, () or (B, T)
     "Return logits, or with `targets` the cross-entropy in nats."
-    compiled = self.training and kv_cache is None and self.compiled_trunk is not None
-    x = self.compiled_trunk(idx) if compiled else self.trunk(idx, kv_cache, valid)
+    x = self.trunk(idx, kv_cache, valid)
     if last_only and valid is None: x = x[:, -1:]
     elif last_only:
         rows = torch.arange(len(idx), device=x.device)

@@ -394,8 +394,10 @@ def _build_model(
     if not isinstance(config, dict) or set(config) - known:
         raise _damaged(path/"meta.json", "describes a model that this version does not know")
     try:
-        model = GPT(GPTConfig(**config))
-        model.load_state_dict(model_state)
+        with torch.device("meta"): model = GPT(GPTConfig(**config)) # weights without memory
+        # copies: a file's tensors lie wherever the file has them, which changes rounding on a CPU
+        weights = {name: t.to(device, torch.float32, copy=True) for name, t in model_state.items()}
+        model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, AssertionError):
         file = path/"model.safetensors"
         raise _damaged(file, "does not fit the model that meta.json describes") from None

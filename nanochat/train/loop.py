@@ -8,12 +8,14 @@ __all__ = ['BEST_BY', 'all_reduce_sum', 'autocast', 'bits_per_byte', 'accumulate
            'unscaled_dtype', 'validation_bits_per_byte', 'loop_settings', 'pretrain']
 
 # %% ../../nbs/train/26_loop.ipynb #192f8923
+import gc
 import math
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 # %% ../../nbs/train/26_loop.ipynb #999d095d
@@ -229,6 +231,24 @@ class Loop:
         "Show text to the right of the progress bar. Call it only inside the loop."
         self._bar.set_postfix_str(text, refresh=False)
 
+# %% ../../nbs/train/26_loop.ipynb #c0a20002
+class _Collector:
+    "In a `with` block, let Python's garbage collector run only in `run`, from its first call on."
+    def __enter__(self):
+        self._was_on = gc.isenabled()
+        return self
+
+    def run(self):
+        "Collect. The first time, exempt what is alive then: most of it stays until the end."
+        gc.collect()
+        if gc.isenabled():
+            gc.freeze()
+            gc.disable()
+
+    def __exit__(self, *_):
+        gc.unfreeze()
+        if self._was_on: gc.enable()
+
 # %% ../../nbs/train/26_loop.ipynb #4d55ba6d
 @patch
 def _wishes(self: Loop) -> list[bool]: # [save, stop]
@@ -250,15 +270,18 @@ def pauses(self: Loop) -> bool:
 def __iter__(self: Loop):
     "Yield the steps that are left. Raises `Stopped`, after saving, if a signal came."
     s = self.settings
-    with StopSignal() as self._stop, progress_bar(s.steps, self.step, s.desc) as self._bar:
+    with (StopSignal() as self._stop, _Collector() as collector,
+          progress_bar(s.steps, self.step, s.desc) as self._bar):
         try:
             if self.due() and not self._was_evaluated(): self._evaluate()
+            first = self.step + 1
             while self.step < s.steps:
                 self.step += 1
                 self._agreed = None
                 yield self.step - 1
                 self._bar.update()
                 self._between_steps()
+                if self.step == first or self.pauses(): collector.run()
             self.settle()
         finally: # an error ends the loop, but not before the checkpoint is written
             with suppress(Exception): self._writer.wait()
@@ -544,17 +567,23 @@ def prepare_model(
     config: dict, # a run's configuration
     device: torch.device, # where the model goes
 ) -> GPT:
-    """Move a model to its device.
+    """Move a model to its device, and set up training as `hardware` says.
 
-    With `hardware.fp8`, use fp8. With `hardware.compile`, choose the attention kernels and
-    compile `model.trunk` (everything up to the head)."""
+    With `fp8`, use fp8. With `compile`, choose the attention kernels and compile the layers.
+    With `recompute`, keep only the layers' inputs for the backward pass."""
     model, hardware, c = model.to(device).train(), config["hardware"], model.config
     if hardware.get("fp8"): use_fp8(model)
+    compiler = None
     if hardware.get("compile"):
         dtype = pick_dtype(device, hardware["dtype"])
         # choose now: choosing inside a compiled model would cut its graph
         choose_backends(device, dtype, c.head_dim, T=c.sequence_len, window=min(c.windows))
-        model.compiled_trunk = torch.compile(model.trunk)
+        # each stage in this process compiles up to four kinds of layer; beyond the limit, which
+        # is 8 by default, layers are not compiled
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(64, limits.recompile_limit)
+        compiler = partial(torch.compile, dynamic=False)
+    model.for_training(compiler, hardware.get("recompute", False))
     return model
 
 # %% ../../nbs/train/26_loop.ipynb #f1110002
@@ -652,9 +681,8 @@ def pretrain(
         tokens_dir = prepare_tokens(run)
 
         # the model; a tokenizer from a small text may be smaller than configured
-        model = GPT(GPTConfig(**config["model"] | {"vocab_size": tokenizer.vocab_size}))
-        model.init_weights(derive_seed(run.seed, "init"))
-        model = prepare_model(model, config, device)
+        shape = GPTConfig(**config["model"] | {"vocab_size": tokenizer.vocab_size})
+        model = prepare_model(GPT(shape, derive_seed(run.seed, "init")), config, device)
 
         # the data
         T, B = model.config.sequence_len, section["device_batch"]
