@@ -28,6 +28,7 @@ from ..core.run import Metrics, Run, fingerprint, progress_bar
 from ..core.tokenizer import Tokenizer
 from ..core.grammar import ANSWERS, Draw, expansions
 from ..core.world import World, question_and_answer
+from ..core.identity import IDENTITY_ANSWERS, IDENTITY_TRAIN
 from ..core.dataset import FEEDBACK, read_feedback
 from ..model.gpt import GPT
 from ..model.engine import Engine, Sampling
@@ -37,7 +38,6 @@ from nanochat.train.loop import (
     Loop, LoopSettings, autocast, fill_micro_batches, loop_settings, optimizer_for,
     unscaled_dtype)
 from .tasks import assistant, normal, user
-from .town import IDENTITY_ANSWERS, IDENTITY_TRAIN
 from .chat_eval import evaluate_stage, length_groups
 
 # %% ../../nbs/post/39_dpo.ipynb #f9bb466b
