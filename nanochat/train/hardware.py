@@ -13,7 +13,7 @@ from pathlib import Path
 
 # %% ../../nbs/train/20_hardware.ipynb #d959bd90
 from ..core.files import UserError
-from ..core.machine import n_cores
+from ..core.machine import has_bf16, n_cores
 
 # %% ../../nbs/train/20_hardware.ipynb #a5f862f7
 _MFU = {"cuda": 0.40, "mps": 0.25, "cpu": 0.50, "cpu in bfloat16": 0.33}
@@ -145,7 +145,7 @@ def _cuda_hardware() -> Hardware:
     "Look up the GPUs of this machine; measure them if they are not in the table."
     import torch
     count, props = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
-    gpu, bf16 = _find_gpu(props.name), props.major >= 8
+    gpu, bf16 = _find_gpu(props.name), has_bf16(torch.device("cuda", 0))
     _, peak, dollars = _GPUS[gpu] if gpu else (0, measure_flops("cuda"), 0.0)
     name = f"{count}×{gpu or props.name}"
     return Hardware(name, "cuda", count, props.total_memory, peak, dollars, bf16, os.cpu_count(),
