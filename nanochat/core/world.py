@@ -663,7 +663,7 @@ _SHARES = { # kind of document: its probability
 
 # %% ../../nbs/core/05_world.ipynb #6d0bc36c
 @patch
-def document_with_kind(self: World, i: int) -> tuple[str, float, str]: # text, bits, kind
+def _document_with_kind(self: World, i: int) -> tuple[str, float, str]: # text, bits, kind
     "Return document `i`, $-\\log_2$ of the probability of its choices, and its kind."
     if i < 0: raise IndexError(f"document {i} does not exist: documents are counted from 0.")
     draw = Draw((self.seed << 40) + i)
@@ -673,7 +673,7 @@ def document_with_kind(self: World, i: int) -> tuple[str, float, str]: # text, b
 @patch
 def document(self: World, i: int) -> str: # 0, 1, 2, ...
     "Return document `i`. Raises `IndexError` for a negative number."
-    return self.document_with_kind(i)[0]
+    return self._document_with_kind(i)[0]
 
 # %% ../../nbs/core/05_world.ipynb #b0dc42a5
 @patch
@@ -691,7 +691,7 @@ def entropy_bits_per_byte(
     "Return the bits of all choices per byte of UTF-8, an upper estimate of the entropy."
     bits = size = 0
     for i in range(start, start + n):
-        text, document_bits, _ = self.document_with_kind(i)
+        text, document_bits, _ = self._document_with_kind(i)
         bits += document_bits
         size += len(text.encode())
     return bits / size

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPERATURE', 'CHAT_SETTINGS', 'OPENING', 'CLOSING', 'CONSENT', 'Piece', 'kinds_after', 'left_out_note',
            'stream_answer', 'content_of', 'readable', 'chosen_stage', 'open_engine', 'Talk', 'save_talk', 'resume_talk',
-           'save_feedback', 'FeedbackKeeper', 'converse', 'terminal_chat']
+           'save_feedback', 'FeedbackKeeper', 'terminal_chat']
 
 # %% ../../nbs/talk/41_chat.ipynb #a7a9f7dd
 import json
@@ -393,7 +393,7 @@ def _obey(
     else: raise UserError(f"{command[:40]} is not a command: /help lists them.")
 
 # %% ../../nbs/talk/41_chat.ipynb #5aff8934
-def converse(
+def _converse(
     talk: Talk,
     read, # called without arguments; returns a line, raises `EOFError` at the end
     write, # called with each piece of text
@@ -437,9 +437,9 @@ def terminal_chat(
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     if prompt is not None: return _write_stream(talk.ask(prompt), write)
     if keeper: write(f"With --keep-feedback, {CONSENT.format(run.name)}\n")
-    if not sys.stdin.isatty(): return converse(talk, _piped_line, write, keeper)
+    if not sys.stdin.isatty(): return _converse(talk, _piped_line, write, keeper)
     try: import readline # arrow keys and history, if Python has them
     except ImportError: pass
     about = " A base model only continues a text." if stage == "base" else ""
     print(f"Talking to {run.name}, stage {stage}. /help lists the commands." + about)
-    converse(talk, lambda: input("\n> "), write, keeper)
+    _converse(talk, lambda: input("\n> "), write, keeper)
