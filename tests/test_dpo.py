@@ -8,9 +8,11 @@ import yaml
 from conftest import assert_user_error, nanochat
 
 from nanochat.core.files import UserError
+from nanochat.core.dataset import FEEDBACK
 from nanochat.core.run import Run, read_metrics
 from nanochat.train.checkpoint import load_model
-from nanochat.post.dpo import FEEDBACK, save_feedback, train_dpo
+from nanochat.post.dpo import train_dpo
+from nanochat.talk.chat import save_feedback
 from nanochat.lab.reading import read_run
 from nanochat.post import dpo
 

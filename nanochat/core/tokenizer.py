@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'RANK_FILES', 'check_conversation', 'chat_pieces', 'Tokenizer', 'rank_file', 'StreamDecoder',
-           'show_tokens', 'show_conversation', 'TokenExplorer']
+           'token_spans', 'show_tokens', 'show_conversation', 'TokenExplorer']
 
 # %% ../../nbs/core/03_tokenizer.ipynb #6d95ac7b
 import codecs
@@ -391,26 +391,27 @@ _SPAN = ("color:#111;border-radius:3px;padding:1px 0;margin-right:1px;white-spac
          "background:")
 
 # %% ../../nbs/core/03_tokenizer.ipynb #c737cf19
-def _spans(
+def token_spans(
     tokenizer: Tokenizer,
     ids: list[int],
     colours: list[str] | None = None, # one for each id; None: neighbours differ
+    tips: list[str] | None = None, # texts to hover over; None: the ids
 ) -> str: # HTML
     "Return tokens side by side, each on its colour."
     if colours is None: colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(ids))]
     spans = []
-    for id, colour in zip(ids, colours):
+    for id, colour, tip in zip(ids, colours, tips or ids):
         token = tokenizer.decode_bytes([id])
         try: text = html.escape(token.decode()).replace("\n", "⏎<br>")
         except UnicodeDecodeError: text = f"<small>{token.hex(' ')}</small>"
-        spans.append(f'<span title="{id}" style="{_SPAN}{colour}">{text}</span>')
+        spans.append(f'<span title="{tip}" style="{_SPAN}{colour}">{text}</span>')
     return f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}</div>'
 
 # %% ../../nbs/core/03_tokenizer.ipynb #ee26470b
 def show_tokens(tokenizer: Tokenizer, text: str): # -> IPython.display.HTML
     "Show the tokens of a text, each in a colour that differs from its neighbours'."
     from IPython.display import HTML
-    return HTML(_spans(tokenizer, tokenizer.encode(text)))
+    return HTML(token_spans(tokenizer, tokenizer.encode(text)))
 
 # %% ../../nbs/core/03_tokenizer.ipynb #c661ac0f
 def show_conversation(
@@ -422,7 +423,7 @@ def show_conversation(
     ids, mask = tokenizer.render_conversation(conversation)
     plain, special = ("#e4e4e4", "#c4ecb8"), ("#bdbdbd", "#86d070")
     shades = [(special if id >= tokenizer.bos_id else plain)[m] for id, m in zip(ids, mask)]
-    return HTML(_spans(tokenizer, ids, shades))
+    return HTML(token_spans(tokenizer, ids, shades))
 
 # %% ../../nbs/core/03_tokenizer.ipynb #2cf124e7
 _MAX_SHOWN = 5000 # characters; more would make the page slow
@@ -458,4 +459,4 @@ def update(self: TokenExplorer):
     cut = f" (the first {_MAX_SHOWN:,} characters)" if len(self.box.value) > len(text) else ""
     ratio = f", {n_bytes / len(ids):.2f} bytes a token" if ids else ""
     summary = f"{len(text):,} characters{cut}, {n_bytes:,} bytes, <b>{len(ids):,} tokens</b>{ratio}"
-    self.view.value = f"<p>{summary}</p>" + _spans(self.tokenizer, ids)
+    self.view.value = f"<p>{summary}</p>" + token_spans(self.tokenizer, ids)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LESSONS', 'EXERCISES', 'Shown', 'lesson_map', 'Explore', 'NotYet', 'expect', 'expect_type', 'as_number', 'as_int',
            'as_ints', 'as_pair', 'as_numbers', 'expect_tensor', 'expect_close', 'expect_cases', 'call_on_copies',
-           'exercise', 'assess', 'exercises_of', 'main']
+           'exercise', 'assess', 'accepts', 'refuses', 'exercises_of', 'main']
 
 # %% ../../nbs/lab/70_course.ipynb #04ad2f4a
 import base64
@@ -329,6 +329,17 @@ def assess(
     except Exception as e: # the learner's code may raise anything
         return "✗", f"your code raised {type(e).__name__}: {e}{_raised_at(e)}"
     return "✓", "right."
+
+# %% ../../nbs/lab/70_course.ipynb #fc6dfa83
+def accepts(number: str, right): # of the exercise; an answer
+    "Fail unless an exercise's check accepts an answer."
+    mark, sentence = assess(number, right)
+    assert mark == "✓", sentence
+
+def refuses(number: str, wrong, hint: str): # of the exercise; an answer; part of the sentence
+    "Fail unless an exercise's check refuses an answer, with a sentence that contains the hint."
+    mark, sentence = assess(number, wrong)
+    assert mark == "✗" and hint in sentence, sentence
 
 # %% ../../nbs/lab/70_course.ipynb #6e2918f4
 _CHECK = re.compile(r'^check\("([\d.]+)".*', re.M | re.S)

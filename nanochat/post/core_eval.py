@@ -635,7 +635,7 @@ def core_examiner(run: Run) -> Callable[..., dict]: # for `pretrain`
         most = None if most < 0 else most
         try: result = evaluate_core_stage(run, "base", model, tokenizer, step, dtype, most)
         except UserError as e:
-            say(f"CORE was not measured: {e}")
+            say(f"CORE is left out: {e}")
             return {"core_missing": str(e)}
         return {"core": result["score"]}
     return examine

@@ -14,7 +14,8 @@ import zlib
 # %% ../../nbs/post/30_tasks.ipynb #c69e4874
 from ..core.files import UserError
 from ..core.grammar import Draw, compile_template
-from ..core.world import IDENTITY, World, option_lines
+from ..core.world import World, option_lines
+from ..core.identity import IDENTITY
 
 # %% ../../nbs/post/30_tasks.ipynb #a12cdb6e
 def user(text: str) -> dict:

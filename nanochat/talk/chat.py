@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TEMPERATURE', 'CHAT_SETTINGS', 'OPENING', 'CLOSING', 'CONSENT', 'Piece', 'kinds_after', 'left_out_note',
            'stream_answer', 'content_of', 'readable', 'chosen_stage', 'open_engine', 'Talk', 'save_talk', 'resume_talk',
-           'FeedbackKeeper', 'converse', 'terminal_chat']
+           'save_feedback', 'FeedbackKeeper', 'terminal_chat']
 
 # %% ../../nbs/talk/41_chat.ipynb #a7a9f7dd
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..core.files import UserError, atomic_write
 from ..core.machine import derive_seed, pick_device
 from ..core.run import EXTRA_STAGES, TRAINED, Run
 from ..core.tokenizer import Tokenizer
+from ..core.dataset import FEEDBACK, read_feedback
 from ..model.engine import Engine, Sampling, trim_conversation
 from ..train.checkpoint import load_model
 
@@ -283,11 +285,28 @@ CONSENT = ("thumbs and regenerated answers, with the conversation up to there, a
            "runs/{}/feedback.jsonl on this machine, for `nanochat dpo` to train on. "
            "Nothing is sent anywhere.")
 
+# %% ../../nbs/talk/41_chat.ipynb #0ea6de02
+def save_feedback(
+    path: Path, # feedback.jsonl of a run
+    messages: list, # of the conversation, the answer last
+    rating: int, # 1, -1, or 0: not rated
+    *,
+    ended: bool = True, # the model ended the answer itself: no limit or person stopped it
+    instead_of: list | tuple = (), # discarded answers: dictionaries with "content" and "ended"
+    **circumstances, # also written: stage, step, temperature, …
+):
+    "Append an answer and its rating to a file. Raises `UserError` if there is no answer."
+    if not messages or messages[-1]["role"] != "assistant":
+        raise UserError("there is no answer to rate yet: ask something first.")
+    line = {"time": round(time.time(), 3), "rating": rating, "ended": ended, **circumstances,
+            "instead_of": list(instead_of), "conversation": {"messages": messages}}
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
 # %% ../../nbs/talk/41_chat.ipynb #0090c3be
 class FeedbackKeeper:
     "Writes feedback on the answers of a run's model into the run's folder."
     def __init__(self, run: Run, stage: str):
-        from nanochat.post.dpo import FEEDBACK
         self.stage, self.path = stage, run.dir/FEEDBACK
         self.step = (run.manifest(stage) or {}).get("step") if stage else None
 
@@ -299,7 +318,7 @@ class FeedbackKeeper:
         """Keep a thumb, or an answer that replaces others.
 
         Raises `UserError` if there is no answer, or if the file cannot be written."""
-        from nanochat.post.dpo import preferences_from, read_feedback, save_feedback
+        from nanochat.post.dpo import preferences_from
         settings = {name: getattr(talk, name) for name in CHAT_SETTINGS}
         try:
             save_feedback(self.path, talk.messages, rating, ended=talk.ended,
@@ -374,7 +393,7 @@ def _obey(
     else: raise UserError(f"{command[:40]} is not a command: /help lists them.")
 
 # %% ../../nbs/talk/41_chat.ipynb #5aff8934
-def converse(
+def _converse(
     talk: Talk,
     read, # called without arguments; returns a line, raises `EOFError` at the end
     write, # called with each piece of text
@@ -418,9 +437,9 @@ def terminal_chat(
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     if prompt is not None: return _write_stream(talk.ask(prompt), write)
     if keeper: write(f"With --keep-feedback, {CONSENT.format(run.name)}\n")
-    if not sys.stdin.isatty(): return converse(talk, _piped_line, write, keeper)
+    if not sys.stdin.isatty(): return _converse(talk, _piped_line, write, keeper)
     try: import readline # arrow keys and history, if Python has them
     except ImportError: pass
     about = " A base model only continues a text." if stage == "base" else ""
     print(f"Talking to {run.name}, stage {stage}. /help lists the commands." + about)
-    converse(talk, lambda: input("\n> "), write, keeper)
+    _converse(talk, lambda: input("\n> "), write, keeper)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 # %% ../../nbs/train/20_hardware.ipynb #d959bd90
 from ..core.files import UserError
-from ..core.machine import n_cores
+from ..core.machine import has_bf16, n_cores
 from ..model.shape import count_params, layer_windows
 
 # %% ../../nbs/train/20_hardware.ipynb #a5f862f7
@@ -241,7 +241,7 @@ def _cuda_hardware() -> Hardware:
     "Look up the GPUs of this machine; measure them if they are not in the table."
     import torch
     count, props = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
-    name, bf16 = _find_gpu(props.name), props.major >= 8
+    name, bf16 = _find_gpu(props.name), has_bf16(torch.device("cuda", 0))
     gpu = _GPUS[name] if name else _GPU(0, measure_flops("cuda"), 0, 0, 0, 0.0)
     return Hardware(f"{count}×{name or props.name}", "cuda", count, props.total_memory, gpu.bf16,
                     gpu.dollars, bf16, os.cpu_count(), here=True, fp8_flops=gpu.fp8,
