@@ -102,13 +102,15 @@ def measure_flops(
     device: str, # cpu, cuda or mps
     dtype: str = "float32", # of the matrices
     seconds: float = 0.5, # how long to measure
+    shape: tuple[int, int, int] = (1024, 1024, 1024), # (m, k, n) of (m, k) @ (k, n)
 ) -> float: # FLOP/s
-    "Measure the speed of products of 1,024 × 1,024 matrices."
+    "Measure the speed of matrix products."
     import time
     import torch
-    a = torch.randn(1024, 1024, device=device).to(getattr(torch, dtype))
+    m, k, n = shape
+    a, b = (torch.randn(*size, device=device).to(getattr(torch, dtype)) for size in ((m, k), (k, n)))
     def product():
-        a @ a
+        a @ b
         synchronize(device)
     product() # not timed: the first one also loads libraries
     best, end = float("inf"), time.perf_counter() + seconds
@@ -116,7 +118,7 @@ def measure_flops(
         product()
         # take the fastest: other programs can only slow a product down
         best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+    return 2 * m * k * n / best
 
 # %% ../../nbs/train/20_hardware.ipynb #f84be24b
 def cpu_memory() -> int: # bytes
