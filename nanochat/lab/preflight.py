@@ -136,7 +136,7 @@ def _exchange_seconds(
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
-# %% ../../nbs/lab/57_preflight.ipynb #715533c3
+# %% ../../nbs/lab/57_preflight.ipynb #11ede44d
 @contextmanager
 def _part(
     run: Run,
@@ -157,6 +157,7 @@ def _part(
         reason = next(iter(str(e).strip().splitlines()), "")
         raise UserError(f"{name} failed ({type(e).__name__}: {reason}): the end of "
                         f"{_log_path()} says more.") from e
+    torch.cuda.empty_cache() # for the next part; nothing happens without a GPU
     say(f"{name}: {time.perf_counter() - started:.1f} s")
 
 def _log_path() -> Path:
@@ -200,15 +201,16 @@ def _train(
           dtype=r.dtype, peak_flops=r.config["hardware"].get("peak_flops") or 0.0)
     return [B / row["tokens_per_second"] for row in r.run.rows(stage)] if r.rank == 0 else []
 
-# %% ../../nbs/lab/57_preflight.ipynb #f8576d47
+# %% ../../nbs/lab/57_preflight.ipynb #cd89cf82
 def _measure_base(r: _Rank) -> dict:
     "Take full-size steps of pretraining."
     import torch
     from nanochat.core.machine import peak_memory
+    on_gpu = r.device.type == "cuda"
+    if on_gpu: torch.cuda.reset_peak_memory_stats(r.device)
     seconds = _train(r, "base", r.random_tokens(), r.config["base"]["steps"])
     if not seconds: return {}
     step = statistics.median(seconds[1:])
-    on_gpu = r.device.type == "cuda"
     peak = torch.cuda.max_memory_reserved(r.device) if on_gpu else 1e6 * (peak_memory() or 0)
     return {"step_seconds": step, "compile_seconds": max(0.0, seconds[0] - step),
             "peak_memory": peak, "mfu": r.run.rows("base")[-1].get("mfu", 0.0)}

@@ -332,7 +332,8 @@ def launch(
     parent = {"NANOCHAT_PARENT": str(os.getpid())}
     env = os.environ | LAUNCHER_ENV | parent | (env or {})
     follower = _Follower(run, stage)
-    say(f"{stage}: starting {nproc} processes; their output is in {stage}/ranks.log of the run.")
+    count = "1 process; its" if nproc == 1 else f"{nproc} processes; their"
+    say(f"{stage}: starting {count} output is in {stage}/ranks.log of the run.")
     with open(folder/"ranks.log", "ab") as log:
         launcher = subprocess.Popen(
             command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

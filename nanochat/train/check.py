@@ -188,27 +188,38 @@ def _folder_bytes(folder: Path) -> int:
     "Add up the sizes of the files in a folder and below."
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
-# %% ../../nbs/train/27_check.ipynb #922c6386
-def _check_disk(
+# %% ../../nbs/train/27_check.ipynb #5649a698
+def _stages_left(c: dict, run: Run | None) -> list[str]: # c: settings by full name
+    "List the stages that a run still has to train."
+    order = list(STAGES)
+    until = order.index(c["dial.until"])
+    return [stage for stage in TRAINED
+            if order.index(stage) <= until and not (run and run.manifest(stage))]
+
+# %% ../../nbs/train/27_check.ipynb #d1c110c1
+def _disk_needs(
     c: dict, # settings by full name
-    run: Run | None = None, # if it exists already: what it has written counts as room
-) -> Check:
+    run: Run | None, # if it exists already
+) -> tuple[float, float]: # bytes for the next stage, and for all
+    "Estimate the room that a run still needs."
+    text = 0 if run and run.manifest("tokenizer") else _text_bytes(c)
+    left, each = _stages_left(c, run), _checkpoint_bytes(model_fields(c))
+    if not left: return text, text
+    kept = (c["base.keep_checkpoints"] + 1) * each # with the best one
+    written = sum(_folder_bytes(run.dir/stage) for stage in left) if run else 0
+    return text + kept + each - written, text + len(left) * kept + each - written
+
+# %% ../../nbs/train/27_check.ipynb #ea71401c
+def _check_disk(c: dict, run: Run | None = None) -> Check: # as in `_disk_needs`
     "Check the free space under the base folder."
     folder = next(path for path in (base_dir(), *base_dir().parents) if path.exists())
     free = shutil.disk_usage(folder).free
-    order = list(STAGES)
-    until = order.index(c["dial.until"])
-    stages = [stage for stage in TRAINED if order.index(stage) <= until]
-    text = 0 if run and run.manifest("tokenizer") else _text_bytes(c)
-    each, written = _checkpoint_bytes(model_fields(c)), _folder_bytes(run.dir) if run else 0
-    kept = (c["base.keep_checkpoints"] + 1) * each # with the best one
-    least = text + (kept + each if stages else 0) - written
-    all_stages = text + (len(stages) * kept + each if stages else 0) - written
-    found = f"{free / 1e9:,.0f} GB free, {max(0, all_stages) / 1e9:,.0f} GB needed"
-    if free >= all_stages: return Check("disk", found)
+    least, most = _disk_needs(c, run)
+    found = f"{free / 1e9:,.0f} GB free, {max(0, most) / 1e9:,.1f} GB needed"
+    if free >= most: return Check("disk", found)
     level = "failed" if free < least else "doubtful"
     return Check("disk", found, level, f"{folder} has {free / 1e9:,.1f} GB free, and the run needs "
-                 f"up to {all_stages / 1e9:,.1f} GB: make room, or set NANOCHAT_BASE_DIR to a "
+                 f"up to {most / 1e9:,.1f} GB: make room, or set NANOCHAT_BASE_DIR to a "
                  "folder on a larger disk.")
 
 # %% ../../nbs/train/27_check.ipynb #2ac69356
