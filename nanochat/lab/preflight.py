@@ -136,7 +136,7 @@ def _exchange_seconds(
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
-# %% ../../nbs/lab/57_preflight.ipynb #11ede44d
+# %% ../../nbs/lab/57_preflight.ipynb #e027dd0d
 @contextmanager
 def _part(
     run: Run,
@@ -148,10 +148,10 @@ def _part(
     try: yield
     except UserError: raise
     except torch.OutOfMemoryError:
-        rows = run.config["base"]["device_batch"]
-        raise UserError(f"{name} does not fit the memory of the GPU: set device_batch of the "
-                        f"stages to less than {rows}, such as base.device_batch={rows // 2}, or "
-                        "choose a smaller depth.") from None
+        fewer = run.config["base"]["device_batch"] // 2
+        rows = f"set base.device_batch={fewer} and that of later stages, or " if fewer else ""
+        raise UserError(f"the memory of the GPU is too small for {name}: {rows}choose a smaller "
+                        "depth.") from None
     except Exception as e:
         if (run.stage_dir("base")/"error.txt").exists(): raise # another rank failed before
         reason = next(iter(str(e).strip().splitlines()), "")
@@ -241,7 +241,7 @@ def _measure_evaluation(r: _Rank) -> dict:
         bits_per_byte(r.model, loader, token_bytes, 1, r.dtype)
     return {"eval_batch_seconds": time.perf_counter() - start}
 
-# %% ../../nbs/lab/57_preflight.ipynb #ae0bc00d
+# %% ../../nbs/lab/57_preflight.ipynb #8c5119f8
 def _measure_rl(r: _Rank) -> dict:
     "Take one step of reinforcement learning, with rewards by chance, and evaluate a few answers."
     from nanochat.model.engine import Engine
@@ -250,13 +250,14 @@ def _measure_rl(r: _Rank) -> dict:
         HeldOutTasks, PolicySettings, RolloutSettings, Sampling, reinforce)
     from nanochat.train.loop import LoopSettings, unscaled_dtype
     section, seed, dtype = r.config["rl"], r.run.seed, unscaled_dtype(r.device, r.config)
+    engine, task = Engine(r.model, r.tokenizer, dtype), _ByChance(make_task("problems", "rl", seed))
+    heldout = HeldOutTasks([make_task("problems", "test", seed)], r.world_size, 1)
     sampling = Sampling(section["max_new_tokens"], section["temperature"], section["top_k"] or None)
     prompts, samples = section["prompts_per_step"], section["samples_per_prompt"]
-    heldout = HeldOutTasks([make_task("problems", "test", seed)], r.world_size, 1)
+    rollouts = RolloutSettings(prompts, samples, sampling, seed)
     reinforce(
-        Engine(r.model, r.tokenizer, dtype), r.optimizer,
-        [_ByChance(make_task("problems", "rl", seed))], heldout, LoopSettings(1, desc="RL"),
-        RolloutSettings(prompts, samples, sampling, seed), PolicySettings(kl=section["kl"]),
+        engine, r.optimizer, [task], heldout, LoopSettings(1, desc="RL"), rollouts,
+        PolicySettings(kl=section["kl"]),
         micro_tokens=r.config["base"]["device_batch"] * r.config["model"]["sequence_len"],
         metrics=lambda step: r.run.metrics("rl", step), dtype=dtype)
     if r.rank > 0: return {}
@@ -551,18 +552,17 @@ def _notes(
         if share > 0.95: found.append(f"a step fills {share:.0%} of the GPU's memory.")
     return found
 
-# %% ../../nbs/lab/57_preflight.ipynb #1b1139b4
+# %% ../../nbs/lab/57_preflight.ipynb #c191cbe1
 def _device_rows(measured: dict, hardware) -> list: # (name, value, shown, note)
     "Describe the measured devices."
     exchange, n = measured["exchange_seconds"], len(measured["gemm_flops_of_each"])
-    share = f", {measured['gemm_flops'] / hardware.peak_flops:.0%} of the peak"
+    flops, bandwidth, kernels = (measured[name] for name in (
+        "gemm_flops", "memory_bandwidth", "attention"))
+    share = f", {flops / hardware.peak_flops:.0%} of the peak" if hardware.device == "cuda" else ""
     rows = [
-        ("matrix products", measured["gemm_flops"], f"{measured['gemm_flops'] / 1e12:,.3g} TFLOP/s",
-         "on each device" + share * (hardware.device == "cuda")),
-        ("memory", measured["memory_bandwidth"], f"{measured['memory_bandwidth'] / 1e9:,.0f} GB/s",
-         "a copy, read and written"),
-        ("attention", 0, measured["attention"]["full"],
-         f"windows: {measured['attention']['window']}")]
+        ("matrix products", flops, f"{flops / 1e12:,.3g} TFLOP/s", "on each device" + share),
+        ("memory", bandwidth, f"{bandwidth / 1e9:,.0f} GB/s", "a copy, read and written"),
+        ("attention", 0, kernels["full"], f"windows: {kernels['window']}")]
     if exchange:
         rate = measured["exchange_bytes"] / exchange
         rows.append(("exchange", rate, f"{rate / 1e9:,.3g} GB/s", f"{exchange:.3f} s a step of {n} "
@@ -571,25 +571,24 @@ def _device_rows(measured: dict, hardware) -> list: # (name, value, shown, note)
         rows.append(("network", rate, f"{rate / 1e6:,.0f} MB/s", "from the hub"))
     return rows
 
-# %% ../../nbs/lab/57_preflight.ipynb #e2a06b59
+# %% ../../nbs/lab/57_preflight.ipynb #d9f0f360
 def _stage_rows(measured: dict) -> list: # (name, value, shown, note)
     "Describe the measured stages."
     def seconds(name, key, note=""):
         value = measured[key]
-        return name, value, f"{value:,.1f} s" if value >= 10 else f"{1000 * value:,.0f} ms", note
-    size = measured["checkpoint_bytes"]
+        return name, value, f"{value:,.1f} s" if value >= 1 else f"{1000 * value:,.0f} ms", note
+    size, rate = measured["checkpoint_bytes"], measured["disk_rate"]
+    base = f"a step, {measured['mfu']:.0%} MFU, {measured['peak_memory'] / 1e9:,.1f} GB at most"
+    graph = f"with a graph {1000 * measured['decode_graph_seconds']:,.1f} ms"
     return [
         seconds("start", "start_seconds", "of the processes"),
         seconds("compilation", "compile_seconds", "in the first step"),
-        seconds("base", "step_seconds", f"a step, {measured['mfu']:.0%} MFU, "
-                f"{measured['peak_memory'] / 1e9:,.1f} GB at most"),
+        seconds("base", "step_seconds", base),
         seconds("SFT", "sft_step_seconds", "a step"),
         seconds("RL", "rl_step_seconds", "a step, with its answers"),
         seconds("evaluation", "eval_batch_seconds", "a batch"),
-        seconds("decoding", "decode_step_seconds", f"a step of {_DECODED[0]} rows; with a graph "
-                f"{1000 * measured['decode_graph_seconds']:,.1f} ms"),
-        ("checkpoint", measured["disk_rate"], f"{measured['disk_rate'] / 1e6:,.0f} MB/s",
-         f"{size / 1e9:,.2f} GB written, hashed and flushed"),
+        seconds("decoding", "decode_step_seconds", f"a step of {_DECODED[0]} rows; {graph}"),
+        ("checkpoint", rate, f"{rate / 1e6:,.0f} MB/s", f"{size / 1e9:,.2f} GB written and hashed"),
         seconds("restart", "restart_seconds", "after a rank was killed")]
 
 # %% ../../nbs/lab/57_preflight.ipynb #3812328b
