@@ -56,7 +56,7 @@ def entry_point(name):
 
 def check_parses(words):
     "That a command is one of ours (`nanochat …`, `python -m nanochat.…`) with options, settings and presets that exist, or somebody else's."
-    if words[0] == "nanochat": command, arguments = importlib.import_module("nanochat.lab.speedrun").cli, words[1:]
+    if words[0] == "nanochat": command, arguments = entry_point("nanochat"), words[1:]
     elif words[:2] == ["python", "-m"] and words[2].startswith("nanochat"): command, arguments = entry_point(words[2]), words[3:]
     else: return
     name = words[0]

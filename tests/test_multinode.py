@@ -51,7 +51,7 @@ def two(copy):
 
 @pytest.fixture
 def undisturbed(two, cache={}):
-    "What pretraining on two ranks of `_launch` gives; computed once."
+    "What pretraining on two ranks of `launch` gives; computed once."
     if not cache:
         mine = two("undisturbed")
         assert end(start(mine.base, "-c", CELL), 300) == 0, (mine.base/"output.txt").read_text()[-3000:]
