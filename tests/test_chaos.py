@@ -64,7 +64,7 @@ class Halves(Rows):
 def tiny(folder, loader=Rows, hook=None, **how):
     "Train a tiny model as a rank of stage `base`."
     run = Run(folder, {})
-    with stages._as_rank(run, "base"), distributed(torch.device("cpu")):
+    with stages.as_rank(run, "base"), distributed(torch.device("cpu")):
         model = GPT(GPTConfig(sequence_len=16, vocab_size=64, n_layer=1, n_head=2, n_kv_head=2, n_embd=32))
         model.init_weights(0)
         if hook: model.register_forward_pre_hook(hook)
