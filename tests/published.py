@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 import torch
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.model.gpt import GPT, GPTConfig
 
 
 def main(folder: Path):

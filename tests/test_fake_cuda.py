@@ -4,7 +4,7 @@ import pytest
 
 from nanochat.model.gpt import GPTConfig
 from nanochat.model.shape import model_shape
-from nanochat.train.estimate import run_memory
+from nanochat.train.derive import run_memory
 
 pytestmark = pytest.mark.skipif(fake_cuda.missing() is not None, reason=str(fake_cuda.missing()))
 FP8 = pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])

@@ -246,8 +246,8 @@ def _measure_rl(r: _Rank) -> dict:
     "Take one step of reinforcement learning, with rewards by chance, and evaluate a few answers."
     from nanochat.model.engine import Engine
     from nanochat.post.public import make_task
-    from nanochat.post.rl import (
-        HeldOutTasks, PolicySettings, RolloutSettings, Sampling, reinforce)
+    from nanochat.post.rl import HeldOutTasks, PolicySettings, RolloutSettings, reinforce
+    from nanochat.model.engine import Sampling
     from nanochat.train.loop import LoopSettings, unscaled_dtype
     section, seed, dtype = r.config["rl"], r.run.seed, unscaled_dtype(r.device, r.config)
     engine, task = Engine(r.model, r.tokenizer, dtype), _ByChance(make_task("problems", "rl", seed))

@@ -24,7 +24,8 @@ from ..core.dataset import hub_files, text_path
 from ..model.shape import count_params
 from .hardware import cpu_memory
 from .settings import flatten
-from .estimate import bytes_per_token, model_fields, training_memory
+from .estimate import bytes_per_token, model_fields
+from .derive import training_memory
 from .plan import Plan, make_plan
 
 # %% ../../nbs/train/28_check.ipynb #2ce7a67b
