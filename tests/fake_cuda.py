@@ -151,7 +151,8 @@ def fake_model(mode, depth, layers, fp8=False, kernels=None):
 
 
 def steps(backend, depth=24, layers=4, fp8=False, kernels=None, n=1):
-    "Compile the trunk by a backend and take `n` training steps at the speedrun's shapes. Returns dynamo's counters after each."
+    "Compile the trunk's pieces by a backend and take `n` training steps at the speedrun's shapes. Returns dynamo's counters after each."
+    from functools import partial
     import torch
     import torch._dynamo
     from nanochat.model.precision import quantize_weights
@@ -160,14 +161,14 @@ def steps(backend, depth=24, layers=4, fp8=False, kernels=None, n=1):
     counters.clear()
     mode, seen = torch._subclasses.FakeTensorMode(), []
     model = fake_model(mode, depth, layers, fp8, kernels)
-    trunk = torch.compile(model.trunk, backend=backend, fullgraph=True)
+    model.for_training(partial(torch.compile, backend=backend, fullgraph=True, dynamic=False))
     for _ in range(n):
         with mode, quantize_weights(model):
             tokens = torch.zeros((16, 2048), device="cuda", dtype=torch.int64)
-            with torch.autocast("cuda", dtype=torch.bfloat16): out = trunk(tokens)
+            with torch.autocast("cuda", dtype=torch.bfloat16): out = model.trunk(tokens)
             out.backward(torch.ones_like(out))
         seen.append({name: dict(values) for name, values in counters.items()})
-    for name, p in model.trunk.__self__.named_parameters():
+    for name, p in model.named_parameters():
         if name != "lm_head.weight": assert p.grad is not None and p.grad.shape == p.shape, name
     return seen
 
@@ -192,12 +193,16 @@ def saved(layers, fp8=False, depth=24):
     "Bytes that the forward pass of 16 rows keeps for its backward pass, by Inductor's partitioner: of activations, and of copies of weights."
     from functorch.compile import make_boxed_func
     from torch._inductor.compile_fx import compile_fx
-    found = []
+    found = [0, 0]
     def measure(graph, inputs, is_backward=False, **kw):
-        if not is_backward: found.append(_kept(graph))
-        return make_boxed_func(graph.forward)
+        if is_backward: return make_boxed_func(graph.forward)
+        kept = _kept(graph)
+        def counted(*args): # layers of a kind share a graph, and each call keeps as much
+            for i, n in enumerate(kept): found[i] += n
+            return graph.forward(*args)
+        return make_boxed_func(counted)
     steps(lambda graph, inputs: compile_fx(graph, inputs, inner_compile=measure), depth, layers, fp8)
-    return found[0]
+    return found
 
 
 def _kept(graph):

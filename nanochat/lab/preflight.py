@@ -17,6 +17,7 @@ import string
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 # %% ../../nbs/lab/57_preflight.ipynb #d47fa23f
@@ -480,16 +481,26 @@ def _network_rate(url: str) -> float: # bytes a second; 0: nothing came
     return total / (time.perf_counter() - start)
 
 # %% ../../nbs/lab/57_preflight.ipynb #83375f9c
+# name in `Hardware.measured`: name of the measurement
+_MEASURED = {"product": "gemm_flops", "memory": "memory_bandwidth", "disk": "disk_rate",
+             "network": "network_rate", "compile": "compile_seconds"}
+
 def _replan(
     plan, # nanochat.train.plan.Plan
     measured: dict,
 ) -> dict: # stage: seconds
     "Estimate the time of each stage from what was measured."
-    from nanochat.train.estimate import stage_seconds
+    from nanochat.train.estimate import stage_seconds, update_seconds
     from nanochat.train.settings import flatten
-    c = flatten(plan.config)
-    rate = c["base.batch_tokens"] / measured["step_seconds"]
-    return stage_seconds(c, plan.hardware, rate)
+    c, hw = flatten(plan.config), plan.hardware
+    speeds = {name: measured[key] for name, key in _MEASURED.items() if measured.get(key)}
+    update = update_seconds(c, hw)
+    speeds["update"], B = update, c["base.batch_tokens"]
+    speeds["gradients"] = B / max(measured["step_seconds"] - update, 1e-9)
+    # on a CPU the plan has already measured it, for several numbers of rows
+    if hw.device == "cuda":
+        speeds |= {"decode_step": measured["decode_graph_seconds"], "decode_row": 0.0}
+    return stage_seconds(c, replace(hw, measured=hw.measured | speeds))
 
 # %% ../../nbs/lab/57_preflight.ipynb #8e7ff5ef
 def _cost(

@@ -221,7 +221,9 @@ class _Follower:
         before, self.news = self.news, self._read_news()
         if self.news not in ("", before): say(f"\n{self.stage}: {self.news}")
         for row in map(json.loads, next(self.lines)):
-            if row.get("stage") == self.stage and "steps" in row: self._show(row)
+            if row.get("stage") != self.stage: continue
+            if "news" in row: say(f"\n{self.stage}: {row['news']}")
+            if "steps" in row: self._show(row)
 
     def _show(self, row: dict):
         step, title = row["step"], f"  {self.stage}"

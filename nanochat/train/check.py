@@ -26,7 +26,7 @@ from .hardware import cpu_memory
 from .settings import flatten
 from .estimate import bytes_per_token, model_fields
 from .derive import training_memory
-from .plan import Plan, make_plan
+from .plan import Plan
 
 # %% ../../nbs/train/28_check.ipynb #2ce7a67b
 class Check(NamedTuple):
@@ -246,24 +246,20 @@ def _check_memory(plan: Plan) -> Check:
                  f"run needs {need / 1e9:,.1f} GB: end other programs.")
 
 # %% ../../nbs/train/28_check.ipynb #b52c00a9
-_OTHER_FILES = 512 # open files besides the token shards
-_SHARD = 25_000_000 # characters; a token shard holds at least as many
+_OPEN_FILES = 512 # libraries, connections, data sets
 
 # %% ../../nbs/train/28_check.ipynb #297afe70
-def _check_open_files(characters: int) -> Check: # of training text
-    "Check the limit of open files."
+def _check_open_files() -> Check:
+    "Check the limit to which a process can raise its open files."
     try: import resource
     except ImportError: return Check("open files", "no limit")
-    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit
-                  for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
-    need = _OTHER_FILES + math.ceil(1.05 * characters / _SHARD) # with 5 % for validation
-    found = f"{soft:,.0f} allowed, at most {need:,} needed"
-    if soft >= need: return Check("open files", found)
-    advice = f"the limit of open files is {soft:,.0f}, and the run may need {need:,}: "
-    if hard >= need: return Check("open files", found, "doubtful", advice + "`ulimit -n 65536` "
-                                  "in the shell raises it.")
-    return Check("open files", found, "failed", advice + "raise the hard limit, in a container "
-                 "with `--ulimit nofile=65536`, elsewhere in /etc/security/limits.conf.")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard == resource.RLIM_INFINITY: hard = math.inf
+    found = f"{hard:,.0f} allowed"
+    if hard >= _OPEN_FILES: return Check("open files", found)
+    return Check("open files", found, "failed", f"a process may open {hard:,} files, and a run "
+                 f"needs up to {_OPEN_FILES}: raise the hard limit, in a container with "
+                 "`--ulimit nofile=65536`, elsewhere in /etc/security/limits.conf.")
 
 # %% ../../nbs/train/28_check.ipynb #5081e432
 def _check_shared_memory(nproc: int) -> Check:
@@ -324,7 +320,7 @@ def machine_checks(
     "Check whether this machine can do what a plan says."
     c = flatten(plan.config)
     device, done = c["hardware.device"], bool(run and run.manifest("tokenizer"))
-    checks = [_check_disk(c, run), _check_memory(plan), _check_open_files(c["data.characters"])]
+    checks = [_check_disk(c, run), _check_memory(plan), _check_open_files()]
     if device == "cuda": checks.append(_check_shared_memory(c["hardware.nproc"]))
     if device == "cuda" or c["hardware.compile"]: checks.append(_check_compiler(device))
     if not done and (url := hub_address(plan.config)): checks.append(_check_hub(url))

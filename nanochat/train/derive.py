@@ -12,10 +12,10 @@ import math
 from ..core.files import UserError
 from ..model.shape import (
     count_params, model_shape, padded_vocab, scaling_params)
-from .hardware import Hardware
+from .hardware import Hardware, Kernels
 from .settings import ANSWER_TOKENS, SETTINGS
 from .estimate import (
-    model_fields, reads_web, rl_step_seconds, stage_tokens, training_rate)
+    model_fields, reads_web, rl_step_seconds, run_kernels, stage_tokens, training_rate)
 
 # %% ../../nbs/train/23_derive.ipynb #04510eae
 def reference_params(vocab_size: int) -> int:
@@ -42,12 +42,24 @@ def _batch_scale(batch_tokens: int) -> float:
     return math.sqrt(batch_tokens / 2**19)
 
 # %% ../../nbs/train/23_derive.ipynb #a8aba5f2
-# vectors of length `n_embd` for each token and layer; torch.compile keeps a few more
-_ACTIVATIONS = {"cpu": 18, "mps": 18, "cuda": 20}
+# vectors of length `n_embd` for each token and layer
+_LAYER_VECTORS = {"cpu": 18, "mps": 18, "cuda": 20}
+# of compiled layers in bfloat16 and in fp8, and of all that surrounds the layers
+_COMPILED_VECTORS, _FP8_VECTORS, _OUTER_VECTORS = 11.6, 11.1, 5
 # bytes that torch and the notebook themselves take, in GPU memory or in RAM
 _PROGRAM = {"cpu": 6.5e8, "mps": 6.5e8, "cuda": 6e8}
 # how many logits `nanochat.model.loss` computes at a time
 LOGITS = {"cpu": 2**24, "mps": 2**24, "cuda": 2**27}
+
+# %% ../../nbs/train/23_derive.ipynb #617b6592
+def _vectors(layers: int, device: str, kernels: Kernels) -> float:
+    "Estimate the vectors of length `n_embd` that are kept for each token."
+    outer = _OUTER_VECTORS if kernels.compiled else 0
+    each = _LAYER_VECTORS[device]
+    if kernels.compiled: each = _FP8_VECTORS if kernels.fp8 else _COMPILED_VECTORS
+    # with recomputation, an input for each layer, and the vectors of one layer
+    if kernels.recompute: return layers + each + outer
+    return layers * each + outer
 
 # %% ../../nbs/train/23_derive.ipynb #5abbd1a6
 def training_memory(
@@ -56,12 +68,13 @@ def training_memory(
     dtype: str = "float32", # of the activations
     nproc: int = 1, # devices that share the optimizer's state
     device: str = "cpu", # cpu, mps or cuda
+    kernels: Kernels = Kernels(compiled=False),
 ) -> dict: # part → bytes on each device
     "Estimate the memory of a training step."
     params, T, L = count_params(model), model["sequence_len"], model["n_layer"]
     tokens, width = rows * T, 4 if dtype == "float32" else 2 # width: bytes of a number
     rest = params["total"] - params["matrices"]
-    vectors = tokens * L * _ACTIVATIONS[device] # each of length `n_embd`
+    vectors = tokens * _vectors(L, device, kernels) # each of length `n_embd`
     logits = min(tokens * padded_vocab(model["vocab_size"]), LOGITS[device])
     # on a CPU in bfloat16, attention over short rows keeps its weights
     keeps_weights = device == "cpu" and dtype == "bfloat16" and T <= 256
@@ -69,8 +82,9 @@ def training_memory(
     parts = {
         "parameters and gradients": 8 * params["total"],
         "optimizer": (4 * params["matrices"] + 8 * rest) // nproc,
+        "16-bit matrices": 2 * params["matrices"] * (device == "cuda" and width == 2),
         "attention weights": weights * width,
-        "activations": vectors * model["n_embd"] * width,
+        "activations": int(vectors * model["n_embd"] * width),
         "program": _PROGRAM[device],
         "logits": logits * (width + 2),
     }
@@ -83,7 +97,7 @@ def run_memory(
 ) -> dict: # part: bytes on each device
     "Estimate the memory of a run's training step."
     return training_memory(model_fields(c), rows, c["hardware.dtype"], c["hardware.nproc"],
-                           c["hardware.device"])
+                           c["hardware.device"], run_kernels(c))
 
 # %% ../../nbs/train/23_derive.ipynb #61e690c0
 _USABLE = 0.9 # share of a device's memory that training may fill
@@ -188,6 +202,8 @@ def _derive_batch(c: dict, hw: Hardware):
         unit = row_tokens * (given["base"] or 1)
         best = _optimal_batch(scaling_params(model), reference_params(c["model.vocab_size"]))
         c["base.batch_tokens"] = max(1, round(best / unit)) * unit
+    # if not even one row fits, each layer is computed again in the backward pass
+    c.setdefault("hardware.recompute", _rows_that_fit(c | {"hardware.recompute": False}, hw) < 1)
     fit = _rows_that_fit(c, hw)
     limit = max(1, min(fit, _MICRO_BATCH[c["hardware.device"]] // T))
     for stage in BATCHED:

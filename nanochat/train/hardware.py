@@ -129,6 +129,7 @@ class Kernels:
     fp8: bool = False # the products of the layers' matrices
     fp8_head: bool = False # the product of the head
     compiled: bool = True
+    recompute: bool = False # are the layers computed again in the backward pass?
     loss_bytes: int = 8 # of memory traffic for each logit
 
 # %% ../../nbs/train/20_hardware.ipynb #0b8d870c
@@ -180,6 +181,9 @@ def token_parts(
         "attention": attention / attained(hw, "attention"),
         "elementwise": 2 * vectors * C * model["n_layer"] / memory,
         "embeddings": 4 * _TABLE_PASSES * tables * C / memory}
+    # recomputation is another forward pass of the layers: a third of their time
+    if kernels.recompute:
+        for name in ("products", "attention", "elementwise"): parts[name] *= 4 / 3
     tokens = batch_tokens / devices
     parts |= {name: s / tokens for name, s in _step_parts(model, hw, devices).items()}
     return {name: _UNCOUNTED * s for name, s in parts.items()}

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 
 # %% ../../nbs/train/27_loop.ipynb #0c173349
-from ..core.files import Stopped, UserError, rank_and_world, say
+from ..core.files import Stopped, UserError, rank_and_world, read_json, say
 from ..core.machine import (
     derive_seed, distributed, group_rank_and_world, on_every_rank, peak_memory, pick_device,
     pick_dtype, seed_everything)
@@ -39,6 +39,7 @@ from ..model.gpt import GPT, GPTConfig
 from ..model.optim import (
     NANOCHAT_STEPS, POLAR_STEPS, MuonAdamW, MuonVariant, lr_multiplier, make_optimizer,
     muon_momentum, weight_decay_multiplier)
+from .plan import plan_again
 from .checkpoint import (
     CheckpointWriter, latest_checkpoint, load_checkpoint, rng_state, set_rng_state)
 
@@ -171,6 +172,7 @@ class LoopSettings:
     checkpoints: Path | None = None # folder of checkpoints; None: save none
     meta: dict = field(default_factory=dict) # facts about the model, stored in each checkpoint
     desc: str = "training" # title of the progress bar
+    plan: dict = field(default_factory=dict) # content of `plan.json`; made again after some steps
 
 # %% ../../nbs/train/27_loop.ipynb #c7116bbe
 # key of the evaluation's result by which the best checkpoint is chosen; lower is better
@@ -413,6 +415,29 @@ def measured(
     if memory: speed["memory_mb"] = round(memory, 1)
     return speed
 
+# %% ../../nbs/train/27_loop.ipynb #b69c0de2
+_SETTLED, _TIMED = 3, 20 # steps that are not timed, and that are
+
+class _Planning:
+    "Makes the plan of a run again, once, from the speed of its first steps."
+    def __init__(self, loop: Loop):
+        self.loop, self.plan, self.first_step = loop, loop.settings.plan, loop.step
+        self.since = None # step, tokens and time at which timing began
+
+    def look(self, tokens: int): # trained on so far
+        "Note the time after a step, and log the new plan when enough steps have been timed."
+        loop = self.loop
+        if not self.plan or loop.step < self.first_step + _SETTLED: return
+        now = loop.step, tokens, time.perf_counter()
+        # an evaluation would count as slow training
+        if self.since is None or loop.evaluated_at > self.since[2]: self.since = now
+        steps, tokens, seconds = (b - a for a, b in zip(self.since, now))
+        if steps < _TIMED: return
+        text = plan_again(self.plan, tokens / seconds, loop.device.type)
+        self.plan = None
+        say(f"{loop.settings.desc}: {text}.")
+        loop.log(news=text)
+
 # %% ../../nbs/train/27_loop.ipynb #26a10005
 class _Fitting:
     "Computes gradients, with fewer rows at a time if memory does not suffice."
@@ -490,6 +515,7 @@ def train(
     loop = Loop(model, optimizer, settings, metrics, evaluate=evaluate,
                 memory={"tokens": 0}, parts={"loader": loader, "scaler": scaler})
     losses, fitting = _Losses(loop), _Fitting(model, optimizer, dtype, settings.meta.get("stage"))
+    planning = _Planning(loop)
     memory, world_size = loop.memory, group_rank_and_world()[1]
     log_every, loss_value = max(1, settings.steps // 1000), float("nan")
     logged_at, logged_tokens = time.perf_counter(), memory["tokens"]
@@ -521,6 +547,7 @@ def train(
                  grad_norm=round(norm_value, 5), tokens=memory["tokens"], **speed,
                  targets=int(n_targets))
         loop.show(f"loss {loss_value:.3f}, {in_words(speed)}")
+        planning.look(memory["tokens"])
     done = {"step": loop.step, "seconds": round(loop.seconds, 1), "tokens": memory["tokens"]}
     return done | {"loss": loss_value, **loop.last_eval}
 
@@ -663,6 +690,13 @@ def _pretrain_schedule(
                 "wd_mult": weight_decay_multiplier(step, steps)}
     return schedule
 
+# %% ../../nbs/train/27_loop.ipynb #67eafc0a
+def _written_plan(run: Run) -> dict: # empty if there is none
+    "Read the plan that `nanochat speedrun` wrote for a run."
+    file = run.dir/"plan.json"
+    plan = read_json(file, "delete it; only the report needs it.") if file.exists() else {}
+    return plan if {"parts", "tokens_per_second"} <= set(plan) else {}
+
 # %% ../../nbs/train/27_loop.ipynb #c34b7032
 def pretrain(
     run: Run, # a run whose stage "tokenizer" is done
@@ -704,6 +738,7 @@ def pretrain(
             floor["entropy_bits_per_byte"] = round(World(run.seed).entropy_bits_per_byte(), 5)
 
         settings = loop_settings(run, "base", section["steps"], model, tokenizer, "pretraining")
+        settings.plan = _written_plan(run)
         grad_accum = grad_accum_steps(section["batch_tokens"], B, T, world_size)
         rows.prefetch(grad_accum + 1)
         peak_flops = config["hardware"].get("peak_flops") or 0.0

@@ -142,8 +142,8 @@ _HARDWARE = [
     _Setting("hardware.fp8", bool, None, "", "products of the blocks' matrices in 8 bits; "
              "on a GPU that has fp8, for a width of at least 1,536"),
     _Setting("hardware.compile", bool, None, "", "use torch.compile; on a GPU"),
-    _Setting("hardware.recompute", bool, False, "",
-             "compute a layer's activations again in the backward pass: a third slower, less memory"),
+    _Setting("hardware.recompute", bool, None, "", "compute a layer's activations again in the "
+             "backward pass: a third slower, less memory; where nothing fits without it"),
     _Setting("hardware.peak_flops", float, None, "FLOP/s",
              "peak of each device, of which MFU is the share; from the table, or measured"),
     _Setting("hardware.tracker", str, "none", "", "where metrics go besides metrics.jsonl",
