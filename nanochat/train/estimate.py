@@ -196,13 +196,22 @@ def _checkpoint_seconds(
 ) -> float:
     "Estimate the time for which a stage's checkpoints stop it."
     params = count_params(model_fields(c))["total"]
-    saves = evaluations + seconds / (60 * c[f"{stage}.save_minutes"])
+    saves = max(evaluations, seconds / (60 * c[f"{stage}.save_minutes"]))
     return saves * 12 * params / _speed(hw, "copy") + 4 * params / _speed(hw, "disk")
 
 # %% ../../nbs/train/22_estimate.ipynb #709042b9
-def _compile_seconds(c: dict, hw: Hardware) -> float:
+_CACHED = 1 / 3 # of the time of compilation, if the kernels are in the cache
+
+def _compile_seconds(
+    c: dict, # settings by full name
+    hw: Hardware,
+    stage: str, # base, mid or sft
+) -> float:
     "Estimate the time until a training stage is compiled."
-    return _speed(hw, "compile") if c["hardware.compile"] else 0.0
+    if not c["hardware.compile"]: return 0.0
+    # kernels for the shapes of pretraining are in the compiler's cache
+    known = stage != "base" and c[f"{stage}.device_batch"] == c["base.device_batch"]
+    return _speed(hw, "compile") * (_CACHED if known else 1)
 
 # %% ../../nbs/train/22_estimate.ipynb #9a38544d
 def reads_web(c: dict) -> bool: # settings by full name
@@ -210,7 +219,7 @@ def reads_web(c: dict) -> bool: # settings by full name
     return c["data.source"] in SOURCES and c["data.source"] != "world"
 
 # %% ../../nbs/train/22_estimate.ipynb #6ad80036
-_ONE_THREAD = 3e8 # characters a second that one thread reads and writes
+_ONE_THREAD = 6e8 # characters a second that one thread reads and writes while others encode
 _COMPRESSED = 0.4 # bytes of a character in a parquet file
 
 # %% ../../nbs/train/22_estimate.ipynb #ec462833
@@ -229,7 +238,7 @@ def _base_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
     looks = c["base.steps"] // c["base.eval_every"] + 1
     evaluation = _reading_seconds(c, hw, looks * c["base.eval_tokens"])
     return {"training": training, "evaluation": evaluation,
-            "compilation": _compile_seconds(c, hw),
+            "compilation": _compile_seconds(c, hw, "base"),
             "checkpoints": _checkpoint_seconds(c, hw, "base", looks, training)}
 
 # %% ../../nbs/train/22_estimate.ipynb #3f53d6a2
@@ -248,7 +257,7 @@ def _finetune_parts(
     once = tokens / c[f"{stage}.epochs"]
     evaluation = _reading_seconds(c, hw, looks * _HELD_OUT * once)
     return {"training": training, "evaluation": evaluation,
-            "compilation": _compile_seconds(c, hw),
+            "compilation": _compile_seconds(c, hw, stage),
             "checkpoints": _checkpoint_seconds(c, hw, stage, looks, training)}
 
 # %% ../../nbs/train/22_estimate.ipynb #772826c0
@@ -370,7 +379,7 @@ def _preparation(
     ranks = _speed(hw, "rank") if c["hardware.nproc"] > 1 else 0.0
     start = _speed(hw, "start") + ranks + weights / _speed(hw, "disk")
     talks = [stage_tokens(c, stage) for stage in ("mid", "sft")[:max(0, stages - 1)]]
-    tokenizing = n / (_speed(hw, "text") * cores) + n / _ONE_THREAD
+    tokenizing = n / min(_speed(hw, "text") * cores, _ONE_THREAD)
     return {"notebooks": 2 * _speed(hw, "start") + stages * start,
             "tokenizing": tokenizing if stages else 0.0,
             "packing": sum(talks) / (_speed(hw, "packing") * cores)}
