@@ -193,24 +193,28 @@ def saved(layers, fp8=False, depth=24):
     "Bytes that the forward pass of 16 rows keeps for its backward pass, by Inductor's partitioner: of activations, and of copies of weights."
     from functorch.compile import make_boxed_func
     from torch._inductor.compile_fx import compile_fx
-    found = [0, 0]
+    found, seen = [0, 0], {} # seen: inputs that are kept, by their storage
     def measure(graph, inputs, is_backward=False, **kw):
         if is_backward: return make_boxed_func(graph.forward)
-        kept = _kept(graph)
+        made, of_tokens = _kept(graph)
         def counted(*args): # layers of a kind share a graph, and each call keeps as much
-            for i, n in enumerate(kept): found[i] += n
+            for i, n in enumerate(made): found[i] += n
+            seen.update((args[i].untyped_storage()._cdata, args[i]) for i in of_tokens)
             return graph.forward(*args)
         return make_boxed_func(counted)
     steps(lambda graph, inputs: compile_fx(graph, inputs, inner_compile=measure), depth, layers, fp8)
-    return found
+    return found[0] + sum(t.nbytes for t in seen.values()), found[1]
 
 
 def _kept(graph):
-    "Bytes of a forward graph's outputs, except for its result and its inputs: of activations, and of everything else."
+    "What a forward graph keeps besides its result: bytes of activations and of everything else that it makes; numbers of its inputs that are activations."
     result, *kept = graph.graph.output_node().args[0]
-    values = [node.meta["val"] for node in kept if node.op != "placeholder"]
-    sizes = [(v.numel() * v.element_size(), v.shape[:1].numel() in (16, 16 * 2048)) for v in values if hasattr(v, "numel")]
-    return sum(n for n, of_tokens in sizes if of_tokens), sum(n for n, of_tokens in sizes if not of_tokens)
+    def of_tokens(node): return node.meta["val"].shape[:1].numel() in (16, 16 * 2048)
+    kept = [node for node in dict.fromkeys(kept) if hasattr(node.meta.get("val"), "numel")]
+    made = [node for node in kept if node.op != "placeholder"]
+    sizes = [(node.meta["val"].nbytes, of_tokens(node)) for node in made]
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    return [sum(n for n, tokens in sizes if tokens is kind) for kind in (True, False)], [inputs.index(node) for node in kept if node not in made and of_tokens(node)]
 
 
 def kernels(**shape):
@@ -240,27 +244,3 @@ def _compiled(name, source):
     results = kernel.compile_results
     assert all(result.kernel.asm["cubin"] for result in results)
     return max(result.kernel.metadata.shared for result in results)
-
-
-def loss_kernels(capability):
-    "Compile the loss's Triton kernels for a chip, as training and evaluation of 8,192 tokens call them. Returns [bytes of shared memory]."
-    import torch
-    from nanochat.model.loss import head_loss
-    from triton.runtime.jit import JITFunction, MockTensor
-    found, original = [], JITFunction.run
-    def compile_only(self, *args, grid, warmup, **kw):
-        mock = [MockTensor(a.dtype, tuple(a.shape)) if torch.is_tensor(a) else a for a in args]
-        found.append(original(self, *mock, grid=grid, warmup=True, **kw))
-    JITFunction.run = compile_only
-    target_chip(capability)
-    try:
-        with torch._subclasses.FakeTensorMode(), torch.device("cuda"):
-            x, weight = torch.empty(8192, 1536, dtype=torch.bfloat16, requires_grad=True), torch.empty(32768, 1536, requires_grad=True)
-            targets = torch.zeros(8192, dtype=torch.int64)
-            head_loss(x, weight, targets, 15.0).backward()
-            head_loss(x, weight, targets, 15.0, "none")
-    finally:
-        JITFunction.run = original
-        target_chip(90)
-    assert all(kernel.asm["cubin"] for kernel in found)
-    return [kernel.metadata.shared for kernel in {id(kernel): kernel for kernel in found}.values()]

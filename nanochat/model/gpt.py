@@ -213,7 +213,9 @@ class _ReluSquared(torch.autograd.Function):
     "max(h, 0)²; keeps only its result for the backward pass. Written over h, unless compiled."
     @staticmethod
     def forward(ctx, h):
-        if torch.compiler.is_compiling(): a = F.relu(h).square()
+        if torch.compiler.is_compiling():
+            r = F.relu(h)
+            a = r * r # not `square`, which autocast computes in float32 on a GPU
         else:
             ctx.mark_dirty(h)
             a = h.relu_().mul_(h)
@@ -231,7 +233,9 @@ def _relu_squared(
 ) -> torch.Tensor: # the same shape and dtype
     "Compute max(h, 0)²."
     if torch.is_grad_enabled(): return _ReluSquared.apply(h)
-    return F.relu(h).square() if torch.compiler.is_compiling() else h.relu_().square_()
+    if not torch.compiler.is_compiling(): return h.relu_().square_()
+    r = F.relu(h)
+    return r * r
 
 # %% ../../nbs/model/14_gpt.ipynb #68abbfbc
 class MLP(nn.Module):

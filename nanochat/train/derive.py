@@ -45,7 +45,7 @@ def _batch_scale(batch_tokens: int) -> float:
 # vectors of length `n_embd` for each token and layer
 _LAYER_VECTORS = {"cpu": 18, "mps": 18, "cuda": 20}
 # of compiled layers in bfloat16 and in fp8, and of all that surrounds the layers
-_COMPILED_VECTORS, _FP8_VECTORS, _OUTER_VECTORS = 11.6, 11.1, 5
+_COMPILED_VECTORS, _FP8_VECTORS, _OUTER_VECTORS = 11.0, 10.5, 6
 # bytes that torch and the notebook themselves take, in GPU memory or in RAM
 _PROGRAM = {"cpu": 6.5e8, "mps": 6.5e8, "cuda": 6e8}
 # how many logits `nanochat.model.loss` computes at a time
