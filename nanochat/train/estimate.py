@@ -224,7 +224,7 @@ def reads_web(c: dict) -> bool: # settings by full name
 _COMPRESSED = 0.4 # bytes of a character in a compressed parquet file
 
 # %% ../../nbs/train/22_estimate.ipynb #ec462833
-def _data_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
+def _data_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
     "Estimate the time to get the text and to train the tokenizer."
     n, cores = c["data.characters"], hw.cores
     download = n * _COMPRESSED / _speed(hw, "network") if reads_web(c) else 0.0
@@ -233,7 +233,7 @@ def _data_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
     return {"download": download, "writing": writing, "tokenizer": tokenizer}
 
 # %% ../../nbs/train/22_estimate.ipynb #2da3f97f
-def _base_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
+def _base_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
     "Estimate the time of pretraining."
     training = c["base.tokens"] / training_rate(c, hw, c["base.batch_tokens"])
     evaluations = c["base.steps"] // c["base.eval_every"] + 1
@@ -250,7 +250,7 @@ def _finetune_parts(
     c: dict, # settings by full name
     hw: Hardware,
     stage: str, # mid or sft
-) -> dict[str, float]: # part: seconds
+) -> dict[str, float]: # part → seconds
     "Estimate the time of mid-training or SFT."
     tokens, B = stage_tokens(c, stage), c[f"{stage}.batch_tokens"]
     training = tokens / training_rate(c, hw, B)
@@ -296,7 +296,7 @@ def _generation_seconds(
     return _reading_seconds(c, hw, answers * prompt) + longest * step
 
 # %% ../../nbs/train/22_estimate.ipynb #0fe93bff
-def _rl_step_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
+def _rl_step_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
     "Estimate the time of one step of reinforcement learning."
     lengths = _answers(names_in(c["rl.task"]), c["rl.max_new_tokens"])
     answers = c["rl.prompts_per_step"] * c["rl.samples_per_prompt"]
@@ -332,7 +332,7 @@ def _written_seconds(
     return questions / batch * _generation_seconds(c, hw, batch, lengths, width=4)
 
 # %% ../../nbs/train/22_estimate.ipynb #57e3b19b
-def _rl_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
+def _rl_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
     "Estimate the time of reinforcement learning."
     steps, evaluations = c["rl.steps"], c["rl.steps"] // c["rl.eval_every"] + 1
     parts = {name: steps * s for name, s in _rl_step_parts(c, hw).items()}
@@ -360,7 +360,7 @@ def _core_seconds(c: dict, hw: Hardware) -> float:
 _CHOICE_TASKS = ("arc-easy", "arc-challenge", "mmlu", "choice")
 
 # %% ../../nbs/train/22_estimate.ipynb #dd25ea48
-def _exam_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
+def _exam_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
     "Estimate the time of CORE, and of the chat evaluations after mid-training, SFT and RL."
     asked, n = names_in(c["eval.tasks"]) or ["world"], c["eval.questions"]
     if "world" in asked: asked = [*WORLD_TASKS, *(task for task in asked if task != "world")]
@@ -379,7 +379,7 @@ def _preparation(
     c: dict, # settings by full name
     hw: Hardware,
     stages: int, # count of training stages in the run
-) -> dict[str, float]: # part: seconds
+) -> dict[str, float]: # part → seconds
     "Estimate the time that the stages take before their first steps."
     n, cores = c["data.characters"], hw.cores
     weights = 4 * count_params(model_fields(c))["total"] # bytes
