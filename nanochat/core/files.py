@@ -145,15 +145,21 @@ def file_lock(
     doing: str, # for messages: what the owner of the lock does, such as "downloading a file"
     otherwise: str = "", # advice for the error if the lock is taken; empty: wait
 ):
-    "Hold a lock that only one process of a machine can hold. Waits for it, or raises `UserError`."
+    """Hold a lock that only one process of a machine can hold. Waits for it, or raises `UserError`.
+
+    Raises `UserError`, too, if its folder cannot be written."""
     from filelock import FileLock, Timeout
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
-    try: lock.acquire(timeout=0)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
     except Timeout:
         if otherwise: raise UserError(f"another process is {doing}: {otherwise}") from None
         say(f"Another process is {doing}: waiting for it.")
         lock.acquire()
+    except OSError as e:
+        raise UserError(f"the folder {Path(path).parent} cannot be written ({e.strerror}): give "
+                        "yourself access, or set NANOCHAT_BASE_DIR to another folder.") from None
     try: yield
     finally: lock.release()
 

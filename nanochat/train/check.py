@@ -47,10 +47,10 @@ def check_table(checks: list[Check]) -> str:
 
 # %% ../../nbs/train/28_check.ipynb #06b9fb32
 def enforce(
-    checks: list[Check],
-    must: bool = True, # False: a failed check is only a note
+    checks: list[Check], # as the functions below return them
+    must: bool = True, # False: print the advice of failed checks, too, and go on
 ):
-    "Print the advice of doubtful checks. Raises `UserError` with that of all failed ones."
+    "Print the advice of doubtful checks. Raises `UserError` with the advice of failed checks."
     failed = [check for check in checks if must and check.level == "failed"]
     for check in checks:
         if check.advice and check not in failed: say(f"note: {check.advice}")
@@ -68,17 +68,17 @@ class _Gpu(NamedTuple):
     driver: str # version, such as 580.95.05
     memory: int # MiB
     used: int # MiB
-    errors: int # uncorrected memory errors since the last reset; 0 where they are not counted
+    errors: int # uncorrected memory errors since the driver was loaded; 0 if not counted
 
 # %% ../../nbs/train/28_check.ipynb #d19e9294
 def _number(field: str) -> int:
-    "Read the whole number that a field begins with; 0 if it has none."
+    "Read the whole number at the beginning of a field; 0 if there is none."
     found = re.match(r"\d+", field)
     return int(found[0]) if found else 0
 
 # %% ../../nbs/train/28_check.ipynb #08a6126e
 def _parse_gpus(text: str) -> list[_Gpu]:
-    "Read what nvidia-smi printed. Lines of another form are messages, and are skipped."
+    "Read what nvidia-smi printed. Lines of another form are messages and are ignored."
     gpus = []
     for line in text.splitlines():
         fields = [field.strip() for field in line.split(",")]
@@ -88,8 +88,8 @@ def _parse_gpus(text: str) -> list[_Gpu]:
     return gpus
 
 # %% ../../nbs/train/28_check.ipynb #58f9ed85
-def _nvidia_smi() -> tuple[list[_Gpu], str]: # the GPUs; if there are none, what it said
-    "Ask nvidia-smi about the GPUs. Both results are empty if there is no nvidia-smi."
+def _nvidia_smi() -> tuple[list[_Gpu], str]: # the GPUs; its message, if it lists none
+    "Run nvidia-smi and read its answer. Both results are empty if there is no nvidia-smi."
     command = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader"]
     try: done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except FileNotFoundError: return [], ""
@@ -99,15 +99,15 @@ def _nvidia_smi() -> tuple[list[_Gpu], str]: # the GPUs; if there are none, what
     return gpus, "" if gpus else said[0].rstrip(".")
 
 # %% ../../nbs/train/28_check.ipynb #5253ade1
-_DRIVERS = {13: 580, 12: 525, 11: 450} # major version of CUDA: the oldest branch of the driver
+_DRIVERS = {13: 580, 12: 525, 11: 450} # major version of CUDA → oldest branch of the driver
 _OLDER = ("choose an image with a newer driver, or install torch 2.14 for CUDA 12.6, as the guide "
           "howto_node.md says.")
 
 # %% ../../nbs/train/28_check.ipynb #bb49f5d0
 def _check_driver(
-    driver: str, # version; empty: not known
-    cuda: str | None, # version that torch was built for; None: built without CUDA
-    seen: int, # GPUs that torch finds
+    driver: str, # its version; empty: not known
+    cuda: str | None, # version of CUDA that torch was built for; None: without CUDA
+    seen: int, # count of the GPUs that torch finds
 ) -> Check:
     "Check whether this torch can use the driver."
     def result(*how): return Check("driver", found, *how)
@@ -128,7 +128,7 @@ def _check_driver(
 
 # %% ../../nbs/train/28_check.ipynb #82ef2ca1
 def _check_cards(gpus: list[_Gpu]) -> list[Check]:
-    "Check that the GPUs are of one kind, free, and without memory errors."
+    "Check that the GPUs are alike, free, and without memory errors."
     kinds = Counter(gpu.name for gpu in gpus)
     names = ", ".join(f"{n} × {name}" for name, n in kinds.items())
     checks = [Check("GPUs", names)]
@@ -149,14 +149,14 @@ def _check_cards(gpus: list[_Gpu]) -> list[Check]:
 
 # %% ../../nbs/train/28_check.ipynb #9ce2be57
 def _visible(gpus: list[_Gpu]) -> list[_Gpu]:
-    "Leave out the GPUs that CUDA_VISIBLE_DEVICES hides, if it names them by numbers."
+    "Leave out the GPUs that CUDA_VISIBLE_DEVICES hides, if it consists of numbers."
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
     if not all(name.isdigit() for name in chosen): return gpus
     return [gpu for gpu in gpus if str(gpu.index) in chosen]
 
 # %% ../../nbs/train/28_check.ipynb #b59492e8
 def gpu_checks() -> list[Check]:
-    "Check the driver and the GPUs; empty on a machine without any."
+    "Check the driver and the GPUs. The list is empty on a machine without NVIDIA GPUs."
     import torch
     gpus, said = _nvidia_smi()
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -175,60 +175,67 @@ def _checkpoint_bytes(model: dict) -> int: # the fields of `GPTConfig`
 
 # %% ../../nbs/train/28_check.ipynb #1812d3bf
 def _text_bytes(c: dict) -> float: # settings by full name
-    "Estimate the bytes of a run's text and tokens; your own text is on the disk already."
+    "Estimate the bytes of a run's text and tokens. Text of your own is on the disk already."
     name, n, vocab_size = c["data.source"], c["data.characters"], c["tokenizer.vocab_size"]
     tokens = n / bytes_per_token(vocab_size) * (2 if vocab_size <= 2**16 else 4)
     if text_path(name): return tokens
     source = SOURCES[name]
-    # a source from the hub is compressed; the world is plain text
-    packed = source.size / (source.shards * source.shard_characters) if source.shards else 1
-    return tokens + packed * n
+    # bytes of a character: text from the hub is compressed, and the world is plain text
+    per_character = source.size / (source.shards * source.shard_characters) if source.shards else 1
+    return tokens + per_character * n
 
 # %% ../../nbs/train/28_check.ipynb #db0e6747
 def _folder_bytes(folder: Path) -> int:
-    "Add up the sizes of the files in a folder and below."
+    "Add up the sizes of all files in a folder and its subfolders."
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 # %% ../../nbs/train/28_check.ipynb #5649a698
 def _stages_left(c: dict, run: Run | None) -> list[str]: # c: settings by full name
-    "List the stages that a run still has to train."
+    "List the stages that a run has not trained yet."
     order = list(STAGES)
-    until = order.index(c["dial.until"])
+    last = order.index(c["dial.until"])
     return [stage for stage in TRAINED
-            if order.index(stage) <= until and not (run and run.manifest(stage))]
+            if order.index(stage) <= last and not (run and run.manifest(stage))]
 
 # %% ../../nbs/train/28_check.ipynb #d1c110c1
 def _disk_needs(
     c: dict, # settings by full name
     run: Run | None, # if it exists already
-) -> tuple[float, float]: # bytes for the next stage, and for all
-    "Estimate the room that a run still needs."
+) -> tuple[float, float]: # bytes for the next stage, and for all stages
+    "Estimate how much more disk space a run needs."
     text = 0 if run and run.manifest("tokenizer") else _text_bytes(c)
     left, each = _stages_left(c, run), _checkpoint_bytes(model_fields(c))
     if not left: return text, text
-    kept = (c["base.keep_checkpoints"] + 1) * each # with the best one
+    kept = (c["base.keep_checkpoints"] + 1) * each # the last ones and the best one
     written = sum(_folder_bytes(run.dir/stage) for stage in left) if run else 0
+    # `each`: the checkpoint that is written before an old one is deleted
     return text + kept + each - written, text + len(left) * kept + each - written
+
+# %% ../../nbs/train/28_check.ipynb #bd5726b9
+def _gigabytes(n: float) -> str: # bytes
+    "Format a number of bytes in GB, with three decimals below one."
+    return f"{n / 1e9:,.0f} GB" if n >= 1e10 else f"{n / 1e9:.3g} GB"
 
 # %% ../../nbs/train/28_check.ipynb #ea71401c
 def _check_disk(c: dict, run: Run | None = None) -> Check: # as in `_disk_needs`
     "Check the free space under the base folder."
+    # the base folder may not exist yet
     folder = next(path for path in (base_dir(), *base_dir().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     least, most = _disk_needs(c, run)
-    found = f"{free / 1e9:,.0f} GB free, {max(0, most) / 1e9:,.1f} GB needed"
+    found = f"{_gigabytes(free)} free, {_gigabytes(max(0, most))} needed"
     if free >= most: return Check("disk", found)
     level = "failed" if free < least else "doubtful"
-    return Check("disk", found, level, f"{folder} has {free / 1e9:,.1f} GB free, and the run needs "
-                 f"up to {most / 1e9:,.1f} GB: make room, or set NANOCHAT_BASE_DIR to a "
+    return Check("disk", found, level, f"{folder} has {_gigabytes(free)} free, and the run "
+                 f"needs up to {_gigabytes(most)}: make room, or set NANOCHAT_BASE_DIR to a "
                  "folder on a larger disk.")
 
 # %% ../../nbs/train/28_check.ipynb #2ac69356
-_PROGRAM = 2e9 # bytes of host memory that a rank on a GPU takes without its model
+_PROGRAM = 2e9 # bytes of the machine's memory that a rank on a GPU takes without its model
 
 # %% ../../nbs/train/28_check.ipynb #b17fb956
 def _check_memory(plan: Plan) -> Check:
-    "Check the memory of the machine (not of its GPUs, which the plan has checked)."
+    "Check the memory of the machine. The plan has already checked the memory of its GPUs."
     import psutil
     c = flatten(plan.config)
     nproc, model = c["hardware.nproc"], model_fields(c)
@@ -246,11 +253,11 @@ def _check_memory(plan: Plan) -> Check:
                  f"run needs {need / 1e9:,.1f} GB: end other programs.")
 
 # %% ../../nbs/train/28_check.ipynb #b52c00a9
-_OPEN_FILES = 512 # libraries, connections, data sets
+_OPEN_FILES = 512 # enough for libraries, connections and data sets
 
 # %% ../../nbs/train/28_check.ipynb #297afe70
 def _check_open_files() -> Check:
-    "Check the limit to which a process can raise its open files."
+    "Check how many open files a process may allow itself: the hard limit."
     try: import resource
     except ImportError: return Check("open files", "no limit")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -268,14 +275,14 @@ def _check_shared_memory(nproc: int) -> Check:
     free = shutil.disk_usage("/dev/shm").free
     found = f"{free / 1e9:,.2f} GB free in /dev/shm"
     if nproc == 1 or free >= 1e9: return Check("shared memory", found)
-    level = "failed" if free < 16e6 * nproc else "doubtful" # NCCL's segments
+    level = "failed" if free < 16e6 * nproc else "doubtful" # 16 MB for each process
     return Check("shared memory", found, level, f"/dev/shm has {free / 1e6:,.0f} MB free, and NCCL "
                  f"needs up to 1 GB for {nproc} processes: start the container with "
                  "`--shm-size=1g` or `--ipc=host`.")
 
 # %% ../../nbs/train/28_check.ipynb #bcc149b0
 def _check_compiler(device: str) -> Check: # cuda or cpu
-    "Check that a compiler is there, and the headers of Python."
+    "Check that there is a compiler, and that Python's headers are installed."
     kind, variable, names = "C", "CC", ("gcc", "clang")
     if device != "cuda": kind, variable, names = "C++", "CXX", ("g++", "clang++")
     found = os.environ.get(variable) or next(filter(None, map(shutil.which, names)), None)
@@ -290,8 +297,8 @@ def _check_compiler(device: str) -> Check: # cuda or cpu
                  "Python.")
 
 # %% ../../nbs/train/28_check.ipynb #bb22ce23
-def hub_address(config: dict) -> str | None: # of a run
-    "Return the address of a text file that has to be fetched; None if there is none."
+def hub_address(config: dict) -> str | None: # a run's configuration
+    "Return the address of a text file that has to be downloaded; None if there is none."
     files = hub_files(config)
     if not files: return None
     source, names = SOURCES[config["data"]["source"]], [file.name for file in files]
@@ -301,8 +308,8 @@ def hub_address(config: dict) -> str | None: # of a run
     return hf_hub_url(source.repo, missing[0], repo_type="dataset", revision=source.revision)
 
 # %% ../../nbs/train/28_check.ipynb #0b65d3f0
-def _check_hub(url: str) -> Check: # of a file
-    "Ask the hub about a file, twice if it does not answer."
+def _check_hub(url: str) -> Check: # address of a file
+    "Ask the hub about a file. Ask a second time if it does not answer."
     from huggingface_hub import get_hf_file_metadata
     for _ in range(2):
         try: get_hf_file_metadata(url, timeout=10)
@@ -314,10 +321,10 @@ def _check_hub(url: str) -> Check: # of a file
 
 # %% ../../nbs/train/28_check.ipynb #87b597d2
 def machine_checks(
-    plan: Plan,
-    run: Run | None = None, # if it exists already
+    plan: Plan, # of the run
+    run: Run | None = None, # the run, if it exists already; it needs less
 ) -> list[Check]:
-    "Check whether this machine can do what a plan says."
+    "Check whether this machine can do what a plan requires."
     c = flatten(plan.config)
     device, done = c["hardware.device"], bool(run and run.manifest("tokenizer"))
     checks = [_check_disk(c, run), _check_memory(plan), _check_open_files()]

@@ -23,10 +23,10 @@ from .settings import (
     ANSWER_TOKENS, SET_SIZES, TASK_SIZE, WORLD_TASKS, mixture_of)
 
 # %% ../../nbs/train/22_estimate.ipynb #d25752bf
-# mean tokens of a conversation, with a vocabulary of 32,768
+# mean tokens of a conversation in a public set, with a vocabulary of 32,768
 _SET_TOKENS = {"smoltalk": 800, "mmlu": 350, "gsm8k": 182, "arc-easy": 72, "arc-challenge": 81}
-_TASK_TOKENS = 40 # mean over the generated tasks, with a vocabulary of 2,048
-# roughly, of the pretraining documents that `mid.replay` and `sft.replay` repeat
+_TASK_TOKENS = 40 # mean of a conversation in a generated task, with a vocabulary of 2,048
+# rough mean of the pretraining documents that `mid.replay` and `sft.replay` mix in
 _DOCUMENT_TOKENS = {"world": 115, "web": 1000}
 
 # %% ../../nbs/train/22_estimate.ipynb #18f739a0
@@ -35,15 +35,16 @@ def bytes_per_token(
 ) -> float:
     """Estimate the bytes of English text per token.
 
-    The formula is fitted to tokenizers of 1,024 to 16,384 tokens, trained on Wikipedia."""
+    The formula is fitted to tokenizers with vocabularies of 1,024 to 16,384 tokens, trained
+    on Wikipedia."""
     return 2.48 + 0.44 * math.log2(vocab_size / 1024)
 
 # %% ../../nbs/train/22_estimate.ipynb #b8336f87
 @lru_cache
 def _own_size(
-    name: str, # a path
-    state: tuple, # of the files; if it changes, they are read again
-) -> tuple[int, int, int]: # conversations, bytes of text, messages
+    name: str, # path of a file or folder
+    state: tuple, # from `file_state`: changes with the files, so that they are read again
+) -> tuple[int, int, int]: # counts of conversations, bytes of text, messages
     "Measure your own conversations. Raises `UserError` if they cannot be used."
     n = size = messages = 0
     for conversation in conversations(name):
@@ -57,17 +58,17 @@ def _own_size(
 
 # %% ../../nbs/train/22_estimate.ipynb #7d391105
 def _task_size(
-    task: str, # of a mixture: a generated one, a public set, or a path
-    split: str, # of the set
+    task: str, # a generated task, a public set, or the path of your own conversations
+    split: str, # of a public set; else ignored
     vocab_size: int, # tokens in the vocabulary
-) -> tuple[int, float]: # conversations, mean tokens of one
-    "Estimate the size of a task."
+) -> tuple[int, float]: # count of conversations, mean tokens of one
+    "Estimate how many conversations a task has, and how long they are."
     if task in WORLD_TASKS: return TASK_SIZE, _TASK_TOKENS
     per_token = bytes_per_token(vocab_size)
     if task in SET_SIZES:
         return SET_SIZES[task][split], _SET_TOKENS[task] * bytes_per_token(32768) / per_token
     n, size, messages = _own_size(task, file_state(conversation_files(task)))
-    # special tokens: two for each message, and BOS
+    # each message has two special tokens more, and each conversation one (BOS)
     return n, (size / per_token + 2 * messages) / n + 1
 
 # %% ../../nbs/train/22_estimate.ipynb #c3718891
@@ -88,7 +89,7 @@ def stage_tokens(
 def model_fields(
     c: dict, # settings by full name
 ) -> dict: # the fields of `GPTConfig`
-    "Pick the settings of the model, without the prefix `model.`"
+    "Return the settings of the model, without the prefix `model.`"
     return {name.removeprefix("model."): value
             for name, value in c.items() if name.startswith("model.")}
 
@@ -102,14 +103,16 @@ def update_seconds(
     c: dict, # settings by full name
     hw: Hardware,
 ) -> float:
-    "Return the time of an optimizer step without its gradients: measured, or estimated on a GPU."
+    """Return the time of an optimizer step without its gradients: measured, or estimated on a GPU.
+
+    It is 0 on another device that was not measured."""
     if hw.device != "cuda" or "update" in hw.measured: return hw.measured.get("update", 0.0)
     parts = token_parts(model_fields(c), hw, 1, _devices(c, hw))
     return (parts["optimizer"] + parts["exchange"]) / _devices(c, hw)
 
 # %% ../../nbs/train/22_estimate.ipynb #60047c0b
 def run_kernels(c: dict) -> Kernels: # settings by full name
-    "Say how the run computes a training step."
+    "Return how the run computes a training step."
     return Kernels(c["hardware.fp8"], compiled=c["hardware.compile"],
                    recompute=c["hardware.recompute"])
 
@@ -118,11 +121,13 @@ def training_rate(
     c: dict, # settings by full name
     hw: Hardware,
     batch_tokens: int, # tokens in an optimizer step, over all devices
-    compiled: bool | None = None, # None: as the settings say
-) -> float: # training tokens in a second, over all devices
-    "Measure (if it was measured) or estimate the speed of training."
+    compiled: bool | None = None, # None: as `hardware.compile` says
+) -> float: # training tokens a second, over all devices
+    "Return the measured speed of training, or estimate it."
     model, devices = model_fields(c), _devices(c, hw)
-    if rate := hw.measured.get("gradients"):
+    rate = hw.measured.get("gradients")
+    # on a GPU the measured training is compiled
+    if rate and (compiled is None or hw.device != "cuda"):
         return batch_tokens / (batch_tokens / rate + update_seconds(c, hw))
     if hw.device != "cuda":
         return devices * hw.peak_flops * hw.usual_mfu / flops_per_token(model)
@@ -131,30 +136,32 @@ def training_rate(
     return devices / sum(token_parts(model, hw, batch_tokens, devices, kernels).values())
 
 # %% ../../nbs/train/22_estimate.ipynb #f98b212d
-_PLAIN = {"hardware.fp8": False, "hardware.recompute": False} # as evaluation and RL compute
+_PLAIN = {"hardware.fp8": False, "hardware.recompute": False} # in evaluation and RL
 
 # %% ../../nbs/train/22_estimate.ipynb #2a2e4320
 def _reading_seconds(
     c: dict, # settings by full name
     hw: Hardware,
-    tokens: float,
+    tokens: float, # to read, over all devices
 ) -> float:
-    "Estimate how long all devices together need to read tokens without gradients."
+    "Estimate the time that all devices together need to read tokens without gradients."
     B = c["base.batch_tokens"]
-    rate = hw.measured.get("gradients") or training_rate(c | _PLAIN, hw, B, False)
+    rate = training_rate(c | _PLAIN, hw, B, compiled=False)
+    # a CPU's measured speed counts the optimizer apart
+    if hw.device != "cuda": rate = hw.measured.get("gradients", rate)
     return tokens / 3 / rate
 
 # %% ../../nbs/train/22_estimate.ipynb #b9f1e49c
-_LAYER_START = 9e-5 # seconds to start a layer's kernels from a CUDA graph: about 44 of 2 µs
-_DECODE_MFU = 0.3 # of the MFU of training, on a CPU or an Apple GPU
+_LAYER_START = 9e-5 # seconds to start a layer's kernels from a CUDA graph: 44 of 2 µs
+_DECODE_MFU = 0.3 # MFU of generation as a share of training's, on a CPU or an Apple GPU
 
 # %% ../../nbs/train/22_estimate.ipynb #9e17c7e2
 def decode_seconds(
     c: dict, # settings by full name
     hw: Hardware,
-    rows: float, # answers on a device
-    tokens: float, # of each row in the cache of keys and values, on average
-    width: int = 2, # bytes of a number: 2 in RL, 4 in evaluations
+    rows: float, # answers that a device generates at a time
+    tokens: float, # mean length of a row in the cache of keys and values
+    width: int = 2, # bytes of a number: 2 in RL's samples, 4 in evaluations
 ) -> float:
     "Estimate the time of one step, which adds a token to each row."
     if "decode_row" in hw.measured:
@@ -163,7 +170,7 @@ def decode_seconds(
     if hw.device != "cuda":
         flops = 2 * scaling_params(model) * rows
         return flops / (hw.peak_flops * hw.usual_mfu * _DECODE_MFU)
-    seen = sum(min(window, tokens) for window in layer_windows(model)) # over the layers
+    seen = sum(min(window, tokens) for window in layer_windows(model)) # in all layers
     channels = model["n_kv_head"] * model["n_embd"] // model["n_head"]
     moved = width * (scaling_params(model) + rows * 2 * channels * seen) # bytes
     return max(model["n_layer"] * _LAYER_START, moved / attained(hw, "memory"))
@@ -177,39 +184,38 @@ _USUAL = {
     "disk": 1e9, # bytes a second to write and hash a checkpoint
     "copy": 1e10, # bytes a second to copy a checkpoint to the host's memory
     "compile": 45.0, # seconds until torch.compile has compiled a block of each kind
-    "start": 6.0, # seconds until a stage's notebook is ready
-    "rank": 15.0, # seconds more until several ranks are
+    "start": 6.0, # seconds until the notebook of a stage is ready
+    "rank": 15.0, # more seconds until several ranks (processes) are ready
 }
 
 # %% ../../nbs/train/22_estimate.ipynb #8cf81ef0
 def _speed(hw: Hardware, what: str) -> float:
-    "Return a speed or a time of `_USUAL`: the measured one, if there is one."
+    "Return the measured speed or time of this name, or else the one in `_USUAL`."
     return hw.measured.get(what, _USUAL[what])
 
 # %% ../../nbs/train/22_estimate.ipynb #98bb0177
 def _checkpoint_seconds(
     c: dict, # settings by full name
     hw: Hardware,
-    stage: str,
-    evaluations: float, # how many
-    seconds: float, # of training
+    stage: str, # base, mid, sft or rl
+    evaluations: float, # count of evaluations
+    seconds: float, # training time of the stage
 ) -> float:
-    "Estimate the time for which a stage's checkpoints stop it."
+    "Estimate the time for which a stage stops to save checkpoints."
     params = count_params(model_fields(c))["total"]
     saves = max(evaluations, seconds / (60 * c[f"{stage}.save_minutes"]))
     return saves * 12 * params / _speed(hw, "copy") + 4 * params / _speed(hw, "disk")
 
 # %% ../../nbs/train/22_estimate.ipynb #709042b9
-_CACHED = 1 / 3 # of the time of compilation, if the kernels are in the cache
+_CACHED = 1 / 3 # share of the compilation time that is left if the kernels are in the cache
 
 def _compile_seconds(
     c: dict, # settings by full name
     hw: Hardware,
     stage: str, # base, mid or sft
 ) -> float:
-    "Estimate the time until a training stage is compiled."
+    "Estimate the time that a training stage takes to compile."
     if not c["hardware.compile"]: return 0.0
-    # kernels for the shapes of pretraining are in the compiler's cache
     known = stage != "base" and c[f"{stage}.device_batch"] == c["base.device_batch"]
     return _speed(hw, "compile") * (_CACHED if known else 1)
 
@@ -218,12 +224,11 @@ def reads_web(c: dict) -> bool: # settings by full name
     "Tell whether the run reads a public web text."
     return c["data.source"] in SOURCES and c["data.source"] != "world"
 
-# %% ../../nbs/train/22_estimate.ipynb #6ad80036
-_ONE_THREAD = 6e8 # characters a second that one thread reads and writes while others encode
-_COMPRESSED = 0.4 # bytes of a character in a parquet file
+# %% ../../nbs/train/22_estimate.ipynb #22a00009
+_COMPRESSED = 0.4 # bytes of a character in a compressed parquet file
 
 # %% ../../nbs/train/22_estimate.ipynb #ec462833
-def _data_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
+def _data_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
     "Estimate the time to get the text and to train the tokenizer."
     n, cores = c["data.characters"], hw.cores
     download = n * _COMPRESSED / _speed(hw, "network") if reads_web(c) else 0.0
@@ -232,69 +237,70 @@ def _data_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
     return {"download": download, "writing": writing, "tokenizer": tokenizer}
 
 # %% ../../nbs/train/22_estimate.ipynb #2da3f97f
-def _base_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
+def _base_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
     "Estimate the time of pretraining."
     training = c["base.tokens"] / training_rate(c, hw, c["base.batch_tokens"])
-    looks = c["base.steps"] // c["base.eval_every"] + 1
-    evaluation = _reading_seconds(c, hw, looks * c["base.eval_tokens"])
+    evaluations = c["base.steps"] // c["base.eval_every"] + 1
+    evaluation = _reading_seconds(c, hw, evaluations * c["base.eval_tokens"])
     return {"training": training, "evaluation": evaluation,
             "compilation": _compile_seconds(c, hw, "base"),
-            "checkpoints": _checkpoint_seconds(c, hw, "base", looks, training)}
+            "checkpoints": _checkpoint_seconds(c, hw, "base", evaluations, training)}
 
 # %% ../../nbs/train/22_estimate.ipynb #3f53d6a2
-_HELD_OUT = 1 / 20
+_HELD_OUT = 1 / 20 # held-out conversations for each one of the mixture
 
 # %% ../../nbs/train/22_estimate.ipynb #a36ee801
 def _finetune_parts(
     c: dict, # settings by full name
     hw: Hardware,
     stage: str, # mid or sft
-) -> dict[str, float]: # part: seconds
+) -> dict[str, float]: # part → seconds
     "Estimate the time of mid-training or SFT."
     tokens, B = stage_tokens(c, stage), c[f"{stage}.batch_tokens"]
     training = tokens / training_rate(c, hw, B)
-    looks = tokens // B // c[f"{stage}.eval_every"] + 1
-    once = tokens / c[f"{stage}.epochs"]
-    evaluation = _reading_seconds(c, hw, looks * _HELD_OUT * once)
+    evaluations = tokens // B // c[f"{stage}.eval_every"] + 1
+    one_epoch = tokens / c[f"{stage}.epochs"]
+    evaluation = _reading_seconds(c, hw, evaluations * _HELD_OUT * one_epoch)
     return {"training": training, "evaluation": evaluation,
             "compilation": _compile_seconds(c, hw, stage),
-            "checkpoints": _checkpoint_seconds(c, hw, stage, looks, training)}
+            "checkpoints": _checkpoint_seconds(c, hw, stage, evaluations, training)}
 
 # %% ../../nbs/train/22_estimate.ipynb #772826c0
-# tokens of a prompt, of an average answer, and the share of the limit that the longest one takes
+# by kind of task (generated or public): tokens of a prompt, and the lengths of an average answer
+# and of the longest one as shares of the most tokens that an answer may have
 _PROMPT_TOKENS = {"world": 40, "web": 120}
 _ANSWER_SHARE = {"world": 0.35, "web": 0.6}
 _LONGEST_SHARE = {"world": 0.7, "web": 1.0}
-_GREEDY = 0.7 # the likeliest answer is shorter than sampled ones
+_GREEDY = 0.7 # length of the likeliest answer as a share of a sampled one's
 
 # %% ../../nbs/train/22_estimate.ipynb #50ee555e
 def _answers(
-    tasks: list[str], # that are asked
+    tasks: list[str], # whose questions are asked
     limit: int, # most tokens of an answer
 ) -> tuple[float, float, float]: # tokens: of a prompt, of an average answer, of the longest one
     "Estimate the lengths of prompts and answers."
-    of = [ANSWER_TOKENS[task] for task in tasks if task in ANSWER_TOKENS]
-    kind, limit = ("web", min(limit, max(of))) if of else ("world", limit)
+    public = [ANSWER_TOKENS[task] for task in tasks if task in ANSWER_TOKENS]
+    kind, limit = ("web", min(limit, max(public))) if public else ("world", limit)
     return _PROMPT_TOKENS[kind], _ANSWER_SHARE[kind] * limit, _LONGEST_SHARE[kind] * limit
 
 # %% ../../nbs/train/22_estimate.ipynb #81fc07b0
 def _generation_seconds(
     c: dict, # settings by full name
     hw: Hardware,
-    answers: int, # to generate at a time, over all devices
+    answers: int, # to generate at the same time, over all devices
     lengths: tuple[float, float, float], # from `_answers`
-    width: int = 2, # bytes of a number
+    width: int = 2, # bytes of a number, as for `decode_seconds`
 ) -> float:
-    "Estimate the time in which all devices together generate some answers."
+    "Estimate the time in which all devices together generate answers."
     prompt, mean, longest = lengths
     rows = math.ceil(answers / _devices(c, hw))
-    # rows whose answers are complete leave the batch
+    # means over the steps: a row grows, and leaves the batch when its answer is complete
     seen, unfinished = prompt + longest / 2, rows * mean / longest
     step = decode_seconds(c, hw, unfinished, seen, width)
     return _reading_seconds(c, hw, answers * prompt) + longest * step
 
 # %% ../../nbs/train/22_estimate.ipynb #0fe93bff
-def _rl_step_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
+def _rl_step_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
     "Estimate the time of one step of reinforcement learning."
     lengths = _answers(names_in(c["rl.task"]), c["rl.max_new_tokens"])
     answers = c["rl.prompts_per_step"] * c["rl.samples_per_prompt"]
@@ -311,73 +317,79 @@ def rl_step_seconds(
     "Estimate the time of one step of reinforcement learning."
     return sum(_rl_step_parts(c, hw).values())
 
+# %% ../../nbs/train/22_estimate.ipynb #1b13fbcd
+def _limit(task: str) -> int: # tokens
+    "Return the most tokens of an answer in a public task; 0 for another task."
+    return ANSWER_TOKENS.get(task, 0)
+
 # %% ../../nbs/train/22_estimate.ipynb #3df2314d
 def _written_seconds(
     c: dict, # settings by full name
     hw: Hardware,
-    tasks: list[str], # whose answers are written
-    questions: int, # over all tasks
+    tasks: list[str], # whose questions are asked
+    questions: int, # count over all tasks
 ) -> float:
-    "Estimate the time of evaluating written answers, in float32."
+    "Estimate the time to generate answers for an evaluation, in float32."
     prompt, *answer = _answers(tasks, max([c["eval.max_new_tokens"], *map(_limit, tasks)]))
     lengths = (prompt, *(_GREEDY * length for length in answer))
     batch = c["eval.batch"] * _devices(c, hw)
     return questions / batch * _generation_seconds(c, hw, batch, lengths, width=4)
 
-# %% ../../nbs/train/22_estimate.ipynb #1b13fbcd
-def _limit(task: str) -> int: # tokens
-    "Return the longest answer of a public task; 0 for the others."
-    return ANSWER_TOKENS.get(task, 0)
-
 # %% ../../nbs/train/22_estimate.ipynb #57e3b19b
-def _rl_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
+def _rl_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
     "Estimate the time of reinforcement learning."
-    steps, looks = c["rl.steps"], c["rl.steps"] // c["rl.eval_every"] + 1
+    steps, evaluations = c["rl.steps"], c["rl.steps"] // c["rl.eval_every"] + 1
     parts = {name: steps * s for name, s in _rl_step_parts(c, hw).items()}
-    problems = looks * c["rl.eval_problems"]
+    problems = evaluations * c["rl.eval_problems"]
     parts["evaluation"] = _written_seconds(c, hw, names_in(c["rl.task"]), problems)
-    saving = _checkpoint_seconds(c, hw, "rl", looks, sum(parts.values()))
+    saving = _checkpoint_seconds(c, hw, "rl", evaluations, sum(parts.values()))
     return parts | {"checkpoints": saving}
 
 # %% ../../nbs/train/22_estimate.ipynb #757c5f65
 # mean tokens of a question of CORE, with examples and all options (vocabulary of 32,768)
 _CORE_TOKENS = 550
-_CORE_ROWS = 4138 # mean number of questions in each of CORE's 22 tasks
-_SECOND_PASS = 1.3 # passes in bfloat16 that take as long as reading undecided questions again
+_CORE_ROWS = 4138 # mean count of questions in a task of CORE
+_SECOND_PASS = 1.3 # time to read undecided questions again, as a multiple of the first reading
 
 # %% ../../nbs/train/22_estimate.ipynb #64d10e20
 def _core_seconds(c: dict, hw: Hardware) -> float:
     "Estimate the time of CORE."
-    # a negative number of questions stands for all
+    # -1 stands for all questions
     questions = _CORE_ROWS if c["eval.core_questions"] < 0 else c["eval.core_questions"]
     seconds = _reading_seconds(c, hw, 22 * _CORE_TOKENS * questions)
     return seconds * (1 + _SECOND_PASS) if hw.device == "cuda" else seconds
 
 # %% ../../nbs/train/22_estimate.ipynb #0a4035a5
+# tasks of multiple choice
 _CHOICE_TASKS = ("arc-easy", "arc-challenge", "mmlu", "choice")
 
 # %% ../../nbs/train/22_estimate.ipynb #dd25ea48
-def _exam_parts(c: dict, hw: Hardware) -> dict[str, float]: # part: seconds
+def _exam_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
     "Estimate the time of CORE, and of the chat evaluations after mid-training, SFT and RL."
     asked, n = names_in(c["eval.tasks"]) or ["world"], c["eval.questions"]
     if "world" in asked: asked = [*WORLD_TASKS, *(task for task in asked if task != "world")]
     choices = [task for task in asked if task in _CHOICE_TASKS]
     written = [task for task in dict.fromkeys(asked) if task not in _CHOICE_TASKS]
+    # three stages: mid, sft and rl
     reading = 3 * _reading_seconds(c, hw, len(choices) * n * _PROMPT_TOKENS["web"])
     writing = sum(3 * _written_seconds(c, hw, [task], n) for task in written)
     return {"CORE": _core_seconds(c, hw), "choices": reading, "written answers": writing}
+
+# %% ../../nbs/train/22_estimate.ipynb #6ad80036
+_ONE_THREAD = 6e8 # characters a second that one thread reads and writes while others tokenize
 
 # %% ../../nbs/train/22_estimate.ipynb #3b56bdb3
 def _preparation(
     c: dict, # settings by full name
     hw: Hardware,
-    stages: int, # training stages of the run
-) -> dict[str, float]: # part: seconds
-    "Estimate the time of all that comes before the first steps of the stages."
+    stages: int, # count of training stages in the run
+) -> dict[str, float]: # part → seconds
+    "Estimate the time that the stages take before their first steps."
     n, cores = c["data.characters"], hw.cores
     weights = 4 * count_params(model_fields(c))["total"] # bytes
     ranks = _speed(hw, "rank") if c["hardware.nproc"] > 1 else 0.0
     start = _speed(hw, "start") + ranks + weights / _speed(hw, "disk")
+    # tokens to pack; the first training stage is base, which packs none
     talks = [stage_tokens(c, stage) for stage in ("mid", "sft")[:max(0, stages - 1)]]
     tokenizing = n / min(_speed(hw, "text") * cores, _ONE_THREAD)
     return {"notebooks": 2 * _speed(hw, "start") + stages * start,
@@ -385,7 +397,8 @@ def _preparation(
             "packing": sum(talks) / (_speed(hw, "packing") * cores)}
 
 # %% ../../nbs/train/22_estimate.ipynb #f7749ef6
-# how many entries of a plan, and how many training stages, a run has that ends with this stage
+# `dial.until`: how many entries of `stage_parts` (without `preparation`) and how many training
+# stages a run has that ends there
 _ENDS = {"data": (1, 0), "tokenizer": (1, 0), "base": (2, 1), "mid": (3, 2), "sft": (4, 3),
          "rl": (5, 4), "report": (6, 4)}
 
@@ -393,14 +406,14 @@ _ENDS = {"data": (1, 0), "tokenizer": (1, 0), "base": (2, 1), "mid": (3, 2), "sf
 def stage_parts(
     c: dict, # all settings by full name
     hw: Hardware,
-) -> dict[str, dict[str, float]]: # stage → part → seconds, up to the stage `dial.until`
-    "Estimate how long each part of each stage takes."
+) -> dict[str, dict[str, float]]: # stage → part → seconds
+    "Estimate how long each part of each stage takes, up to the stage `dial.until`."
     parts = {"data and tokenizer": _data_parts(c, hw), "base": _base_parts(c, hw),
              "mid": _finetune_parts(c, hw, "mid"), "sft": _finetune_parts(c, hw, "sft"),
              "rl": _rl_parts(c, hw), "evaluation": _exam_parts(c, hw)}
     entries, stages = _ENDS[c["dial.until"]]
-    some = dict(list(parts.items())[:entries])
-    return some | {"preparation": _preparation(c, hw, stages)}
+    until = dict(list(parts.items())[:entries])
+    return until | {"preparation": _preparation(c, hw, stages)}
 
 # %% ../../nbs/train/22_estimate.ipynb #24cb8b8e
 def stage_seconds(

@@ -19,25 +19,27 @@ from ..core.machine import has_bf16, n_cores
 from ..model.shape import count_params, layer_windows
 
 # %% ../../nbs/train/20_hardware.ipynb #a5f862f7
+# share of the peak that training reaches
 _MFU = {"mps": 0.25, "cpu": 0.50, "cpu in bfloat16": 0.33}
 
 # %% ../../nbs/train/20_hardware.ipynb #6007839d
 @dataclass(frozen=True)
 class Hardware:
     "A machine that a run is planned for."
-    name: str # shown in the plan
+    name: str # as the plan shows it
     device: str # cpu, cuda or mps
     count: int # devices
     memory_bytes: int # of each device
     peak_flops: float # dense FLOP/s of each device, in the dtype that training uses
     dollars_per_hour: float # for each device
     bf16: bool = True # is bfloat16 fast enough to train in it?
-    cores: int = 16 # CPU cores in total; they read and tokenize the text
-    here: bool = False # is it this machine, so that its speed can be measured?
+    cores: int = 16 # CPU cores of the machine, which read and tokenize the text
+    here: bool = False # is it the machine that runs this program? Then it can be measured
     fp8_flops: float = 0.0 # dense FLOP/s of each device in fp8; 0: it has no fp8
     bandwidth: float = 0.0 # bytes/s of each device's memory; 0: unknown
-    link: float = 0.0 # bytes/s from each device to the others; 0: unknown
-    # speeds that were measured, by the names of `_SHARES`; they replace the estimates
+    link: float = 0.0 # bytes/s from each device to other devices; 0: unknown
+    # speeds that were measured, which replace the estimates: keys of `_SHARES`, and those that
+    # the notebook about estimates lists
     measured: dict = field(default_factory=dict)
 
     @property
@@ -54,9 +56,10 @@ class _GPU(NamedTuple):
     fp8: float # FLOP/s; 0: it has no fp8
     bandwidth: float # bytes/s of its memory
     link: float # bytes/s to other GPUs
-    dollars: float # an hour
+    dollars: float # per hour
 
-_GPUS = { # words of its name → its figures
+# %% ../../nbs/train/20_hardware.ipynb #20a00001
+_GPUS = { # name → figures
     "B200":       _GPU(180, 2250e12, 4500e12, 8.00e12, 900e9, 5.00),
     "H200":       _GPU(141, 989e12, 1979e12, 4.80e12, 450e9, 3.50),
     "H100 PCIe":  _GPU(80, 756e12, 1513e12, 2.00e12, 64e9, 2.50),
@@ -82,16 +85,16 @@ def _words(name: str) -> set[str]:
 
 # %% ../../nbs/train/20_hardware.ipynb #d252d408
 def _find_gpu(
-    name: str, # of a device, as a driver or a person writes it
+    name: str, # of a GPU, as its driver reports it or a person writes it
 ) -> str | None:
-    "Find the first key of `_GPUS` whose words all occur in a name; RTX may be left out."
+    "Return the first key of `_GPUS` whose words all occur in a name; RTX may be left out."
     words = _words(name)
     for gpu in _GPUS:
         if _words(gpu) <= words or _words(gpu) - {"rtx"} == words: return gpu
 
 # %% ../../nbs/train/20_hardware.ipynb #912be095
 def named_hardware(
-    name: str, # "8xH100", "RTX 4090", "2x3090", or "cpu" for the processor of this machine
+    name: str, # such as "8xH100", "RTX 4090" or "2x3090"; "cpu": the processor of this machine
 ) -> Hardware:
     "Look up a machine by its name. Raises `UserError` for a name that is not in the table."
     if name.lower() == "cpu": return cpu_hardware()
@@ -106,7 +109,7 @@ def named_hardware(
                     cores=16 * count, fp8_flops=gpu.fp8, bandwidth=gpu.bandwidth, link=gpu.link)
 
 # %% ../../nbs/train/20_hardware.ipynb #b511bf5d
-# what a device reaches of its peak: products in bf16 and fp8, attention, memory, link
+# share of its peak that a device reaches: products in bf16 and in fp8, attention, memory, link
 _SHARES = {"product": 0.75, "fp8": 0.60, "attention": 0.33, "memory": 0.87, "link": 0.73}
 
 # %% ../../nbs/train/20_hardware.ipynb #9c3f7b3e
@@ -114,9 +117,9 @@ def attained(
     hw: Hardware, # a GPU
     what: str, # a key of `_SHARES`
 ) -> float: # FLOP/s or bytes/s
-    "Return a speed of each device: the measured one, or the usual share of the peak."
+    "Return a speed of one device: the measured one, or the usual share of the peak."
     if what in hw.measured: return hw.measured[what]
-    # a GPU that is not in the table: operations for each byte, and a link, of an average one
+    # a GPU that is not in the table has no bandwidth and no link: assume those of an average GPU
     peaks = {"product": hw.peak_flops, "fp8": hw.fp8_flops or hw.peak_flops,
              "attention": hw.peak_flops, "memory": hw.bandwidth or hw.peak_flops / 250,
              "link": hw.link or 32e9}
@@ -126,32 +129,32 @@ def attained(
 @dataclass(frozen=True)
 class Kernels:
     "How a program computes a training step on a GPU."
-    fp8: bool = False # the products of the layers' matrices
-    fp8_head: bool = False # the product of the head
-    compiled: bool = True
-    recompute: bool = False # are the layers computed again in the backward pass?
-    loss_bytes: int = 8 # of memory traffic for each logit
+    fp8: bool = False # does it multiply by the layers' matrices in fp8?
+    fp8_head: bool = False # does it multiply by the head in fp8?
+    compiled: bool = True # by `torch.compile`?
+    recompute: bool = False # does the backward pass compute the layers again?
+    loss_bytes: int = 8 # that the loss reads and writes for each logit
 
 # %% ../../nbs/train/20_hardware.ipynb #0b8d870c
-# vectors of `n_embd` numbers that a layer's elementwise kernels read or write for a token, forward
-# and backward; fp8 adds those of the conversions
+# vectors of `n_embd` numbers that a layer's elementwise kernels read or write for a token in both
+# passes; fp8 adds conversions
 _VECTORS = {"compiled": 95, "eager": 390, "fp8": 20}
-_TABLE_PASSES = 9 # over each embedding's gradient in float32: added atomically, zeroed, accumulated
-_ADAM_BYTES = 28 # read and written for each parameter
-_LAUNCHES = 6e-3 # seconds of a step in which Python starts kernels and the GPU waits
-_UNCOUNTED = 1.01 # loader and synchronization
+_TABLE_PASSES = 9 # float32 reads and writes of an embedding's gradient: set to 0, add, accumulate
+_ADAM_BYTES = 28 # bytes that AdamW reads and writes for each parameter
+_LAUNCHES = 6e-3 # seconds of a step in which the GPU waits for Python to start kernels
+_UNCOUNTED = 1.01 # factor for what no part counts: the loader, and waiting for each other
 
 # %% ../../nbs/train/20_hardware.ipynb #47e6bc51
 def _step_parts(
     model: dict, # the fields of `GPTConfig`
     hw: Hardware, # GPUs
-    devices: int, # that share the work
-) -> dict[str, float]: # part: seconds on each device
+    devices: int, # how many share the work
+) -> dict[str, float]: # part → seconds on each device
     "Estimate the parts of an optimizer step that do not depend on the batch."
     params, C = count_params(model), model["n_embd"]
     rest = params["total"] - params["matrices"]
-    # Polar Express, five iterations: 6 n³ for each of four square matrices, 18 n³ for the two of
-    # the MLP, which are 4n × n
+    # Muon's five iterations: 6 C³ FLOPs for each of a layer's four square matrices, and 18 C³
+    # for each of the MLP's two, which are 4C × C
     muon = model["n_layer"] * 5 * (4 * 6 + 2 * 18) * C**3
     update = muon / attained(hw, "product") + _ADAM_BYTES * rest / attained(hw, "memory")
     # reduce-scatter of the gradients and all-gather of the parameters, in float32
@@ -163,11 +166,11 @@ def _step_parts(
 def token_parts(
     model: dict, # the fields of `GPTConfig`
     hw: Hardware, # GPUs
-    batch_tokens: int, # tokens in an optimizer step over all devices
-    devices: int = 1, # that share the work
-    kernels: Kernels = Kernels(),
-) -> dict[str, float]: # part: seconds
-    "Estimate the time that each device spends on a training token of its own, by parts."
+    batch_tokens: int, # tokens of an optimizer step, over all devices
+    devices: int = 1, # how many share the work
+    kernels: Kernels = Kernels(), # how a step is computed
+) -> dict[str, float]: # part → seconds
+    "Estimate the time that a device spends on each of its training tokens, by parts."
     params, C, fp8 = count_params(model), model["n_embd"], kernels.fp8
     product, memory = attained(hw, "product"), attained(hw, "memory")
     attention = sum(12 * C * window for window in layer_windows(model)) # FLOPs
@@ -181,7 +184,7 @@ def token_parts(
         "attention": attention / attained(hw, "attention"),
         "elementwise": 2 * vectors * C * model["n_layer"] / memory,
         "embeddings": 4 * _TABLE_PASSES * tables * C / memory}
-    # recomputation is another forward pass of the layers: a third of their time
+    # recomputation adds a second forward pass of the layers: a third of their time
     if kernels.recompute:
         for name in ("products", "attention", "elementwise"): parts[name] *= 4 / 3
     tokens = batch_tokens / devices
@@ -192,7 +195,7 @@ def token_parts(
 def synchronize(
     device: str, # cpu, cuda or mps
 ):
-    "Wait until a device has finished its work."
+    "Wait until a device has finished its work. A CPU works synchronously."
     import torch
     if device == "cuda": torch.cuda.synchronize()
     if device == "mps": torch.mps.synchronize()
@@ -202,9 +205,9 @@ def measure_flops(
     device: str, # cpu, cuda or mps
     dtype: str = "float32", # of the matrices
     seconds: float = 0.5, # how long to measure
-    shape: tuple[int, int, int] = (1024, 1024, 1024), # (m, k, n) of (m, k) @ (k, n)
+    shape: tuple[int, int, int] = (1024, 1024, 1024), # (m, k, n): multiply (m, k) by (k, n)
 ) -> float: # FLOP/s
-    "Measure the speed of matrix products."
+    "Measure the speed of matrix products. The fastest product counts."
     import time
     import torch
     m, k, n = shape
@@ -212,17 +215,17 @@ def measure_flops(
     def product():
         a @ b
         synchronize(device)
-    product() # not timed: the first one also loads libraries
+    product() # not timed: the first product also loads libraries
     best, end = float("inf"), time.perf_counter() + seconds
     while (start := time.perf_counter()) < end:
         product()
-        # take the fastest: other programs can only slow a product down
+        # other programs can only slow a product down
         best = min(best, time.perf_counter() - start)
     return 2 * m * k * n / best
 
 # %% ../../nbs/train/20_hardware.ipynb #f84be24b
 def cpu_memory() -> int: # bytes
-    "Find how much memory this process may use."
+    "Return how much memory this process may use: the machine's, or less in a container."
     import psutil
     limits = [psutil.virtual_memory().total]
     for file in ("memory.max", "memory/memory.limit_in_bytes"): # cgroup version 2 and 1
@@ -231,11 +234,11 @@ def cpu_memory() -> int: # bytes
     return min(limits)
 
 # %% ../../nbs/train/20_hardware.ipynb #75719ad7
-_BF16_PAYS = 1.5 # bfloat16 products must be this many times faster, to make up for conversions
+_BF16_PAYS = 1.5 # bfloat16 must multiply this many times as fast, to make up for conversions
 
 # %% ../../nbs/train/20_hardware.ipynb #363d3cbd
 def cpu_hardware() -> Hardware:
-    "Measure the processor of this machine, half a second each in float32 and bfloat16."
+    "Measure the processor of this machine, for half a second each in float32 and bfloat16."
     cores, peak = n_cores(), measure_flops("cpu")
     bf16_peak = measure_flops("cpu", "bfloat16")
     bf16 = bf16_peak > _BF16_PAYS * peak
@@ -244,11 +247,11 @@ def cpu_hardware() -> Hardware:
 
 # %% ../../nbs/train/20_hardware.ipynb #d6cd3b37
 def _cuda_hardware() -> Hardware:
-    "Look up the GPUs of this machine; measure them if they are not in the table."
+    "Look up the GPUs of this machine. Measure a GPU that is not in the table, in float32."
     import torch
     count, props = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
     name, bf16 = _find_gpu(props.name), has_bf16(torch.device("cuda", 0))
-    gpu = _GPUS[name] if name else _GPU(0, measure_flops("cuda"), 0, 0, 0, 0.0)
+    gpu = _GPUS[name] if name else _GPU(0, measure_flops("cuda", "bfloat16" if bf16 else "float16"), 0, 0, 0, 0.0)
     return Hardware(f"{count}×{name or props.name}", "cuda", count, props.total_memory, gpu.bf16,
                     gpu.dollars, bf16, os.cpu_count(), here=True, fp8_flops=gpu.fp8,
                     bandwidth=gpu.bandwidth, link=gpu.link)

@@ -421,19 +421,18 @@ _SETTLED, _TIMED = 3, 20 # steps that are not timed, and that are
 class _Planning:
     "Makes the plan of a run again, once, from the speed of its first steps."
     def __init__(self, loop: Loop):
-        self.loop, self.plan, self.first_step = loop, loop.settings.plan, loop.step
-        self.since = None # step, tokens and time at which timing began
+        self.loop, self.plan = loop, loop.settings.plan
+        self.first = loop.step + _SETTLED # the last step that is not timed
+        self.tokens, self.seconds = 0, 0.0
 
-    def look(self, tokens: int): # trained on so far
-        "Note the time after a step, and log the new plan when enough steps have been timed."
+    def look(self, tokens: int, seconds: float): # of training since the last look
+        "Add to the time of the steps, and log the new plan when enough of them have been timed."
         loop = self.loop
-        if not self.plan or loop.step < self.first_step + _SETTLED: return
-        now = loop.step, tokens, time.perf_counter()
-        # an evaluation would count as slow training
-        if self.since is None or loop.evaluated_at > self.since[2]: self.since = now
-        steps, tokens, seconds = (b - a for a, b in zip(self.since, now))
-        if steps < _TIMED: return
-        text = plan_again(self.plan, tokens / seconds, loop.device.type)
+        if not self.plan or loop.step <= self.first: return
+        self.tokens += tokens
+        self.seconds += seconds
+        if loop.step < self.first + _TIMED: return
+        text = plan_again(self.plan, self.tokens / self.seconds, loop.device.type)
         self.plan = None
         say(f"{loop.settings.desc}: {text}.")
         loop.log(news=text)
@@ -540,14 +539,14 @@ def train(
         # the speed since the last log; an evaluation in between does not count
         now = time.perf_counter()
         seconds = max(now - max(logged_at, loop.evaluated_at), 1e-9)
-        rate = (memory["tokens"] - logged_tokens) / seconds
+        tokens = memory["tokens"] - logged_tokens
         logged_at, logged_tokens = now, memory["tokens"]
-        speed = measured(model, rate, peak_flops * world_size, loop.device)
+        speed = measured(model, tokens / seconds, peak_flops * world_size, loop.device)
         loop.log(loss=round(loss_value, 5), lr=how.get("lr_mult", 1.0),
                  grad_norm=round(norm_value, 5), tokens=memory["tokens"], **speed,
                  targets=int(n_targets))
         loop.show(f"loss {loss_value:.3f}, {in_words(speed)}")
-        planning.look(memory["tokens"])
+        planning.look(tokens, seconds)
     done = {"step": loop.step, "seconds": round(loop.seconds, 1), "tokens": memory["tokens"]}
     return done | {"loss": loss_value, **loop.last_eval}
 

@@ -30,7 +30,7 @@ _SIZES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, 
 
 # %% ../../nbs/train/25_plan.ipynb #88e72882
 def _human(n: float, unit: str = "") -> str:
-    "Format a number with three digits and a size: 1,234,567 becomes 1.23 M."
+    "Format a number with three digits and a letter for its size: 1,234,567 becomes 1.23 M."
     for size, letter in _SIZES:
         # a billion is B in a count, but G (giga) before a unit
         if letter == "B" and unit in ("B", "FLOP"): letter = "G"
@@ -52,9 +52,9 @@ def _count(n: int, what: str) -> str:
 
 # %% ../../nbs/train/25_plan.ipynb #596359fa
 class PlanRow(NamedTuple):
-    "One line of a plan."
-    group: str # heading under which the line appears, such as "memory"
-    name: str
+    "One row of a plan."
+    group: str # heading under which the row appears, such as "memory"
+    name: str # of the row, such as "total"
     value: float | str
     shown: str # the value as a person reads it
     note: str = ""
@@ -87,7 +87,7 @@ def _hourly(hw: Hardware, nproc: int) -> float:
 @dataclass(repr=False)
 class Plan:
     "What a run will do, and what it will cost."
-    config: dict # the resolved configuration: the `config.yaml` of the run
+    config: dict # nested settings, complete: what `config.yaml` of the run contains
     rows: list[PlanRow]
     warnings: list[str] # sentences
     hardware: Hardware
@@ -100,21 +100,22 @@ class Plan:
     @property
     def minutes(self) -> float: return sum(self.seconds.values()) / 60
 
-    def _value(self, group: str, name: str): # of the row with this group and name
+    def _value(self, group: str, name: str):
+        "Return the value of the row with this group and name."
         return next(row.value for row in self.rows if (row.group, row.name) == (group, name))
 
     @property
     def memory_bytes(self) -> int:
-        "Memory that a training step takes on each device."
+        "Memory that a training step takes on each device, in the stage that takes most."
         return self._value("memory", "total")
 
     @property
     def tokens_per_second(self) -> float:
-        "Speed of pretraining over all devices."
+        "Speed of pretraining, over all devices."
         return self._value("pretraining", "speed")
 
     @property
-    def dollars(self) -> float:
+    def dollars(self) -> float: # 0 if the price is not known
         return self.minutes / 60 * _hourly(self.hardware, self.config["hardware"]["nproc"])
 
     def __repr__(self): return text_table(self.rows)
@@ -125,11 +126,14 @@ class Plan:
 
 # %% ../../nbs/train/25_plan.ipynb #4f3292b5
 def _model_rows(c: dict, hw: Hardware) -> list[PlanRow]:
-    "Describe the machine, the text and the parameters."
+    "Make the rows about the machine, the text, the model and its parameters."
     model, source, depth = model_fields(c), c["data.source"], c["dial.depth"]
     text = f"{_human(c['data.characters'])} characters"
-    machine = (f"{_count(c['hardware.nproc'], 'process')}, {c['hardware.dtype']}, "
-               f"{_human(hw.peak_flops, 'FLOP')}/s at most")
+    dtype = c["hardware.dtype"] + (" with layers in fp8" if c["hardware.fp8"] else "")
+    hourly = _hourly(hw, c["hardware.nproc"])
+    machine = (f"{_count(c['hardware.nproc'], 'process')}, {dtype}, "
+               f"{_human(hw.peak_flops, 'FLOP')}/s at most"
+               + (f", ${hourly:,.2f} an hour" if hourly else ""))
     shape = (f"width {model['n_embd']}, {model['n_head']} heads, "
              f"context {model['sequence_len']:,}, vocabulary {model['vocab_size']:,}")
     rows = [
@@ -144,7 +148,7 @@ def _model_rows(c: dict, hw: Hardware) -> list[PlanRow]:
 
 # %% ../../nbs/train/25_plan.ipynb #dcbab24b
 def _origin(hw: Hardware) -> str:
-    "Say where the speed of training comes from."
+    "Return where the speed of training comes from, as a note."
     if "gradients" in hw.measured: return "measured just now"
     if "product" in hw.measured: return "computed from measured products and bandwidth"
     return "estimated from the device's peaks"
@@ -154,7 +158,7 @@ def _training_rows(
     c: dict, # all settings by full name
     hw: Hardware,
 ) -> list[PlanRow]:
-    "Describe tokens, steps, batch, speed and arithmetic of pretraining."
+    "Make the rows about pretraining: tokens, steps, batch, speed and arithmetic."
     model, nproc = model_fields(c), c["hardware.nproc"]
     tokens, steps, B = c["base.tokens"], c["base.steps"], c["base.batch_tokens"]
     B_device, T = c["base.device_batch"], model["sequence_len"]
@@ -174,7 +178,7 @@ def _training_rows(
 
 # %% ../../nbs/train/25_plan.ipynb #1595f702
 def _considered_rows(considered: list[Candidate]) -> list[PlanRow]: # the chosen one first
-    "Describe the models that were considered for a budget."
+    "Make the rows about the models that were considered for a budget."
     rows = []
     for x in considered:
         model = model_fields(x.c)
@@ -186,12 +190,12 @@ def _considered_rows(considered: list[Candidate]) -> list[PlanRow]: # the chosen
     return rows
 
 # %% ../../nbs/train/25_plan.ipynb #1741d769
-def _price(seconds: float, hourly: float) -> str: # empty without a price
+def _price(seconds: float, hourly: float) -> str: # empty if the price is not known
     "Format what some seconds cost."
     return f"${seconds / 3600 * hourly:,.2f}" if hourly else ""
 
 # %% ../../nbs/train/25_plan.ipynb #5acd3d94
-_WORTH_NAMING = 0.05 # of a stage's time
+_WORTH_NAMING = 0.05 # share of a stage's time
 
 def _largest(parts: dict) -> str: # part → seconds
     "Name the parts that take most of a stage's time, the longest first."
@@ -201,11 +205,11 @@ def _largest(parts: dict) -> str: # part → seconds
 
 # %% ../../nbs/train/25_plan.ipynb #3244362a
 def _certainty(hw: Hardware) -> str:
-    "Say how far off the total may be."
+    "Return how far off the estimates may be, as a note."
     if "gradients" in hw.measured: return "speeds measured here: within about 20 %"
     if hw.device != "cuda": return "nothing was measured: within a factor of two"
-    if "product" in hw.measured: return "training within about 5 %, other stages 20 %"
-    return "training within about 10 %, other stages a third; `nanochat preflight` measures"
+    if "product" in hw.measured: return "training within about 5 %, the rest 20 %"
+    return "training within about 10 %, the rest a third; measure it: `nanochat preflight`"
 
 # %% ../../nbs/train/25_plan.ipynb #b9702ffe
 def _cost_rows(
@@ -213,12 +217,12 @@ def _cost_rows(
     hw: Hardware,
     stages: dict, # stage → part → seconds
 ) -> list[PlanRow]:
-    "Describe the memory of each part, and the time and dollars of each stage."
+    "Make the rows about the memory of each part, and the time and price of each stage."
     nproc, rows = c["hardware.nproc"], []
-    have = hw.memory_bytes * hw.count // max(hw.count, nproc)
+    available = hw.memory_bytes * hw.count // max(hw.count, nproc)
     largest = max(c[f"{stage}.device_batch"] for stage in BATCHED)
     for part, n in run_memory(c, largest).items():
-        note = f"of {_human(have, 'B')} for each process" if part == "total" else ""
+        note = f"of {_human(available, 'B')} for each process" if part == "total" else ""
         rows.append(PlanRow("memory", part, n, _human(n, "B"), note))
     hourly, total = _hourly(hw, nproc), 0.0
     for stage, parts in stages.items():
@@ -231,11 +235,11 @@ def _cost_rows(
 
 # %% ../../nbs/train/25_plan.ipynb #9fe6d904
 def _hardware_for(
-    preset: str,
-    device: str | None, # that the settings require
-    hardware: Hardware | None, # to plan for; None looks at this machine
+    preset: str, # its name, for the error message
+    device: str | None, # the setting `hardware.device`, if it was given
+    hardware: Hardware | None, # the machine to plan for; None: this machine
 ) -> Hardware:
-    "Find the machine to plan for. Raises `UserError` if it lacks the required device."
+    "Return the machine to plan for. Raises `UserError` if it lacks the required device."
     if device == "cpu" and not (hardware and hardware.device == "cpu"): return cpu_hardware()
     hardware = hardware or detect_hardware()
     if device and hardware.device != device:
@@ -256,13 +260,17 @@ def _check_hardware(c: dict, hw: Hardware):
     if dtype == "bfloat16" and hw.device == "cuda" and not hw.bf16:
         raise UserError(f"hardware.dtype is bfloat16, which {hw.name} cannot multiply: "
                         "set hardware.dtype=float16.")
+    in_table = hw.bandwidth > 0
+    if c["hardware.fp8"] and hw.device == "cuda" and in_table and not hw.fp8_flops:
+        raise UserError(f"hardware.fp8 is true, but {hw.name} has no fp8: "
+                        "set hardware.fp8=false.")
     if dtype == "float16" and c["hardware.device"] == "cpu":
         raise UserError("hardware.dtype is float16, which a processor multiplies slowly: "
                         "set hardware.dtype=float32 or bfloat16.")
 
 # %% ../../nbs/train/25_plan.ipynb #e4225c24
 def _check_memory(
-    given: dict, # settings by full name, as preset and person gave them
+    given: dict, # settings that a preset and a person gave
     c: dict, # all settings by full name
     hw: Hardware,
 ):
@@ -273,7 +281,7 @@ def _check_memory(
     if largest := largest_depth(given, hw):
         remedy = f"the largest depth that fits is {largest}, so set depth={largest}"
     else: remedy = "no depth fits, so set a smaller tokenizer.vocab_size or model.sequence_len"
-    # without the given rows, `derive` takes the largest number that fits and divides the batch
+    # if no rows are given, `derive` takes as many as fit and divide the batch
     free = {name: value for name, value in given.items() if not name.endswith(".device_batch")}
     fitting = derive(free, hw)[f"{stage}.device_batch"]
     if rows > 1 and fitting: remedy += f", or set {stage}.device_batch={fitting}"
@@ -283,24 +291,24 @@ def _check_memory(
 
 # %% ../../nbs/train/25_plan.ipynb #5b30ce31
 def _data_warnings(c: dict) -> list[str]:
-    "Write warnings about the text."
+    "Return warnings about the text."
     out, tokens = [], c["base.tokens"]
     if c["data.characters"] < 3 * tokens:
         out.append(f"{_human(c['data.characters'])} characters are fewer than {_human(tokens)} "
                    "tokens need, so text will be read more than once.")
     if c["data.source"] == "world" and tokens > 5e8:
-        out.append("the embedded world is simple text: for this many tokens choose "
+        out.append("the text of the world is simple: for this many tokens choose "
                    "data.source=climbmix or your own.")
     return out
 
 # %% ../../nbs/train/25_plan.ipynb #b96b4de3
 def _warnings(
-    given: dict, # settings by full name, as preset and person gave them
+    given: dict, # settings that a preset and a person gave
     c: dict, # all settings by full name
     hw: Hardware,
     seconds: float, # of all stages
 ) -> list[str]:
-    "Write warnings: what a person should know before the run starts."
+    "Return warnings: what a person should know before the run starts."
     out, dtype = [], c["hardware.dtype"]
     if hw.device == "cuda" and not hw.bf16:
         how = ", with scaled losses" if dtype == "float16" else ", at about half the speed or less"
@@ -309,10 +317,16 @@ def _warnings(
     if small and not {"base.matrix_lr", "base.batch_tokens"} <= set(given):
         out.append("the model is more than ten times smaller than any for which the batch and "
                    "learning-rate laws were measured: they are extrapolated.")
+    if c["hardware.recompute"] and "hardware.recompute" not in given:
+        out.append("activations do not fit the memory, so each layer is computed again in the "
+                   "backward pass, which takes a third longer.")
+    if hw.device == "cuda" and c["hardware.nproc"] < hw.count:
+        out.append(f"{hw.count - c['hardware.nproc']} of {hw.count} GPUs are not used, and the "
+                   "price does not count them.")
     out += _data_warnings(c)
     if seconds > 24 * 3600:
         out.append(f"this takes {duration(seconds)} on {hw.name}: "
-                   "a smaller depth would end within a day.")
+                   "choose a smaller depth to end within a day.")
     return out
 
 # %% ../../nbs/train/25_plan.ipynb #872769a6
@@ -328,12 +342,12 @@ def _full_paths(given: dict) -> dict: # settings by full name
 
 # %% ../../nbs/train/25_plan.ipynb #301a1d74
 def _busy_cores() -> float: # cores
-    "Measure how many cores other programs use at the moment."
+    "Measure for 0.3 seconds how many cores other programs use."
     import psutil
     return psutil.cpu_percent(interval=0.3) / 100 * psutil.cpu_count()
 
 # %% ../../nbs/train/25_plan.ipynb #96e080a0
-_BUSY = 0.3 # cores
+_BUSY = 0.3 # cores; less use than this gives no warning
 
 def _load_warning(
     busy: float, # cores that other programs use
@@ -343,19 +357,19 @@ def _load_warning(
     if busy < _BUSY: return []
     return [f"other programs used {busy:.1f} of {hw.cores} cores while the speed was measured: "
             "without them the run will be faster, and with more of them slower. After twenty "
-            "steps it is planned again."]
+            "steps the time is estimated again."]
 
 # %% ../../nbs/train/25_plan.ipynb #0542bb5e
 def make_plan(
     preset: str, # smoke, laptop, gpu, speedrun or d32
-    overrides: dict | None = None, # settings by full or short name; numbers may be text
-    hardware: Hardware | None = None, # what to plan for; None looks at this machine
+    overrides: dict | None = None, # settings by full or short name; values may be text
+    hardware: Hardware | None = None, # the machine to plan for; None: this machine
     depth: int | None = None, # the same as the setting `depth`
     data: str | None = None, # the same as the setting `data.source`
-    before: dict | None = None, # configuration of the run that is continued; its choices stay
+    before: dict | None = None, # configuration of a continued run, whose choice of model stays
 ) -> Plan:
-    "Derive every setting of a run and estimate its needs. Raises `UserError` if it cannot work."
-    # the settings that preset and person give
+    "Derive all settings of a run, and estimate its costs. Raises `UserError` if it cannot work."
+    # the settings that the preset and the person give
     overrides = dict(overrides or {})
     if depth is not None: overrides["dial.depth"] = depth
     if data is not None: overrides["data.source"] = data
@@ -384,18 +398,22 @@ def make_plan(
             *_cost_rows(c, hw, parts)]
     total = sum(s for stage in parts.values() for s in stage.values())
     warnings = [*_warnings(given, c, hw, total), *_load_warning(busy, hw)]
+    if hardware and hardware.device != hw.device:
+        warnings.append(f"preset {preset!r} runs on a processor: this plan is for {hw.name}, "
+                        f"not for {hardware.name}.")
     return Plan(nested_config(preset, c), rows, warnings, hw, parts)
 
 # %% ../../nbs/train/25_plan.ipynb #0f1c8143
+# parts of a stage that a GPU computes
 _ON_DEVICE = {"training", "evaluation", "generation", "CORE", "choices", "written answers"}
 
 # %% ../../nbs/train/25_plan.ipynb #cd576ac9
 def plan_again(
-    plan: dict, # the content of `plan.json`: seconds of all parts, and tokens_per_second
-    tokens_per_second: float, # measured
+    plan: dict, # content of a run's `plan.json`: `parts`, as in `Plan`, and `tokens_per_second`
+    tokens_per_second: float, # measured in pretraining
     device: str, # cpu, cuda or mps
 ) -> str:
-    "Compare the measured speed with the planned one, and say how long all stages will take."
+    "Compare measured and planned speed in a sentence that says how long all stages will take."
     planned, total, again = plan["tokens_per_second"], 0.0, 0.0
     for parts in plan["parts"].values():
         for name, seconds in parts.items():
