@@ -601,7 +601,8 @@ def prepare_model(
     """Move a model to its device, and set up training as `hardware` says.
 
     With `fp8`, compute the large matrix products in fp8. With `compile`, choose the attention
-    kernels and compile the layers. With `recompute`, keep only the layers' inputs for the backward pass."""
+    kernels and compile the layers. With `recompute`, keep only the layers' inputs for the
+    backward pass."""
     model, hardware, c = model.to(device).train(), config["hardware"], model.config
     if hardware.get("fp8"): use_fp8(model)
     compiler = None
