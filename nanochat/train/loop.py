@@ -209,13 +209,6 @@ class Loop:
         self._writer = CheckpointWriter() # only rank 0 uses it
         self._began = self._saved_at = self.evaluated_at = time.perf_counter()
 
-    def _restore(self, saved: dict):
-        "Restore step, seconds, `memory` and `parts`; `resume` has restored the rest."
-        self.step, self._earlier_seconds = saved["step"], saved["seconds"]
-        for name in self.memory: self.memory[name] = saved[name]
-        for name, part in self.parts.items(): part.load_state(saved[name])
-        say(f"{self.settings.desc}: resuming from step {self.step} of {self.settings.steps}.")
-
     @property
     def seconds(self) -> float:
         "Seconds that the stage has taken so far, including earlier runs that were interrupted."
@@ -226,13 +219,25 @@ class Loop:
         every = self.settings.eval_every
         return self.step == self.settings.steps or bool(every and self.step % every == 0)
 
-    def log(self, **values):
-        "Write a line with these values for the current step to the log."
-        self.metrics.log(self.step, steps=self.settings.steps, **values)
+# %% ../../nbs/train/27_loop.ipynb #2b0ac69d
+@patch
+def _restore(self: Loop, saved: dict):
+    "Restore step, seconds, `memory` and `parts`; `resume` has restored the rest."
+    self.step, self._earlier_seconds = saved["step"], saved["seconds"]
+    for name in self.memory: self.memory[name] = saved[name]
+    for name, part in self.parts.items(): part.load_state(saved[name])
+    say(f"{self.settings.desc}: resuming from step {self.step} of {self.settings.steps}.")
 
-    def show(self, text: str):
-        "Show text to the right of the progress bar. Call it only inside the loop."
-        self._bar.set_postfix_str(text, refresh=False)
+# %% ../../nbs/train/27_loop.ipynb #2b0ac69e
+@patch
+def log(self: Loop, **values):
+    "Write a line with these values for the current step to the log."
+    self.metrics.log(self.step, steps=self.settings.steps, **values)
+
+@patch
+def show(self: Loop, text: str):
+    "Show text to the right of the progress bar. Call it only inside the loop."
+    self._bar.set_postfix_str(text, refresh=False)
 
 # %% ../../nbs/train/27_loop.ipynb #c0a20002
 class _Collector:
