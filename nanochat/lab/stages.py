@@ -238,7 +238,7 @@ class _Follower:
 
 # %% ../../nbs/lab/55_stages.ipynb #3580460b
 _PATIENCE = 120 # seconds that a rank has, after a signal, to end its step and save
-_GRACE = 10 # seconds that it has to end by itself when another rank has ended
+_GRACE = 10 # seconds that a rank has to end by itself when another rank has ended
 
 # %% ../../nbs/lab/55_stages.ipynb #55a10001
 def _hear_signals(): # -> a function: has a signal come that Python handles?
@@ -266,7 +266,7 @@ def _a_rank_is_gone(launcher: int) -> bool:
 
 # %% ../../nbs/lab/55_stages.ipynb #55a10003
 def _end_now():
-    "End this process after `_GRACE`, and after the checkpoint that it writes."
+    "End this process after `_GRACE` seconds, and after the checkpoint that it is writing."
     from nanochat.train.checkpoint import finish_writing
     time.sleep(_GRACE)
     finish_writing(_PATIENCE)
@@ -297,7 +297,7 @@ def _leave_message(
     folder: Path, # of the stage
     error: UserError,
 ):
-    "Write why the ranks end. Rank 0's message replaces one of another rank, and not vice versa."
+    "Write why the ranks end. Only rank 0's message replaces a message that is there already."
     file = folder/("stopped.txt" if isinstance(error, Stopped) else "error.txt")
     if rank_and_world()[0] == 0 or not file.exists(): atomic_write(file, str(error))
 
@@ -316,9 +316,10 @@ def _check_launcher(folder: Path):
 
 # %% ../../nbs/lab/55_stages.ipynb #55a10004
 def _is_consequence(error: BaseException, folder: Path, launcher: int) -> bool:
-    "Did a rank fail because another one has ended, or is about to?"
+    "Tell whether this rank failed only because another one has ended, or is about to."
     import torch
     from torch.distributed import DistError
+    # a rank has these errors for its own reasons
     own = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
     if not isinstance(error, RuntimeError) or isinstance(error, own): return False
     if isinstance(error, DistError): return True
@@ -335,7 +336,7 @@ def _for_the_person(
     run: Run,
     stage: str,
 ) -> UserError:
-    "Turn the exception that ends a stage into one sentence."
+    "Return a `UserError` that explains the exception that ends a stage."
     import torch
     if isinstance(error, UserError): return error
     who = f"rank {rank_and_world()[0]} of stage {stage}"
@@ -353,7 +354,7 @@ def _for_the_person(
 # %% ../../nbs/lab/55_stages.ipynb #55a10006
 @contextmanager
 def _memory_in_words(run: Run, stage: str):
-    "Turn torch's error of a GPU without free memory into a `UserError`."
+    "Turn torch's out-of-memory error of a GPU into a `UserError`."
     try: yield
     except RuntimeError as e:
         import torch

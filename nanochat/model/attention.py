@@ -151,7 +151,7 @@ def _visible_tiles(
     return some & ~every, every
 
 def _tile_lists(tiles: torch.Tensor) -> list[torch.Tensor]: # (1, 1, tiles), (1, 1, tiles, tiles)
-    "FlexAttention's format: how many tiles each row has, and all column numbers, theirs first."
+    "FlexAttention's format: how many tiles each row has, and all columns, its own tiles first."
     counts = tiles.sum(1, dtype=torch.int32)
     columns = torch.argsort(tiles.int(), dim=1, descending=True, stable=True).int()
     return [counts[None, None], columns[None, None]]
@@ -313,7 +313,7 @@ def _judge(
 
 # %% ../../nbs/model/11_attention.ipynb #b0c1f7a5
 def _common(results: list) -> tuple[dict, dict]: # {kind: {name: milliseconds}}, {name: reason}
-    "Rank 0's times of what is correct on every rank, and why the others cannot be used."
+    "Rank 0's times of the kernels that are correct on every rank, and why others are unusable."
     times, unusable = results[0]
     for rank, (correct, failed) in enumerate(results):
         for kind, own in correct.items():
@@ -323,7 +323,7 @@ def _common(results: list) -> tuple[dict, dict]: # {kind: {name: milliseconds}},
 
 # %% ../../nbs/model/11_attention.ipynb #b0c1f7a8
 def _fastest(times: dict) -> dict[str, str]: # {kind: {name: milliseconds}} -> {kind: name}
-    "The fastest pair of kernels that one implementation of FlashAttention can serve."
+    "The fastest pair of kernels that needs at most one implementation of FlashAttention."
     windowed = [name for name in times["window"] if name != _CHUNKS] or [_CHUNKS]
     pairs = itertools.product(times["full"], windowed)
     def possible(pair): return len({_FLASH[name] for name in pair if name in _FLASH}) < 2

@@ -67,11 +67,11 @@ def sample_tokens(
     # index of each row's last candidate: the first at which the running sum reaches `top_p`
     if top_p < 1: last = (cdf - probs < top_p).sum(-1, keepdim=True) - 1 # (B, 1)
     else: last = torch.full_like(cdf[:, :1], k - 1, dtype=torch.int64)
-    # scaled by the candidates' total probability: a draw from them, renormalised
+    # scaling u by the candidates' total probability renormalises them
     goal = uniform[:, None] * cdf.gather(-1, last)
-    place = torch.searchsorted(cdf, goal, right=True).clamp_(max=last)
-    if index is not None: place = index.gather(-1, place)
-    return place.squeeze(-1)
+    choice = torch.searchsorted(cdf, goal, right=True).clamp_(max=last)
+    if index is not None: choice = index.gather(-1, choice)
+    return choice.squeeze(-1)
 
 # %% ../../nbs/model/17_engine.ipynb #a24466bf
 @dataclass
@@ -152,7 +152,7 @@ def _copy_weights(source: GPT, target: GPT):
 def weights(self: Engine) -> GPT:
     "The model for inference, renewed whenever the weights have changed."
     with self._lock:
-        # inference tensors have no version, as torch does not count their changes
+        # torch does not count the changes of inference tensors
         changes = sum(0 if p.is_inference() else p._version for p in self.model.parameters())
         if changes == self._changes: return self._weights
         new = for_inference(self.model, self.dtype, self.int8)
@@ -239,11 +239,8 @@ def _remember(
 
 # %% ../../nbs/model/17_engine.ipynb #38bae24d
 @patch
-def remembered(
-    self: Engine,
-    prompt: list[int], # token ids
-) -> KVCache | None: # of one row
-    "Find the remembered cache that covers the longest beginning of a prompt, or None."
+def remembered(self: Engine, prompt: list[int]) -> KVCache | None: # of one row
+    "Find the remembered cache that covers the longest beginning of a prompt (token ids), or None."
     def begins(tokens): return len(tokens) < len(prompt) and tuple(prompt[:len(tokens)]) == tokens
     with self._lock:
         longest = max(filter(begins, self._earlier), key=len, default=())
@@ -297,12 +294,12 @@ def prefill(
 
 # %% ../../nbs/model/17_engine.ipynb #dd56e3de
 def _upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    "Copy a tensor to the device, without waiting for what it still has to do."
+    "Copy a tensor to the device, without waiting for the device's earlier work."
     if device.type == "cuda": x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 def _download(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
-    "Request copies on the host, without waiting for them; returns what `_Drawn` keeps."
+    "Request copies on the host, without waiting: the copies, and the event of their arrival."
     device = tensors[0].device
     if device.type != "cuda": return [x.cpu() for x in tensors], None
     copies = [x.to("cpu", non_blocking=True) for x in tensors] # in pinned memory
@@ -325,7 +322,7 @@ class Batch:
     def __init__(
         self,
         engine: Engine,
-        n_rows: int, # places for rows: at most so many at a time
+        n_rows: int, # places: how many rows it can hold at a time
         max_len: int, # tokens that a row may have, prompt and answer
         ahead: bool | None = None, # request a step before reading the previous one; None: on a GPU
     ):
@@ -337,7 +334,7 @@ class Batch:
         self._cache = engine.weights().new_rows(n_rows, longest, static=engine.compiled)
         # for each place: the newest token, random numbers, how many of them are used, temperature
         self._tokens = torch.zeros(n_rows, dtype=torch.int64, device=self.device)
-        self._uniform = torch.zeros(n_rows, max_len + 1, device=self.device)
+        self._uniform = torch.zeros(n_rows, max_len + 1, device=self.device) # + 1: a step ahead
         self._used = torch.zeros(n_rows, dtype=torch.int64, device=self.device)
         self._temperature = torch.ones(n_rows, device=self.device)
         self._pending: _Drawn | None = None # the step that was requested ahead
@@ -347,7 +344,7 @@ class Batch:
             self._stream = torch.cuda.Stream(self.device)
         elif engine.compiled: self._compiled = torch.compile(self._plain_forward, dynamic=False)
 
-    def holds(self, n_rows: int, max_len: int, ahead: bool | None) -> bool: # could it do this?
+    def holds(self, n_rows: int, max_len: int, ahead: bool | None) -> bool: # for a new call
         fits = n_rows <= len(self._tokens) and max_len <= self._max_len
         return fits and ahead in (None, self.ahead)
 
@@ -356,7 +353,7 @@ class Batch:
 
 # %% ../../nbs/model/17_engine.ipynb #d6665114
 def _kinds(rows: list[Row], device: torch.device) -> list[tuple[Sampling, torch.Tensor | slice]]:
-    "Group rows that are drawn by one call: a sampling of each group, and the rows' indices."
+    "Group rows that one call can draw: a `Sampling` of each group, and the indices of its rows."
     groups = {}
     for i, row in enumerate(rows):
         s = row.sampling
@@ -508,20 +505,14 @@ def drop(
 
 # %% ../../nbs/model/17_engine.ipynb #89256c80
 @patch
-def _plain_forward(
-    self: Batch,
-    n: int, # places
-) -> torch.Tensor: # (n, vocab_size)
+def _plain_forward(self: Batch, n: int) -> torch.Tensor: # (n, vocab_size)
     "Compute the logits of the first `n` places, without a graph."
     return self.engine.logits(self._tokens[:n, None], self._cache)
 
 # %% ../../nbs/model/17_engine.ipynb #899a6c7c
 @patch
-def _graph_forward(
-    self: Batch,
-    n: int, # places; one graph for each `n`
-) -> torch.Tensor: # (n, vocab_size)
-    "Compute the logits with a CUDA graph, captured at the second step with `n` places."
+def _graph_forward(self: Batch, n: int) -> torch.Tensor: # (n, vocab_size)
+    "Compute the same with a CUDA graph for `n`, captured at the second step with `n` places."
     if n not in self._graphs:
         self._graphs[n] = None
         return self._plain_forward(n)
@@ -551,7 +542,7 @@ def _forward(self: Batch) -> torch.Tensor: # (rows, vocab_size)
 def next_group(
     waiting: deque, # rows; those of the group are taken out
     n: int, # rows at most
-    max_tokens: int = 32768, # of a pass, padding included; one row may have more
+    max_tokens: int = 32768, # of the pass, padding included; a single row may have more
 ) -> list[Row]:
     "Take the next waiting rows whose prompts fit into one pass."
     group, longest = [], 0
@@ -569,6 +560,7 @@ def _take_batch(self: Engine, n_rows: int, max_len: int, ahead: bool | None) -> 
     with self._lock: batch, self._kept = self._kept, None
     if batch is None or not batch.holds(n_rows, max_len, ahead):
         del batch # frees its memory before the new one needs it
+        # sizes are rounded up, so that the next call fits, too
         longest = min(-(-max_len // 128) * 128, 2 * self.context)
         batch = Batch(self, 1 << (n_rows - 1).bit_length(), longest, ahead)
     batch.engine, batch.n_places, batch._pending = self, n_rows, None
@@ -613,7 +605,7 @@ def generate(
     ahead: bool | None = None, # as in `Batch`
     stop: threading.Event | None = None, # if it is set, generation ends early
 ) -> list[Completion]:
-    "Complete every prompt. A row's result depends on its prompt and seed, not on the other rows."
+    "Complete every prompt. A row depends on its prompt and seed; on others only through rounding."
     seeds = [derive_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else seed
     rows = [Row(prompt=prompt, sampling=sampling, seed=s, tools=tools, number=i)
             for i, (prompt, s) in enumerate(zip(prompts, seeds))]

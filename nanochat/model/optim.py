@@ -154,7 +154,7 @@ def _muon(
     dtype: torch.dtype | None, # of the products
     variant: MuonVariant,
 ):
-    "Compute `muon_update`, on tensors alone."
+    "The arithmetic of `muon_update`, which works on tensors alone."
     update = _nesterov(grad, mean, momentum, fresh)
     if variant.equal_rows: update = _equal_rows(update)
     update = polar_express(update, dtype, variant.steps)
@@ -204,14 +204,14 @@ def _adamw(
     param: torch.Tensor, # any shape; updated in place, as are the two means
     grad: torch.Tensor, # the same shape
     exp_avg: torch.Tensor, # running mean of the gradients
-    exp_avg_sq: torch.Tensor, # and of their squares
+    exp_avg_sq: torch.Tensor, # running mean of their squares
     keep: float, # share of the weights that decay leaves
     step_size: float, # negative learning rate, with the correction of the mean
     correction: float, # of the mean of squares
     betas: tuple[float, float], # shares of the old means that are kept
     eps: float, # added to the divisor
 ):
-    "Compute `adamw_update`, on tensors alone."
+    "The arithmetic of `adamw_update`, which works on tensors alone."
     exp_avg.lerp_(grad, 1 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
     root = (exp_avg_sq / correction).sqrt_().add_(eps)
@@ -269,7 +269,7 @@ class MuonAdamW:
         self.rank, self.world_size = group_rank_and_world()
         self.updates = 0 # number of updates so far
         self.param_groups = groups
-        self.compiled = False # compile large updates? `optimizer_for` sets it
+        self.compiled = False # compile large updates? `optimizer_for` of the training loop sets it
         # groups whose sums have begun, on several ranks: (this rank's share, a handle to wait for)
         self._started = []
         for group in groups: self._add_state(group)
@@ -365,6 +365,7 @@ def overlap_backward(self: MuonAdamW):
 @patch
 def zero_grad(self: MuonAdamW):
     "Free the gradients of all parameters, and discard the sums that have begun."
+    # a step that was given up, because a rank had no memory, leaves sums behind
     for _, handle in self._started: handle.wait()
     self._started.clear()
     for group in self.param_groups:
@@ -588,8 +589,8 @@ def _adamw_group(
 def make_optimizer(
     model: nn.Module, # a `GPT`, its parameters on their final device
     *,
-    # the blocks' matrices, by Muon; a run does not use this default but passes `base.matrix_lr`,
-    # see `estimate._derive_training` (the same holds for the next four)
+    # Muon for the blocks' matrices. A run passes its own settings for this and the other rates
+    # and the decay (`base.matrix_lr` …), which nanochat.train.derive computes
     matrix_lr: float = 0.02,
     embedding_lr: float = 0.3, # AdamW at n_embd 768; the value embeddings get half of it
     head_lr: float = 0.008, # AdamW at n_embd 768

@@ -19,7 +19,7 @@ from ..core.files import UserError, say
 
 # %% ../../nbs/model/13_precision.ipynb #64d91d18
 class LossScaler:
-    "Dynamic loss scaling: multiply the loss by `scale`, step if `update` says so."
+    "Dynamic loss scaling: multiply the loss by `scale`, take the step if `update` returns True."
     def __init__(
         self,
         enabled: bool = True, # False unless in fp16: the scale is 1, every step is taken
@@ -62,7 +62,7 @@ def quantize(
     x: torch.Tensor, # any shape
     dtype: torch.dtype, # torch.float8_e4m3fn or torch.float8_e5m2
 ) -> tuple[torch.Tensor, torch.Tensor]: # fp8, contiguous; its scale, () float32: x ≈ fp8 · scale
-    "Convert to fp8, scaled so that the tensor's largest number is the format's largest."
+    "Convert to fp8, scaled so that the largest magnitude becomes the format's largest number."
     scale = x.abs().amax().float() / torch.finfo(dtype).max
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny) # for a tensor of zeros
     return (x.float() / scale).to(dtype).contiguous(), scale
@@ -200,7 +200,7 @@ def apply_linears(
 # %% ../../nbs/model/13_precision.ipynb #87793992
 def quantize_weights(
     model: nn.Module, # a model, compiled or not
-) -> ExitStack: # optional: a context that frees the quantised weights at its end
+) -> ExitStack: # a context that frees the quantised weights at its end; may be ignored
     "Quantise the weights of all layers that train in fp8, once for all micro-batches of a step."
     forget = ExitStack()
     for layer in model.modules():

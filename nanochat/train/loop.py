@@ -45,7 +45,7 @@ from .checkpoint import (
 
 # %% ../../nbs/train/27_loop.ipynb #687844e8
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor: # `x` itself
-    "Sum a tensor over all ranks, in place; on one process, return it unchanged."
+    "Sum a tensor over all ranks, in place. A single process leaves it unchanged."
     if dist.is_initialized(): dist.all_reduce(x)
     return x
 
@@ -80,10 +80,11 @@ def bits_per_byte(
     model.train(was_training)
     return (total[0] / (total[1] * math.log(2))).item()
 
-# %% ../../nbs/train/27_loop.ipynb #0abc4636
+# %% ../../nbs/train/27_loop.ipynb #26a10021
 class _OutOfMemory(torch.OutOfMemoryError):
     "A rank had too little memory for its micro-batches. All ranks raise it."
 
+# %% ../../nbs/train/27_loop.ipynb #0abc4636
 def accumulate_gradients(
     model: GPT, # the module to differentiate
     batches: list[tuple[torch.Tensor, torch.Tensor]], # micro-batches, each (x, y) int64 (B, T)
@@ -91,16 +92,16 @@ def accumulate_gradients(
     optimizer: MuonAdamW | None = None, # averages gradients during the last backward pass
     loss_scale: float = 1.0, # factor of the gradients, see `LossScaler`
 ) -> tuple[torch.Tensor, torch.Tensor]: # mean loss and number of targets, over all ranks (scalars)
-    """Add this rank's part of the gradient to `.grad`. Raises `_OutOfMemory` on all ranks together.
+    """Add this rank's part of the gradient to `.grad`. Raises `_OutOfMemory` on all ranks.
 
     The optimizer averages these parts over the ranks. The average is `loss_scale` times the
     gradient of the mean loss over all targets of all micro-batches and ranks."""
-    # that average divides by the number of ranks, so each rank multiplies its part by it
+    # the optimizer divides by the number of ranks, so each rank multiplies its part by it
     _, world_size = group_rank_and_world()
     counts = torch.stack([(y >= 0).sum() for _, y in batches])
     n_targets = all_reduce_sum(counts.sum().float()).clamp(min=1)
     failed = False
-    total = torch.zeros(2, device=n_targets.device) # loss; ranks that are out of memory
+    total = torch.zeros(2, device=n_targets.device) # loss; how many ranks are out of memory
     def add(x, y): # in a function, so that an error frees the graph
         with autocast(x.device, dtype):
             loss = model(x, y, loss_reduction="sum") / n_targets
@@ -115,7 +116,7 @@ def accumulate_gradients(
             except torch.OutOfMemoryError: failed = True
     total[1] = failed
     loss, n_failed = all_reduce_sum(total)
-    # waits for the device, because the update must not begin if a part is missing
+    # several ranks wait for the device here: the update must not begin if a part is missing
     if (failed or world_size > 1) and n_failed: raise _OutOfMemory
     return loss, n_targets
 
@@ -131,7 +132,7 @@ def _checkpoint_to_resume(
     dir: Path, # a stage's `checkpoints` folder; need not exist
     device: torch.device, # on which the ranks exchange tensors
 ) -> Path | None:
-    "Find the latest checkpoint that rank 0 sees. Raises `UserError` if any rank does not see it."
+    "Return the latest checkpoint that rank 0 sees. Raises `UserError` if a rank does not see it."
     path = latest_checkpoint(dir)
     if not dist.is_initialized(): return path
     step = torch.tensor(-1 if path is None else int(path.name.removeprefix("step_")), device=device)
@@ -164,7 +165,7 @@ def resume(
 # %% ../../nbs/train/27_loop.ipynb #6fb58163
 @dataclass
 class LoopSettings:
-    "Say how long a loop runs, when it evaluates, and what it saves where."
+    "Settings of a loop: how long it runs, when it evaluates, what it saves, and where."
     steps: int # optimizer steps in total
     eval_every: int = 0 # steps between evaluations; 0: only after the last step
     save_minutes: float = 10 # minutes between checkpoints
@@ -172,7 +173,7 @@ class LoopSettings:
     checkpoints: Path | None = None # folder of checkpoints; None: save none
     meta: dict = field(default_factory=dict) # facts about the model, stored in each checkpoint
     desc: str = "training" # title of the progress bar
-    plan: dict = field(default_factory=dict) # content of `plan.json`; made again after some steps
+    plan: dict = field(default_factory=dict) # `plan.json`, to compare with the measured speed
 
 # %% ../../nbs/train/27_loop.ipynb #c7116bbe
 # key of the evaluation's result by which the best checkpoint is chosen; lower is better
@@ -194,7 +195,7 @@ class Loop:
         memory: dict | None = None, # JSON-able values, saved in each checkpoint and restored
         parts: dict | None = None, # name → object whose `state()` is saved and restored likewise
         evaluate: Callable[[], dict] | None = None, # returns the numbers to log, by name
-        # after resuming, skip the evaluation if the step's log has this key; "": always evaluate
+        # before the first step, do not evaluate if the log has this key for it; "": always do
         once_by: str = "",
     ):
         self.model, self.optimizer, self.settings = model, optimizer, settings
@@ -205,19 +206,12 @@ class Loop:
         self._earlier_seconds = 0.0 # of the runs before this one
         if saved := resume(settings.checkpoints, model, optimizer): self._restore(saved)
         self.metrics = metrics(self.step) if callable(metrics) else metrics
-        self._writer = CheckpointWriter() # in use on rank 0 only
+        self._writer = CheckpointWriter() # only rank 0 uses it
         self._began = self._saved_at = self.evaluated_at = time.perf_counter()
-
-    def _restore(self, saved: dict):
-        "Restore step, seconds, `memory` and `parts`; `resume` has restored the rest."
-        self.step, self._earlier_seconds = saved["step"], saved["seconds"]
-        for name in self.memory: self.memory[name] = saved[name]
-        for name, part in self.parts.items(): part.load_state(saved[name])
-        say(f"{self.settings.desc}: resuming from step {self.step} of {self.settings.steps}.")
 
     @property
     def seconds(self) -> float:
-        "Seconds that the stage has taken so far, with earlier runs that were interrupted."
+        "Seconds that the stage has taken so far, including earlier runs that were interrupted."
         return self._earlier_seconds + time.perf_counter() - self._began
 
     def due(self) -> bool:
@@ -225,25 +219,38 @@ class Loop:
         every = self.settings.eval_every
         return self.step == self.settings.steps or bool(every and self.step % every == 0)
 
-    def log(self, **values):
-        "Write a line with these values for the current step to the log."
-        self.metrics.log(self.step, steps=self.settings.steps, **values)
+# %% ../../nbs/train/27_loop.ipynb #2b0ac69d
+@patch
+def _restore(self: Loop, saved: dict):
+    "Restore step, seconds, `memory` and `parts`; `resume` has restored the rest."
+    self.step, self._earlier_seconds = saved["step"], saved["seconds"]
+    for name in self.memory: self.memory[name] = saved[name]
+    for name, part in self.parts.items(): part.load_state(saved[name])
+    say(f"{self.settings.desc}: resuming from step {self.step} of {self.settings.steps}.")
 
-    def show(self, text: str):
-        "Show text to the right of the progress bar. Call it only inside the loop."
-        self._bar.set_postfix_str(text, refresh=False)
+# %% ../../nbs/train/27_loop.ipynb #2b0ac69e
+@patch
+def log(self: Loop, **values):
+    "Write a line with these values for the current step to the log."
+    self.metrics.log(self.step, steps=self.settings.steps, **values)
+
+@patch
+def show(self: Loop, text: str):
+    "Show text to the right of the progress bar. Call it only inside the loop."
+    self._bar.set_postfix_str(text, refresh=False)
 
 # %% ../../nbs/train/27_loop.ipynb #c0a20002
 class _Collector:
-    "In a `with` block, let Python's garbage collector run only in `run`, from its first call on."
+    "In a `with` block, let the garbage collector run only in `run`, from the first call of it on."
     def __enter__(self):
         self._was_on = gc.isenabled()
         return self
 
     def run(self):
-        "Collect. The first time, exempt what is alive then: most of it stays until the end."
+        "Collect garbage. The first call also switches automatic collection off."
         gc.collect()
         if gc.isenabled():
+            # most objects that exist now stay until the end, so later collections skip them
             gc.freeze()
             gc.disable()
 
@@ -257,7 +264,7 @@ def _wishes(self: Loop) -> list[bool]: # [save, stop]
     "Tell whether any rank wants to save, and whether any wants to stop, after this step."
     if self._agreed is None:
         late = time.perf_counter() - self._saved_at > self.settings.save_minutes * 60
-        # after an error of the writer, all ranks save, which raises it
+        # if the writer has failed, all ranks save, and `_save` raises the writer's error
         self._agreed = agree(late or self._writer.failed, self._stop.requested, device=self.device)
     return self._agreed
 
@@ -270,7 +277,7 @@ def pauses(self: Loop) -> bool:
 # %% ../../nbs/train/27_loop.ipynb #4048ce02
 @patch
 def __iter__(self: Loop):
-    "Yield the steps that are left. Raises `Stopped`, after saving, if a signal came."
+    "Yield the steps that are left. If a signal comes, save and raise `Stopped`."
     s = self.settings
     with (StopSignal() as self._stop, _Collector() as collector,
           progress_bar(s.steps, self.step, s.desc) as self._bar):
@@ -285,7 +292,7 @@ def __iter__(self: Loop):
                 self._between_steps()
                 if self.step == first or self.pauses(): collector.run()
             self.settle()
-        finally: # an error ends the loop, but not before the checkpoint is written
+        finally: # if an error ends the loop, the checkpoint is completed first
             with suppress(Exception): self._writer.wait()
 
 # %% ../../nbs/train/27_loop.ipynb #60b97168
@@ -297,7 +304,7 @@ def _between_steps(self: Loop):
     if save or stop or due: self._save()
     if due and not stop:
         self._evaluate()
-        stop = agree(self._stop.requested, device=self.device)[0] # it may have come meanwhile
+        stop = agree(self._stop.requested, device=self.device)[0] # a signal may have come meanwhile
     if not stop: return
     self.settle()
     kept = "which is saved: the same command or cell resumes there"
@@ -316,10 +323,10 @@ def settle(self: Loop):
 # %% ../../nbs/train/27_loop.ipynb #26a10001
 @patch
 def _save(self: Loop):
-    "Begin to write a checkpoint on rank 0. That of the last step has no optimizer state."
+    "Begin to write a checkpoint on rank 0. The last step's checkpoint has no optimizer state."
     s = self.settings
     if s.checkpoints is None: return
-    self.settle() # main memory may not hold two copies
+    self.settle() # main memory may have no room for two copies
     # every rank must call `full_state`
     optim_state = self.optimizer.full_state() if self.step < s.steps else None
     if rank_and_world()[0] == 0:
@@ -368,7 +375,7 @@ def _rows_in_words(
 # %% ../../nbs/train/27_loop.ipynb #175ebf95
 class _Losses:
     "Keep losses and gradient norms on the device until `check` fetches all of them at once."
-    def __init__(self, loop: Loop): # an error names its last good checkpoint
+    def __init__(self, loop: Loop): # an error message names this loop's last good checkpoint
         self.loop, self.waiting = loop, []
 
     def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, before: dict, after: dict):
@@ -416,17 +423,17 @@ def measured(
     return speed
 
 # %% ../../nbs/train/27_loop.ipynb #b69c0de2
-_SETTLED, _TIMED = 3, 20 # steps that are not timed, and that are
+_SETTLED, _TIMED = 3, 20 # steps before timing begins, and how many are timed
 
 class _Planning:
-    "Makes the plan of a run again, once, from the speed of its first steps."
+    "Estimates the time of all stages again, once, from the speed of the first steps."
     def __init__(self, loop: Loop):
         self.loop, self.plan = loop, loop.settings.plan
         self.first = loop.step + _SETTLED # the last step that is not timed
         self.tokens, self.seconds = 0, 0.0
 
     def look(self, tokens: int, seconds: float): # of training since the last look
-        "Add to the time of the steps, and log the new plan when enough of them have been timed."
+        "Add to the time of the steps. When enough of them have been timed, log the new estimate."
         loop = self.loop
         if not self.plan or loop.step <= self.first: return
         self.tokens += tokens
@@ -439,7 +446,7 @@ class _Planning:
 
 # %% ../../nbs/train/27_loop.ipynb #26a10005
 class _Fitting:
-    "Computes gradients, with fewer rows at a time if memory does not suffice."
+    "Computes gradients, with fewer rows at a time if the memory does not suffice."
     def __init__(
         self,
         model: GPT,
@@ -452,6 +459,7 @@ class _Fitting:
         self.rows = None # at most this many in a micro-batch; None: as the loader makes it
 
     def _divided(self, batches: list) -> list:
+        "Cut micro-batches into parts of at most `self.rows` rows."
         if self.rows is None: return batches
         return [part for x, y in batches for part in zip(x.split(self.rows), y.split(self.rows))]
 
@@ -461,7 +469,7 @@ def _halve(
     self: _Fitting,
     shape: tuple[int, int], # of the first micro-batch
 ):
-    "Halve the rows. Raises `UserError` if there is only one."
+    "Halve the rows of a micro-batch. Raises `UserError` if there is only one."
     rows, T = shape
     if rows == 1:
         raise UserError(f"the memory does not suffice for training on one row of {T} tokens at "
@@ -469,10 +477,10 @@ def _halve(
                         "--set sequence_len=… for shorter rows.")
     self.rows = rows // 2
     say(f"The memory does not suffice for {rows} rows at a time. The step is repeated with "
-        f"{self.rows}, which changes only the speed. To begin with that: "
+        f"{self.rows}, which changes only the speed. To begin with {self.rows} rows: "
         f"--set {self.setting}={self.rows}.")
     if torch.cuda.is_initialized(): torch.cuda.empty_cache()
-    # compile for the new shape, not for all shapes
+    # forget the old shape, so that torch compiles for the new one and not for any shape
     if "torch._dynamo" in sys.modules: torch.compiler.reset()
 
 # %% ../../nbs/train/27_loop.ipynb #26a10013
@@ -490,7 +498,7 @@ def gradients(
             with quantize_weights(self.model):
                 return accumulate_gradients(
                     self.model, parts, self.dtype, self.optimizer, loss_scale)
-        except _OutOfMemory: pass # the error would keep the memory of the step
+        except _OutOfMemory: pass # `_halve` comes later: here the error still holds memory
         self._halve(parts[0][0].shape)
 
 # %% ../../nbs/train/27_loop.ipynb #0e35da08
@@ -509,7 +517,8 @@ def train(
 ) -> dict: # step, seconds, tokens, loss, and the numbers of the last evaluation
     """Train from the last checkpoint, if there is one, up to `settings.steps`.
 
-    Raises `UserError` if the loss is not finite, and `Stopped`, after saving, if a signal came."""
+    Raises `UserError` if a loss or gradient is not finite, or if the memory does not suffice for
+    one row. If a signal comes, saves and raises `Stopped`."""
     scaler = LossScaler(dtype == torch.float16)
     loop = Loop(model, optimizer, settings, metrics, evaluate=evaluate,
                 memory={"tokens": 0}, parts={"loader": loader, "scaler": scaler})
@@ -536,7 +545,7 @@ def train(
         # check the losses before a pause, because the loop may then save
         if not loop.pauses() and loop.step % log_every: continue
         loss_value, norm_value = losses.check() # waits for the device
-        # the speed since the last log; an evaluation in between does not count
+        # the speed since the last log, without the time of an evaluation in between
         now = time.perf_counter()
         seconds = max(now - max(logged_at, loop.evaluated_at), 1e-9)
         tokens = memory["tokens"] - logged_tokens
@@ -574,7 +583,7 @@ def optimizer_for(
     "Make the run's optimizer, with the learning rates of pretraining times `lr_scale`."
     base, kinds = config["base"], ("matrix", "embedding", "head", "scalar")
     rates = {f"{kind}_lr": base[f"{kind}_lr"] * lr_scale for kind in kinds}
-    # the record trains smear and backout at a rate that does not depend on the batch
+    # karpathy/nanochat trains smear and backout at a rate that does not depend on the batch
     as_record = base.get("optimizer") == "nanochat"
     if as_record: rates["smear_lr"] = 0.2 * lr_scale
     variant = MuonVariant(NANOCHAT_STEPS if as_record else POLAR_STEPS,
@@ -595,8 +604,9 @@ def prepare_model(
 ) -> GPT:
     """Move a model to its device, and set up training as `hardware` says.
 
-    With `fp8`, use fp8. With `compile`, choose the attention kernels and compile the layers.
-    With `recompute`, keep only the layers' inputs for the backward pass."""
+    With `fp8`, compute the large matrix products in fp8. With `compile`, choose the attention
+    kernels and compile the layers. With `recompute`, keep only the layers' inputs for the
+    backward pass."""
     model, hardware, c = model.to(device).train(), config["hardware"], model.config
     if hardware.get("fp8"): use_fp8(model)
     compiler = None
@@ -691,9 +701,9 @@ def _pretrain_schedule(
 
 # %% ../../nbs/train/27_loop.ipynb #67eafc0a
 def _written_plan(run: Run) -> dict: # empty if there is none
-    "Read the plan that `nanochat speedrun` wrote for a run."
+    "Read the plan that `nanochat speedrun` wrote for a run, if it has one."
     file = run.dir/"plan.json"
-    plan = read_json(file, "delete it; only the report needs it.") if file.exists() else {}
+    plan = read_json(file, "delete it; training does not need it.") if file.exists() else {}
     return plan if {"parts", "tokens_per_second"} <= set(plan) else {}
 
 # %% ../../nbs/train/27_loop.ipynb #c34b7032
@@ -713,7 +723,7 @@ def pretrain(
         tokenizer = Tokenizer.load(run.stage_dir("tokenizer"))
         tokens_dir = prepare_tokens(run)
 
-        # the model; a tokenizer from a small text may be smaller than configured
+        # the model; from a small text, the tokenizer learns fewer tokens than configured
         shape = GPTConfig(**config["model"] | {"vocab_size": tokenizer.vocab_size})
         model = prepare_model(GPT(shape, derive_seed(run.seed, "init")), config, device)
 
