@@ -14,7 +14,7 @@ from nanochat.model import optim
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import MuonVariant, make_optimizer
 from nanochat.train.hardware import named_hardware
-from nanochat.train.loop import _pretrain_schedule, optimizer_for
+from nanochat.train.pretrain import _pretrain_schedule, optimizer_for
 from nanochat.train.plan import make_plan
 
 AT = [*range(40), *range(40, 5560, 92)] # a hundred of the record's 5,568 steps: the whole warm-up, and some of plateau and warm-down

@@ -172,7 +172,7 @@ class _Rank:
         from nanochat.core.machine import group_rank_and_world, pick_dtype
         from nanochat.core.tokenizer import Tokenizer
         from nanochat.model.gpt import GPT, GPTConfig
-        from nanochat.train.loop import optimizer_for, prepare_model
+        from nanochat.train.pretrain import optimizer_for, prepare_model
         self.run, self.config, self.device = run, run.config, device
         self.rank, self.world_size = group_rank_and_world()
         self.dtype = pick_dtype(device, run.config["hardware"]["dtype"])
@@ -193,7 +193,8 @@ def _train(
     steps: int, # how many
 ) -> list[float]: # seconds of each step; empty on ranks above 0
     "Train for a few steps of a stage."
-    from nanochat.train.loop import LoopSettings, grad_accum_steps, train
+    from nanochat.train.loop import LoopSettings, train
+    from nanochat.train.pretrain import grad_accum_steps
     section, T = r.config[stage], r.config["model"]["sequence_len"]
     B = section["batch_tokens"]
     accum = grad_accum_steps(B, section["device_batch"], T, r.world_size)
@@ -248,7 +249,8 @@ def _measure_rl(r: _Rank) -> dict:
     from nanochat.model.engine import Engine, Sampling
     from nanochat.post.public import make_task
     from nanochat.post.rl import HeldOutTasks, PolicySettings, RolloutSettings, reinforce
-    from nanochat.train.loop import LoopSettings, unscaled_dtype
+    from nanochat.train.loop import LoopSettings
+    from nanochat.train.pretrain import unscaled_dtype
     section, seed, dtype = r.config["rl"], r.run.seed, unscaled_dtype(r.device, r.config)
     engine, task = Engine(r.model, r.tokenizer, dtype), _ByChance(make_task("problems", "rl", seed))
     heldout = HeldOutTasks([make_task("problems", "test", seed)], r.world_size, 1)

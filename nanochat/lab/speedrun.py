@@ -361,7 +361,7 @@ def _measure_run(
     from nanochat.model.engine import Engine
     from nanochat.post.core_eval import evaluate_core_stage
     from nanochat.talk.chat import open_engine
-    from nanochat.train.loop import validation_bits_per_byte
+    from nanochat.train.pretrain import validation_bits_per_byte
     engine, run, stage = open_engine(run_name, stage, device.type)
     # the device's dtype, because the run's may not work here, such as float16 on a CPU
     model, tokenizer, dtype = engine.model, engine.tokenizer, pick_dtype(device)

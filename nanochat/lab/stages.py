@@ -135,7 +135,7 @@ def compute_stage(
         if stage == "tokenizer": return _tokenizer_stage(run)
         if stage == "base":
             from nanochat.post.core_eval import core_examiner
-            from nanochat.train.loop import pretrain
+            from nanochat.train.pretrain import pretrain
             return pretrain(run, core_examiner(run))
         if stage in ("mid", "sft"):
             from nanochat.post.finetune import finetune

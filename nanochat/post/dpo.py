@@ -34,9 +34,8 @@ from ..model.gpt import GPT
 from ..model.engine import Engine, Sampling
 from ..train.settings import SETTINGS
 from ..train.checkpoint import load_model
-from nanochat.train.loop import (
-    Loop, LoopSettings, autocast, fill_micro_batches, loop_settings, optimizer_for,
-    unscaled_dtype)
+from ..train.loop import Loop, LoopSettings, autocast
+from ..train.pretrain import fill_micro_batches, loop_settings, optimizer_for, unscaled_dtype
 from .tasks import assistant, normal, user
 from .chat_eval import evaluate_stage, length_groups
 

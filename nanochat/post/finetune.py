@@ -30,8 +30,8 @@ from ..core.tokenizer import Tokenizer, chat_pieces
 from ..core.dataloader import Shards, pack_rows, prepare_tokens
 from ..model.optim import lr_multiplier
 from ..train.checkpoint import load_model
-from ..train.loop import (
-    bits_per_byte, grad_accum_steps, loop_settings, optimizer_for, prepare_model, train)
+from ..train.loop import bits_per_byte, train
+from ..train.pretrain import grad_accum_steps, loop_settings, optimizer_for, prepare_model
 from .mixture import card_of, open_mixture, take
 from .chat_eval import evaluate_stage
 

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEST_BY', 'all_reduce_sum', 'autocast', 'bits_per_byte', 'accumulate_gradients', 'agree', 'resume', 'LoopSettings',
-           'Loop', 'measured', 'train', 'grad_accum_steps', 'optimizer_for', 'prepare_model', 'fill_micro_batches',
-           'unscaled_dtype', 'validation_bits_per_byte', 'loop_settings', 'pretrain']
+           'Loop', 'measured', 'train']
 
 # %% ../../nbs/train/27_loop.ipynb #192f8923
 import gc
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 # %% ../../nbs/train/27_loop.ipynb #999d095d
@@ -24,21 +22,15 @@ import torch.distributed as dist
 from fastcore.basics import patch
 
 # %% ../../nbs/train/27_loop.ipynb #0c173349
-from ..core.files import Stopped, UserError, rank_and_world, read_json, say
+from ..core.files import Stopped, UserError, rank_and_world, say
 from ..core.machine import (
-    derive_seed, distributed, group_rank_and_world, on_every_rank, peak_memory, pick_device,
-    pick_dtype, seed_everything)
+    distributed, group_rank_and_world, on_every_rank, peak_memory, seed_everything)
 from ..core.run import Run, StopSignal, in_words, progress_bar, read_metrics
-from ..core.tokenizer import Tokenizer
-from ..core.world import World
-from ..core.dataloader import PackedLoader, prepare_tokens
+from ..core.dataloader import PackedLoader
 from ..model.shape import flops_per_token
-from ..model.attention import choose_backends
-from ..model.precision import LossScaler, quantize_weights, use_fp8
+from ..model.precision import LossScaler, quantize_weights
 from ..model.gpt import GPT, GPTConfig
-from ..model.optim import (
-    NANOCHAT_STEPS, POLAR_STEPS, MuonAdamW, MuonVariant, lr_multiplier, make_optimizer,
-    muon_momentum, weight_decay_multiplier)
+from ..model.optim import MuonAdamW, lr_multiplier, make_optimizer
 from .plan import plan_again
 from .checkpoint import (
     CheckpointWriter, latest_checkpoint, load_checkpoint, rng_state, set_rng_state)
@@ -558,206 +550,3 @@ def train(
         planning.look(tokens, seconds)
     done = {"step": loop.step, "seconds": round(loop.seconds, 1), "tokens": memory["tokens"]}
     return done | {"loss": loss_value, **loop.last_eval}
-
-# %% ../../nbs/train/27_loop.ipynb #b1a0c747
-def grad_accum_steps(
-    batch_tokens: int, # tokens per optimizer step over all ranks
-    device_batch: int, # rows per micro-batch on one rank
-    seq_len: int, # tokens per row
-    world_size: int = 1, # ranks
-) -> int:
-    "Count the micro-batches of a step on a rank. Raises `UserError` if they do not fill the batch."
-    per_round = device_batch * seq_len * world_size
-    if batch_tokens % per_round == 0 and batch_tokens >= per_round: return batch_tokens // per_round
-    fitting = max(1, round(batch_tokens / per_round)) * per_round
-    raise UserError(f"batch_tokens={batch_tokens} is not a multiple of device_batch × sequence_len "
-                    f"× processes = {device_batch} × {seq_len} × {world_size} = {per_round}: "
-                    f"change one of them, for example batch_tokens={fitting}.")
-
-# %% ../../nbs/train/27_loop.ipynb #08761e4c
-def optimizer_for(
-    model: GPT, # the model to train
-    config: dict, # a run's configuration: `base` holds the learning rates
-    lr_scale: float = 1.0, # the stage's factor on all learning rates
-):
-    "Make the run's optimizer, with the learning rates of pretraining times `lr_scale`."
-    base, kinds = config["base"], ("matrix", "embedding", "head", "scalar")
-    rates = {f"{kind}_lr": base[f"{kind}_lr"] * lr_scale for kind in kinds}
-    # karpathy/nanochat trains smear and backout at a rate that does not depend on the batch
-    as_record = base.get("optimizer") == "nanochat"
-    if as_record: rates["smear_lr"] = 0.2 * lr_scale
-    variant = MuonVariant(NANOCHAT_STEPS if as_record else POLAR_STEPS,
-                          base.get("muon_eq", False), base.get("muon_plus", False))
-    # the dtype in which Muon orthogonalizes (Polar Express, 15_optim); None: the device's default
-    dtype = torch.bfloat16 if config["hardware"]["dtype"] == "bfloat16" else None
-    optimizer = make_optimizer(model, **rates, weight_decay=base["weight_decay"], dtype=dtype,
-                               variant=variant)
-    on_cuda = model.lm_head.weight.is_cuda
-    optimizer.compiled = bool(on_cuda and config["hardware"].get("compile"))
-    return optimizer
-
-# %% ../../nbs/train/27_loop.ipynb #09c4c138
-def prepare_model(
-    model: GPT, # fresh from a checkpoint or from `init_weights`
-    config: dict, # a run's configuration
-    device: torch.device, # where the model goes
-) -> GPT:
-    """Move a model to its device, and set up training as `hardware` says.
-
-    With `fp8`, compute the large matrix products in fp8. With `compile`, choose the attention
-    kernels and compile the layers. With `recompute`, keep only the layers' inputs for the
-    backward pass."""
-    model, hardware, c = model.to(device).train(), config["hardware"], model.config
-    if hardware.get("fp8"): use_fp8(model)
-    compiler = None
-    if hardware.get("compile"):
-        dtype = pick_dtype(device, hardware["dtype"])
-        # choose now: choosing inside a compiled model would cut its graph
-        choose_backends(device, dtype, c.head_dim, T=c.sequence_len, window=min(c.windows))
-        # each stage in this process compiles up to four kinds of layer; beyond the limit, which
-        # is 8 by default, layers are not compiled
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(64, limits.recompile_limit)
-        compiler = partial(torch.compile, dynamic=False)
-    model.for_training(compiler, hardware.get("recompute", False))
-    return model
-
-# %% ../../nbs/train/27_loop.ipynb #f1110002
-def fill_micro_batches(
-    lengths: list[int], # tokens of each row
-    micro_tokens: int, # limit of the tokens in a micro-batch, padding included
-) -> list[list[int]]: # indices of the rows
-    "Group rows into micro-batches, the longest first. A row beyond the limit is its own group."
-    groups = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
-        fits = groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= micro_tokens
-        if fits: groups[-1].append(i)
-        else: groups.append([i])
-    return groups
-
-# %% ../../nbs/train/27_loop.ipynb #f1110005
-def unscaled_dtype(device: torch.device, config: dict) -> torch.dtype:
-    "Return the configured dtype of the matrix products, or float32 in place of float16."
-    dtype = pick_dtype(device, config["hardware"]["dtype"])
-    return torch.float32 if dtype == torch.float16 else dtype
-
-# %% ../../nbs/train/27_loop.ipynb #f0b676d1
-class _OneEpoch:
-    "Yield each row of a loader once; rows of the next epoch have no targets."
-    def __init__(self, loader: PackedLoader):
-        self.loader = loader
-        # rows of the epoch from this rank's next batch on; 0 or less: the epoch is over
-        self.left = loader.epoch_rows - loader.rank * loader.batch_size
-    def next_batch(self):
-        x, y = self.loader.next_batch()
-        y[max(0, self.left):] = -1
-        self.left -= self.loader.batch_size * self.loader.world_size
-        return x, y
-
-# %% ../../nbs/train/27_loop.ipynb #35f67a83
-def validation_bits_per_byte(
-    model: GPT, # on its device
-    tokenizer: Tokenizer, # the model's
-    tokens_dir: Path, # its token shards, from `nanochat.core.dataloader.prepare_tokens`
-    rows: int = 8, # rows of a batch
-    dtype: torch.dtype = torch.float32, # of the matrix products
-) -> float: # bits per byte
-    "Measure bits per byte on the complete validation text."
-    device, (rank, world_size) = model.lm_head.weight.device, group_rank_and_world()
-    loader = PackedLoader(tokens_dir, "val", rows, model.config.sequence_len, rank, world_size,
-                          device=device, tokenizer_hash=tokenizer.hash)
-    token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=device)
-    batches = -(-loader.epoch_rows // (rows * world_size)) # rounded up
-    return bits_per_byte(model, _OneEpoch(loader), token_bytes, batches, dtype)
-
-# %% ../../nbs/train/27_loop.ipynb #ae63f65d
-def loop_settings(
-    run: Run,
-    stage: str, # whose section holds `eval_every` and `save_minutes`
-    steps: int, # optimizer steps in total
-    model: GPT, # its configuration goes into each checkpoint
-    tokenizer: Tokenizer, # its hash goes there as well
-    desc: str, # title of the progress bar
-    section: dict | None = None, # the stage's settings, if they are not those of the configuration
-) -> LoopSettings:
-    "Build the settings of a stage's loop from its section of the configuration."
-    section = section or run.config[stage]
-    return LoopSettings(
-        steps, section["eval_every"], section["save_minutes"], section.get("keep_checkpoints", 2),
-        checkpoints=run.stage_dir(stage)/"checkpoints", desc=desc,
-        meta={"stage": stage, "model": vars(model.config), "tokenizer": tokenizer.hash})
-
-# %% ../../nbs/train/27_loop.ipynb #b1b6bca2
-def _pretrain_schedule(
-    section: dict, # `base` of a configuration
-) -> Callable[[int], dict]: # step → keyword arguments of `optimizer.step`
-    "Learning rate, momentum and weight decay of pretraining."
-    steps, warmdown = section["steps"], section["warmdown_ratio"]
-    def schedule(step):
-        lr = lr_multiplier(step, steps, section["warmup_steps"], warmdown, section["final_lr_frac"])
-        return {"lr_mult": lr, "momentum": muon_momentum(step, steps, warmdown),
-                "wd_mult": weight_decay_multiplier(step, steps)}
-    return schedule
-
-# %% ../../nbs/train/27_loop.ipynb #67eafc0a
-def _written_plan(run: Run) -> dict: # empty if there is none
-    "Read the plan that `nanochat speedrun` wrote for a run, if it has one."
-    file = run.dir/"plan.json"
-    plan = read_json(file, "delete it; training does not need it.") if file.exists() else {}
-    return plan if {"parts", "tokens_per_second"} <= set(plan) else {}
-
-# %% ../../nbs/train/27_loop.ipynb #c34b7032
-def pretrain(
-    run: Run, # a run whose stage "tokenizer" is done
-    examine: Callable[..., dict] | None = None, # (model, tokenizer, step, dtype) → manifest entries
-) -> dict: # the stage's manifest
-    "Pretrain the base model of a run, or resume it; under `torch.distributed.run`, on all ranks."
-    run.needs("tokenizer")
-    if done := run.manifest("base"): return done
-    config, section = run.config, run.config["base"]
-    device = pick_device(config["hardware"]["device"])
-    dtype = pick_dtype(device, config["hardware"]["dtype"])
-    with distributed(device):
-        rank, world_size = rank_and_world()
-        seed_everything(derive_seed(run.seed, "base"))
-        tokenizer = Tokenizer.load(run.stage_dir("tokenizer"))
-        tokens_dir = prepare_tokens(run)
-
-        # the model; from a small text, the tokenizer learns fewer tokens than configured
-        shape = GPTConfig(**config["model"] | {"vocab_size": tokenizer.vocab_size})
-        model = prepare_model(GPT(shape, derive_seed(run.seed, "init")), config, device)
-
-        # the data
-        T, B = model.config.sequence_len, section["device_batch"]
-        def loader(split, **how):
-            return PackedLoader(tokens_dir, split, B, T, rank, world_size, device=device, **how)
-        rows = loader("train", seed=derive_seed(run.seed, "order"), crop=section["crop"],
-                      tokenizer_hash=tokenizer.hash)
-        val = loader("val", tokenizer_hash=tokenizer.hash)
-        token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=device)
-        eval_batches = max(1, section["eval_tokens"] // (B * T * world_size))
-        def bpb(on): return round(bits_per_byte(model, on, token_bytes, eval_batches, dtype), 5)
-        def evaluate():
-            val.seek(0) # always the same rows
-            return {"bits_per_byte": bpb(val)}
-
-        # the entropy of the invented town's text (`World`) is known; no model can go below it
-        floor = {}
-        if config["data"]["source"] == "world":
-            floor["entropy_bits_per_byte"] = round(World(run.seed).entropy_bits_per_byte(), 5)
-
-        settings = loop_settings(run, "base", section["steps"], model, tokenizer, "pretraining")
-        settings.plan = _written_plan(run)
-        grad_accum = grad_accum_steps(section["batch_tokens"], B, T, world_size)
-        rows.prefetch(grad_accum + 1)
-        peak_flops = config["hardware"].get("peak_flops") or 0.0
-        def metrics(step): return run.metrics("base", step)
-        result = train(
-            model, optimizer_for(model, config), rows, settings,
-            schedule=_pretrain_schedule(section), metrics=metrics, evaluate=evaluate,
-            grad_accum=grad_accum, dtype=dtype, peak_flops=peak_flops)
-        beginnings = loader("val", crop=True) # pieces begin where documents do
-        result["bits_per_byte_of_beginnings"] = bpb(beginnings)
-        if examine: result |= examine(model, tokenizer, result["step"], dtype)
-        parameters = model.num_params()["total"]
-        return run.finish("base", **result, **floor, parameters=parameters, world_size=world_size)

@@ -38,8 +38,8 @@ from ...train.estimate import stage_tokens
 from ...train.derive import training_memory
 from ...train.plan import make_plan
 from ...train.checkpoint import load_model
-from ...train.loop import (
-    accumulate_gradients, bits_per_byte, grad_accum_steps, optimizer_for, prepare_model)
+from ...train.loop import accumulate_gradients, bits_per_byte
+from ...train.pretrain import grad_accum_steps, optimizer_for, prepare_model
 from ...post.mixture import card_of, open_mixture, take
 from ...post.finetune import (
     ConversationLoader, finetune, fit_conversations, pack_conversations)
