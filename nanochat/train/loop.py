@@ -23,14 +23,12 @@ from fastcore.basics import patch
 
 # %% ../../nbs/train/27_loop.ipynb #0c173349
 from ..core.files import Stopped, UserError, rank_and_world, say
-from ..core.machine import (
-    distributed, group_rank_and_world, on_every_rank, peak_memory, seed_everything)
-from ..core.run import Run, StopSignal, in_words, progress_bar, read_metrics
-from ..core.dataloader import PackedLoader
+from ..core.machine import group_rank_and_world, on_every_rank, peak_memory
+from ..core.run import StopSignal, in_words, progress_bar, read_metrics
 from ..model.shape import flops_per_token
 from ..model.precision import LossScaler, quantize_weights
-from ..model.gpt import GPT, GPTConfig
-from ..model.optim import MuonAdamW, lr_multiplier, make_optimizer
+from ..model.gpt import GPT
+from ..model.optim import MuonAdamW
 from .plan import plan_again
 from .checkpoint import (
     CheckpointWriter, latest_checkpoint, load_checkpoint, rng_state, set_rng_state)

@@ -7,7 +7,6 @@ __all__ = ['grad_accum_steps', 'optimizer_for', 'prepare_model', 'fill_micro_bat
            'validation_bits_per_byte', 'loop_settings', 'pretrain']
 
 # %% ../../nbs/train/28_pretrain.ipynb #1fc799d4
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
