@@ -30,7 +30,7 @@ from ..model.gpt import GPT
 from ..model.engine import Completion, Engine, Sampling
 from ..train.checkpoint import load_model
 from ..train.loop import Loop, LoopSettings, all_reduce_sum, autocast
-from ..train.pretrain import fill_micro_batches, loop_settings, optimizer_for, unscaled_dtype
+from ..train.pretrain import choose_kernels, fill_micro_batches, loop_settings, optimizer_for, unscaled_dtype
 from .public import REAL_TASKS, TASKS, make_task
 from .chat_eval import evaluate_stage, evaluate_task
 
@@ -485,6 +485,7 @@ def train_rl(
     with distributed(device):
         seed_everything(derive_seed(run.seed, "rl"))
         model, tokenizer, _ = load_model(run, "sft", device)
+        if device.type == "cuda": choose_kernels(model, dtype)
         tasks, tests = on_every_rank(lambda: rl_tasks(section["task"], run.seed))
         engine = Engine(model, tokenizer, dtype)
         optimizer = optimizer_for(model, config, section["lr_scale"])
