@@ -30,7 +30,8 @@ from ..model.gpt import GPT
 from ..model.engine import Completion, Engine, Sampling
 from ..train.checkpoint import load_model
 from ..train.loop import Loop, LoopSettings, all_reduce_sum, autocast
-from ..train.pretrain import choose_kernels, fill_micro_batches, loop_settings, optimizer_for, unscaled_dtype
+from ..train.pretrain import (
+    choose_kernels, fill_micro_batches, loop_settings, optimizer_for, unscaled_dtype)
 from .public import REAL_TASKS, TASKS, make_task
 from .chat_eval import evaluate_stage, evaluate_task
 
