@@ -30,6 +30,17 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 REPO = Path(__file__).resolve().parent.parent
+# files that take more than half a minute, the longest first: two processes that take one file after the other end at the same time
+LONG = ("notebooks", "lessons", "ranks", "crate", "docs", "fake_cuda", "resume", "multinode", "serve", "chat", "eval", "errors", "preflight", "compile",
+        "exact_ranks", "mixture", "chaos", "download", "report", "sandbox", "core")
+
+
+def pytest_collection_modifyitems(items):
+    "Put the tests of long files first."
+    def place(item):
+        name = item.path.stem.removeprefix("test_")
+        return LONG.index(name) if name in LONG else len(LONG)
+    items.sort(key=place)
 
 
 def real_data(*inside):
