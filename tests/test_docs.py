@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from browser import open_browser
-from conftest import REPO, assert_user_error, nanochat
+from conftest import REPO, assert_user_error, nanochat, nanochat_process
 
 from nanochat.lab.docs import MARK, build_docs, check_site, docs_server, search_script, serve_docs
 
@@ -23,7 +23,7 @@ pytest.importorskip("smalldocs", reason="the docs are built with the dev group")
 def site(tmp_path_factory):
     "The site of this repository, built by the command."
     out, base, started = tmp_path_factory.mktemp("site")/"docs", tmp_path_factory.mktemp("base"), time.perf_counter()
-    done = nanochat(base, "docs", "--out", out)
+    done = nanochat_process(base, "docs", "--out", out)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     print(f"built in {time.perf_counter() - started:.0f} s")
     assert "note:" not in done.stdout, done.stdout

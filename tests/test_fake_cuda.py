@@ -19,9 +19,10 @@ def h100(tmp_path_factory):
         yield lambda f, *a, **kw: pool.submit(f, *a, **kw).result()
 
 
-@pytest.mark.parametrize("full, window, fp8", [*((*names, False) for names in KERNELS), (*KERNELS[0], True)])
+@FP8
+@pytest.mark.parametrize("full, window", KERNELS)
 def test_each_kind_of_layer_is_one_graph_that_is_compiled_once(h100, full, window, fp8):
-    """Forward and backward; the second step's weights are new, and in fp8 they are quantised again, whatever attends.
+    """Forward and backward; the second step's weights are new, and in fp8 they are quantised again.
 
     Four layers are of three kinds, and the embedding and the last norm are two more graphs."""
     assert h100(fake_cuda.traced, fp8=fp8, kernels={"full": full, "window": window}) == [(5, {}), (5, {})]
