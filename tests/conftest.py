@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,17 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 REPO = Path(__file__).resolve().parent.parent
+# files that take more than half a minute, the longest first: two processes that take one file after the other end at the same time
+LONG = ("notebooks", "lessons", "ranks", "crate", "docs", "fake_cuda", "resume", "multinode", "serve", "chat", "eval", "errors", "preflight", "compile",
+        "exact_ranks", "mixture", "chaos", "download", "report", "sandbox", "core")
+
+
+def pytest_collection_modifyitems(items):
+    "Put the tests of long files first."
+    def place(item):
+        name = item.path.stem.removeprefix("test_")
+        return LONG.index(name) if name in LONG else len(LONG)
+    items.sort(key=place)
 
 
 def real_data(*inside):
@@ -80,10 +93,37 @@ def without_zmq(stderr):
     return "".join(line for line in stderr.splitlines(keepends=True) if "src/signaler.cpp" not in line and "IOStream.flush timed out" not in line)
 
 
-def nanochat(base, *args, timeout=600):
-    "Run the `nanochat` command to its end."
+def nanochat_process(base, *args, timeout=600):
+    "Run the `nanochat` command to its end, as a shell does."
     return subprocess.run([sys.executable, "-m", "nanochat", *map(str, args)], env=environment(base), stdin=subprocess.DEVNULL,
                           capture_output=True, text=True, timeout=timeout)
+
+
+class Commands:
+    "Runs `nanochat` commands in forks of one process (`commands.py`), because importing torch takes longer than most of them."
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("commands.py")], env=environment(REPO),
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def run(self, base, args, timeout):
+        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+            job = dict(args=args, env=environment(base), folder=os.getcwd(), stdout=out.name, stderr=err.name)
+            print(json.dumps(job), file=self.process.stdin)
+            timer = threading.Timer(timeout, kill_tree, [self.process])
+            timer.start()
+            code = self.process.stdout.readline()
+            timer.cancel()
+            if not code:
+                timer.join()
+                raise subprocess.TimeoutExpired(["nanochat", *args], timeout, out.read(), err.read())
+            return subprocess.CompletedProcess(["nanochat", *args], int(code), out.read(), err.read())
+
+
+def nanochat(base, *args, timeout=600, _commands=[]):
+    "Run the `nanochat` command to its end, in a process in which torch has been imported already."
+    if os.name != "posix": return nanochat_process(base, *args, timeout=timeout)
+    if not _commands or _commands[-1].process.poll() is not None: _commands.append(Commands())
+    return _commands[-1].run(base, [*map(str, args)], timeout)
 
 
 def start(base, *command):
@@ -156,7 +196,7 @@ def smoke(tmp_path_factory):
     with file_lock(root/"smoke.lock", "makes the smoke run"):
         if not kept.exists():
             base.mkdir(exist_ok=True) # a failed run is tried by the other process, too
-            done = nanochat(base, "speedrun", "--preset", "smoke")
+            done = nanochat_process(base, "speedrun", "--preset", "smoke")
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
             kept.write_text(json.dumps(vars(done)))
     return SimpleNamespace(base=base, run=base/"runs"/"smoke", done=SimpleNamespace(**json.loads(kept.read_text())))

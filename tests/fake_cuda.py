@@ -7,6 +7,7 @@ The process has to be a new one, because the C library must be loaded before tor
 """
 import concurrent.futures
 import ctypes
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -223,8 +224,8 @@ def kernels(**shape):
     from functorch.compile import make_boxed_func
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-    sources = {} # source code: name of the kernel in it
-    def keep(self, name, source, *a, **kw): sources[source] = name
+    sources = {} # source code: name of the kernel in it; kinds of layers have kernels that differ in nothing but a number in the name
+    def keep(self, name, source, *a, **kw): sources[source.replace(name, "triton_kernel")] = name
     def generate(graph, inputs, **kw):
         copy = torch.fx.Graph() # Inductor changes the graph that it gets
         copy.output(copy.graph_copy(graph.graph, {}))
@@ -233,13 +234,14 @@ def kernels(**shape):
     original, AsyncCompile.triton = AsyncCompile.triton, keep
     try: steps(lambda graph, inputs: compile_fx(graph, inputs, inner_compile=generate), **shape)
     finally: AsyncCompile.triton = original
-    return [(name, _compiled(name, source)) for source, name in sources.items()]
+    return [(name, _compiled(source)) for source, name in sources.items()]
 
 
-def _compiled(name, source):
+@functools.cache
+def _compiled(source):
     "Compile one of Inductor's kernels with ptxas, in all the configurations that it would time. Returns bytes of shared memory, the most."
     from torch._inductor.codecache import PyCodeCache
-    kernel = getattr(PyCodeCache.load(source), name)
+    kernel = PyCodeCache.load(source).triton_kernel
     kernel.precompile(warm_cache_only=True)
     results = kernel.compile_results
     assert all(result.kernel.asm["cubin"] for result in results)

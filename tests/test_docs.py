@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from browser import open_browser
-from conftest import REPO, assert_user_error, nanochat
+from conftest import REPO, assert_user_error, nanochat, nanochat_process
 
 from nanochat.lab.docs import MARK, build_docs, check_site, docs_server, search_script, serve_docs
 
@@ -23,7 +23,7 @@ pytest.importorskip("smalldocs", reason="the docs are built with the dev group")
 def site(tmp_path_factory):
     "The site of this repository, built by the command."
     out, base, started = tmp_path_factory.mktemp("site")/"docs", tmp_path_factory.mktemp("base"), time.perf_counter()
-    done = nanochat(base, "docs", "--out", out)
+    done = nanochat_process(base, "docs", "--out", out)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     print(f"built in {time.perf_counter() - started:.0f} s")
     assert "note:" not in done.stdout, done.stdout
@@ -111,6 +111,8 @@ def test_pages_open_without_errors_and_ask_nobody(site, address, visitor):
     page, faults = visitor
     page.set_viewport_size({"width": 1280, "height": 900})
     started, seen = time.perf_counter(), sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
+    code = [name for name in seen if name.startswith("source/")] # all made alike: a few of them show it
+    seen = [name for name in seen if name not in code or name in code[::10]]
     with_math = []
     for name in seen:
         page.goto(address + name, wait_until="load")
@@ -125,16 +127,17 @@ def test_pages_open_without_errors_and_ask_nobody(site, address, visitor):
     print(f"{len(seen)} pages in {time.perf_counter() - started:.0f} s")
 
 
-@pytest.mark.parametrize("width", [375, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_fit_the_screen(site, address, visitor, width, scheme):
+def test_pages_fit_the_screen(site, address, visitor, scheme):
     page, faults = visitor
-    page.set_viewport_size({"width": width, "height": 800})
     page.emulate_media(color_scheme=scheme)
     names = ["index.html", "nbs/model/14_gpt.html", "nbs/speedrun/7_report.html", *sources("nbs/guide/[!i]*.md"), *sources("lessons/*.ipynb")]
     for name in names:
+        page.set_viewport_size({"width": 375, "height": 800})
         page.goto(address + name, wait_until="load")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than {width} pixels"
+        for width in (375, 1280):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than {width} pixels"
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         light = sum(map(int, re.findall(r"\d+", background)[:3])) / 3
         assert light > 200 if scheme == "light" else light < 80, (name, background)

@@ -1,11 +1,12 @@
 """`nanochat eval`, and what the stages do by themselves: CORE, bits per byte, chat tasks; on one rank and on two, with files that are absent or bad."""
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import assert_user_error, environment, nanochat
+from conftest import assert_user_error, edit_config, environment, nanochat
 
 
 def write_rows(path, rows):
@@ -70,19 +71,23 @@ def test_a_task_is_added_to_a_stages_evaluation(copy, data):
     assert json.loads((place.run/"metrics.jsonl").read_text().splitlines()[-1])["eval/arc-easy"] == after["tasks"]["arc-easy"]["accuracy"]
 
 
-def test_pretraining_ends_with_core(tmp_path, data):
+def test_pretraining_ends_with_core(tmp_path, data, monkeypatch):
     short = ["speedrun", "--preset", "smoke", "--until", "base", "--set", "base.steps=4", "--set", "base.warmup_steps=1", "--set", "data.characters=200000", "--set", "tokenizer.max_characters=100000"]
     done = nanochat(tmp_path, *short, "--run", "asked", "--set", "eval.core_questions=-1", "--data-root", data)
     assert done.returncode == 0, done.stderr[-3000:]
-    manifest, core = (json.loads((tmp_path/"runs"/"asked"/"base"/name).read_text()) for name in ("manifest.json", "core.json"))
+    run = tmp_path/"runs"/"asked"
+    manifest, core = (json.loads((run/"base"/name).read_text()) for name in ("manifest.json", "core.json"))
     assert manifest["core"] == core["score"] and len(core["tasks"]) == 3
 
-    # files that are bad cost the score, and not the run
+    # the stage again: files that are bad cost the score, and not the run
     bad = tmp_path/"bad"
     write_rows(bad/"core"/"eval_data"/"commonsense_reasoning"/"copa.jsonl", [{"query": "It rained, so", "choices": ["yes", "no"], "gold": 2}])
-    done = nanochat(tmp_path, *short, "--run", "spoilt", "--set", "eval.core_questions=20", "--data-root", bad)
+    shutil.rmtree(run/"base")
+    edit_config(run, eval={"core_questions": 20})
+    monkeypatch.setenv("NANOCHAT_DATA_ROOT", str(bad))
+    done = nanochat(tmp_path, "stage", "base", "--run", "asked")
     assert done.returncode == 0, done.stderr[-3000:]
-    manifest = json.loads((tmp_path/"runs"/"spoilt"/"base"/"manifest.json").read_text())
+    manifest = json.loads((run/"base"/"manifest.json").read_text())
     assert "copa.jsonl, line 1: the right option is 2" in manifest["core_missing"] and "core" not in manifest
 
 
