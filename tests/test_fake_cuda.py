@@ -38,9 +38,9 @@ def test_no_kernel_of_attention_goes_untraced(h100):
         assert {functions[kind][name] for name in traced} == set(functions[kind].values())
 
 
-def test_every_kernel_that_inductor_writes_compiles(h100):
-    "In fp8, which has the kernels of bfloat16 and the conversions besides."
-    found = h100(fake_cuda.kernels, fp8=True, kernels={"full": "cuDNN", "window": "FlexAttention"})
+@FP8
+def test_every_kernel_that_inductor_writes_compiles(h100, fp8):
+    found = h100(fake_cuda.kernels, fp8=fp8, kernels={"full": "cuDNN", "window": "FlexAttention"})
     names = " ".join(name for name, _ in found)
     # attention in both passes, norms, ReLU²
     for part in ("flex_attention", "flex_attention_backward", "rsqrt", "relu"): assert part in names, (part, names)
