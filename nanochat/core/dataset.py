@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from itertools import chain, islice
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 
 # %% ../../nbs/core/08_dataset.ipynb #f758447b
@@ -109,6 +109,9 @@ def _make_shards(
     if len(jobs) > 1 and n_cores() > 1:
         with ProcessPoolExecutor(2, get_context("spawn")) as pool:
             list(pool.map(_write_world_shard, *zip(*jobs)))
+        # this helper of the pool ignores signals, and a notebook's kernel would wait for it, half a
+        # minute, when it shuts down
+        resource_tracker._resource_tracker._stop()
     else:
         for job in jobs: _write_world_shard(*job)
     return sum(int(read_schema(f).metadata[b"characters"]) for f in files)
