@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -211,3 +212,13 @@ def test_a_full_disk_while_tokenizing(monkeypatch, tmp_path):
 def test_every_set_is_pinned_and_licensed():
     for name, source in SETS.items():
         assert source.licence and (source.sha256 or len(source.revision) == 40), name
+
+
+def test_the_world_is_written_by_processes_that_end(tmp_path, monkeypatch):
+    "A helper of the pool that stays, and ignores signals, keeps a notebook's kernel from ending for half a minute."
+    from nanochat.core import dataset
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(dataset, "n_cores", lambda: 2)
+    before = {p.pid for p in psutil.Process().children()}
+    dataset.make_world(7, shards=2)
+    assert {p.pid for p in psutil.Process().children()} <= before
