@@ -184,7 +184,7 @@ _USUAL = {
     "disk": 1e9, # bytes a second to write and hash a checkpoint
     "copy": 1e10, # bytes a second to copy a checkpoint to the host's memory
     "compile": 45.0, # seconds until torch.compile has compiled a block of each kind
-    "start": 6.0, # seconds until the notebook of a stage is ready
+    "start": 4.0, # seconds until the notebook of a stage is ready
     "rank": 15.0, # more seconds until several ranks (processes) are ready
 }
 
