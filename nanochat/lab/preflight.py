@@ -442,8 +442,7 @@ def _few_steps(
     plan, # nanochat.train.plan.Plan
 ) -> int: # from 4 to 20
     "Choose how many steps of pretraining to take: as many as fit a minute."
-    rows = {(row.group, row.name): row.value for row in plan.rows}
-    seconds = rows["pretraining", "batch"] / rows["pretraining", "speed"]
+    seconds = plan.config["base"]["batch_tokens"] / plan.tokens_per_second
     return max(4, min(20, int(60 / seconds)))
 
 # %% ../../nbs/lab/57_preflight.ipynb #322eaec2

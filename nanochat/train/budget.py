@@ -69,6 +69,7 @@ def _untrained(c: dict): # settings by full name
 
 # %% ../../nbs/train/24_budget.ipynb #d0633a73
 def _training_speeds(
+    gpt, # an untrained model of these settings
     c: dict, # all settings by full name
     seconds: float, # how long to measure; at least two turns are made
 ) -> dict: # gradients: tokens a second over all devices; update: seconds
@@ -77,7 +78,7 @@ def _training_speeds(
     from nanochat.model.optim import make_optimizer
     device, dtype = c["hardware.device"], getattr(torch, c["hardware.dtype"])
     rows, T = c["base.device_batch"], c["model.sequence_len"]
-    low, gpt = dtype != torch.float32, _untrained(c)
+    low = dtype != torch.float32
     optimizer = make_optimizer(gpt, dtype=dtype if dtype == torch.bfloat16 else None)
     noise = torch.Generator().manual_seed(0)
     tokens = torch.randint(c["model.vocab_size"], (rows, T + 1), generator=noise).to(device)
@@ -106,13 +107,16 @@ def _training_speeds(
     return {"gradients": tokens_at_once / turns[len(turns) // 2], "update": steps[len(steps) // 2]}
 
 # %% ../../nbs/train/24_budget.ipynb #4d96f087
-def _decoding_speeds(c: dict) -> dict: # decode_step, decode_row: seconds, see `decode_seconds`
+def _decoding_speeds(
+    gpt, # an untrained model of these settings
+    c: dict, # all settings by full name
+) -> dict: # decode_step, decode_row: seconds, see `decode_seconds`
     "Measure how fast a run's model generates answers on this machine."
     from nanochat.model.engine import Engine, Sampling
     # no token has the number -1, so no answer ends early
     tokenizer = SimpleNamespace(
         vocab_size=c["model.vocab_size"], bos_id=-1, special=lambda name: -1, decode=str)
-    engine, few, many = Engine(_untrained(c).eval(), tokenizer), 8, 64
+    engine, few, many = Engine(gpt.eval(), tokenizer), 8, 64
     def answering(rows, tokens): # seconds
         start = time.perf_counter()
         engine.generate([[1] * 8] * rows, Sampling(tokens), tools=False)
@@ -131,7 +135,9 @@ def measured_speeds(
     seconds: float = 1.0, # how long to measure training
 ) -> dict: # for `Hardware.measured`
     "Measure how fast a run's model trains and generates on this machine."
-    return _training_speeds(c, seconds) | _decoding_speeds(c)
+    gpt = _untrained(c)
+    decoding = _decoding_speeds(gpt, c) # first, because training changes the weights
+    return _training_speeds(gpt.train(), c, seconds) | decoding
 
 # %% ../../nbs/train/24_budget.ipynb #767b69bd
 _LENGTH = ("base.tokens", "base.steps", "dial.tokens_per_param")

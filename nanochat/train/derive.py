@@ -14,8 +14,9 @@ from ..model.shape import (
     count_params, model_shape, padded_vocab, scaling_params)
 from .hardware import Hardware, Kernels
 from .settings import ANSWER_TOKENS, SETTINGS
-from .estimate import (
-    model_fields, reads_web, rl_step_seconds, run_kernels, stage_tokens, training_rate)
+from nanochat.train.estimate import (
+    checkpoint_bytes, model_fields, reads_web, rl_step_seconds, run_kernels, stage_tokens,
+    training_rate)
 
 # %% ../../nbs/train/23_derive.ipynb #04510eae
 def reference_params(vocab_size: int) -> int:
@@ -251,8 +252,7 @@ def _least_steps(
     stage: str, # base, mid, sft or rl
 ) -> int:
     "Compute how many steps at least lie between two evaluations of a stage."
-    # the weights, and up to two moments of each
-    if 12 * count_params(model_fields(c))["total"] < _LARGE: return 1
+    if checkpoint_bytes(c) < _LARGE: return 1
     if stage == "rl": seconds = rl_step_seconds(c, hw)
     else:
         B = c[f"{stage}.batch_tokens"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bytes_per_token', 'stage_tokens', 'model_fields', 'update_seconds', 'run_kernels', 'training_rate', 'decode_seconds',
-           'reads_web', 'rl_step_seconds', 'stage_parts', 'stage_seconds']
+           'checkpoint_bytes', 'reads_web', 'rl_step_seconds', 'stage_parts', 'stage_seconds']
 
 # %% ../../nbs/train/22_estimate.ipynb #8046d56e
 import math
@@ -193,6 +193,11 @@ def _speed(hw: Hardware, what: str) -> float:
     "Return the measured speed or time of this name, or else the one in `_USUAL`."
     return hw.measured.get(what, _USUAL[what])
 
+# %% ../../nbs/train/22_estimate.ipynb #dbbf9a20
+def checkpoint_bytes(c: dict) -> int: # settings by full name
+    "Estimate the size of a checkpoint: the weights, and up to two moments of each."
+    return 12 * count_params(model_fields(c))["total"]
+
 # %% ../../nbs/train/22_estimate.ipynb #98bb0177
 def _checkpoint_seconds(
     c: dict, # settings by full name
@@ -202,9 +207,9 @@ def _checkpoint_seconds(
     seconds: float, # training time of the stage
 ) -> float:
     "Estimate the time for which a stage stops to save checkpoints."
-    params = count_params(model_fields(c))["total"]
     saves = max(evaluations, seconds / (60 * c[f"{stage}.save_minutes"]))
-    return saves * 12 * params / _speed(hw, "copy") + 4 * params / _speed(hw, "disk")
+    weights = 4 * count_params(model_fields(c))["total"] # bytes
+    return saves * checkpoint_bytes(c) / _speed(hw, "copy") + weights / _speed(hw, "disk")
 
 # %% ../../nbs/train/22_estimate.ipynb #709042b9
 _CACHED = 1 / 3 # share of the compilation time that is left if the kernels are in the cache
@@ -317,11 +322,6 @@ def rl_step_seconds(
     "Estimate the time of one step of reinforcement learning."
     return sum(_rl_step_parts(c, hw).values())
 
-# %% ../../nbs/train/22_estimate.ipynb #1b13fbcd
-def _limit(task: str) -> int: # tokens
-    "Return the most tokens of an answer in a public task; 0 for another task."
-    return ANSWER_TOKENS.get(task, 0)
-
 # %% ../../nbs/train/22_estimate.ipynb #3df2314d
 def _written_seconds(
     c: dict, # settings by full name
@@ -330,7 +330,8 @@ def _written_seconds(
     questions: int, # count over all tasks
 ) -> float:
     "Estimate the time to generate answers for an evaluation, in float32."
-    prompt, *answer = _answers(tasks, max([c["eval.max_new_tokens"], *map(_limit, tasks)]))
+    limits = (ANSWER_TOKENS.get(task, 0) for task in tasks)
+    prompt, *answer = _answers(tasks, max([c["eval.max_new_tokens"], *limits]))
     lengths = (prompt, *(_GREEDY * length for length in answer))
     batch = c["eval.batch"] * _devices(c, hw)
     return questions / batch * _generation_seconds(c, hw, batch, lengths, width=4)
