@@ -185,8 +185,8 @@ def as_typed(
 ) -> str:
     "Return a message as somebody might type it. A text of several lines is not changed."
     if "\n" in text: return text
-    kept = [re.escape(part) for part in sorted(keep, key=len, reverse=True)]
-    parts = re.split(f"({'|'.join(kept)})", text) if kept else [text]
+    kept = "|".join(re.escape(part) for part in sorted(keep, key=len, reverse=True))
+    parts = re.split(rf"(?<!\w)({kept})(?!\w)", text) if keep else [text] # as whole words
     if draw.chance(0.4): parts[::2] = map(_contracted, parts[::2])
     if parts[-1].endswith("?") and draw.chance(0.06): parts[-1] += expand(_AFTER, {}, draw)
     if draw.chance(0.12): parts[0] = _introduced(parts[0], draw)
