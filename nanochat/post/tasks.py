@@ -4,16 +4,23 @@
 
 # %% auto #0
 __all__ = ['TRAIN_SIZE', 'user', 'assistant', 'with_tool', 'visible_text', 'spoken_text', 'closing_text', 'numbers_in',
-           'final_number', 'normal', 'part_of', 'as_typed', 'check_task_split', 'Task', 'compile_pairs',
-           'choice_prompt', 'same_letter']
+           'final_number', 'normal', 'part_of', 'as_typed', 'wild_messages', 'shape_of', 'wild_shapes',
+           'check_task_split', 'Task', 'compile_pairs', 'choice_prompt', 'same_letter']
 
 # %% ../../nbs/post/30_tasks.ipynb #76cfc06d
 import re
 import zlib
+from functools import cache
+from importlib.resources import files
+
+# %% ../../nbs/post/30_tasks.ipynb #09ee772c
+import yaml
 
 # %% ../../nbs/post/30_tasks.ipynb #c69e4874
 from ..core.files import UserError
-from ..core.grammar import Draw, compile_template, expand
+from ..core.grammar import (
+    ATTRIBUTES, COLOURS, DAYS, FAMILIES, GOODS, HE, JOBS, MONTHS, NUMBER_WORDS, PETS, PLACES,
+    PLURALS, SHE, THINGS, Draw, compile_template, expand)
 from ..core.world import World, option_lines
 from ..core.identity import IDENTITY
 
@@ -195,6 +202,78 @@ def as_typed(
     parts[::2] = [_styled(part, style, draw) for part in parts[::2]]
     if style in _OPEN: parts[-1] = parts[-1].rstrip("?.!")
     return "".join(parts)
+
+# %% ../../nbs/post/30_tasks.ipynb #f171f06f
+@cache
+def wild_messages() -> dict: # kind → {needs, right, say}
+    "Read the exam of messages that newcomers type."
+    text = files("nanochat.post").joinpath("wild.yaml").read_text("utf-8")
+    return yaml.safe_load(text)
+
+# %% ../../nbs/post/30_tasks.ipynb #7416df1c
+_LONG_FORMS = {
+    "u": "you", "ur": "your", "r": "are", "im": "i am", "ive": "i have", "id": "i would",
+    "dont": "do not", "doesnt": "does not", "didnt": "did not", "cant": "cannot", "isnt": "is not",
+    "wanna": "want to", "gonna": "going to", "ppl": "people", "fav": "favourite",
+    "favorite": "favourite", "color": "colour", "bday": "birthday"}
+_LONG_FORMS |= {f"{word}s": f"{word} is" for word in "what where who when how that it there".split()}
+_POLITE = set("""
+    hi hello hey please pls plz thanks thx ok okay so well um hmm oh kindly dear
+    """.split())
+
+# %% ../../nbs/post/30_tasks.ipynb #750d8d58
+def _known_words() -> tuple[re.Pattern, frozenset]:
+    "Return the names, values and things that a shape leaves blank."
+    words = [*SHE, *HE, *FAMILIES, *JOBS, *PETS, *GOODS, *PLURALS.values(), *PLACES, *THINGS]
+    words += [*DAYS, *MONTHS, *COLOURS, *NUMBER_WORDS, "geese", "ponies", "bakeries", "secretaries"]
+    words += [value for values in ATTRIBUTES.values() for value in values]
+    words += [place for place, _ in JOBS.values()] + list(GOODS.values())
+    words = {word.lower() for word in words} - {"letter"} # which is asked about in other ways
+    long = sorted((word for word in words if " " in word), key=len, reverse=True)
+    words |= {word + "s" for word in words} # plurals, and "olgas" for "Olga's"
+    return re.compile(rf"\b(?:{'|'.join(long)})\b"), frozenset(words)
+
+_LONG_NAMES, _KNOWN = _known_words()
+
+# %% ../../nbs/post/30_tasks.ipynb #bbb4c00a
+_QUOTED = re.compile(r"[\"“”„][^\"“”„]+[\"“”„]|(?<!\w)'[^']+'(?!\w)|\{[^}]*\}(?:s\b)?")
+_NAMED = re.compile(r"(?<=[\w,] )(?!I\b)[A-ZÀ-Ý]\w*") # a capital letter within a sentence
+_REPEATED = re.compile(r"\b((?:say|repeat|echo|copy|spell|write|parrot|reverse)\b[^:]*:).*", re.S | re.I)
+_ASKED = re.compile(
+    r"\b((?:spell|spelling|word|name|letters?|how many _(?: are| is)?(?: there)? in)"
+    r"(?: (?:of|in|the|word|for|me|has|does|have|is|are|there|name))*+) (?!to\b|it\b|_)\w+")
+_TOPIC = re.compile(r"\b((?:story|poem|haiku|rhyme|tale|joke|riddle)s?\b.* (?:about|with|on)) .*")
+_LETTER = re.compile(r"\b(how many|number of|count of|count the) [a-z](?:'?s)?\b")
+
+# %% ../../nbs/post/30_tasks.ipynb #8f7ede08
+def shape_of(
+    message: str, # what a user says
+) -> str: # lower case, without punctuation, "_" for each blank
+    "Return a message with its names, numbers, things and quoted words left blank."
+    text = _QUOTED.sub(" _ ", message)
+    text = _REPEATED.sub(r"\1 _", _NAMED.sub("_", text)).lower().replace("’", "'")
+    text = _LETTER.sub(r"\1 _", text)
+    text = _LONG_NAMES.sub("_", re.sub(r"\d+(?:[.,]\d+)?", " _ ", text))
+    text = re.sub(r"\b(\w+)n't\b", r"\1nt", text)
+    text = re.sub(r"\b(what|where|who|when|how|that|it|there)'s\b", r"\1 is", text)
+    text = re.sub(r"\bi'm\b", "i am", text)
+    words = re.findall(r"[^\W_]+|_", re.sub(r"'\w+", "", text))
+    words = " ".join(_LONG_FORMS.get(word, word) for word in words).split()
+    words = [word for word in words if word not in _POLITE] or words
+    text = " ".join("_" if word in _KNOWN else word for word in words)
+    text = _TOPIC.sub(r"\1 _", _ASKED.sub(r"\1 _", text))
+    return re.sub(r"\b_s?\b(?: _s?\b)+", "_", text)
+
+# %% ../../nbs/post/30_tasks.ipynb #4be8f14c
+@cache
+def wild_shapes() -> frozenset[str]:
+    "Return the shapes of the messages of the exam."
+    shapes = set()
+    for kind in wild_messages().values():
+        for entry in kind["say"]:
+            turns = entry["say"] if isinstance(entry, dict) else entry
+            shapes.add(shape_of(turns if isinstance(turns, str) else turns[-1]))
+    return frozenset(shapes - {""}) # punctuation alone
 
 # %% ../../nbs/post/30_tasks.ipynb #71c16527
 def check_task_split(
