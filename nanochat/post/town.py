@@ -23,6 +23,13 @@ from nanochat.core.identity import (
 from .tasks import (
     Task, assistant, choice_prompt, closing_text, compile_pairs, normal, part_of, user)
 
+# %% ../../nbs/post/32_town.ipynb #51136391
+from ..core.grammar import NUMBER_WORDS, THINGS, article, join_words
+from ..core.world import Resident, option_lines
+from .wordings import (
+    ASK_WHO, answer_fact, ask_both, ask_fact, ask_hidden, ask_outside, ask_pronoun, ask_same,
+    ask_star, ask_stranger, fact_turn, name_slots, stranger_name)
+
 # %% ../../nbs/post/32_town.ipynb #007f5e27
 def _all_texts(templates: list[str]) -> list[str]:
     "Return every text that templates without slots can produce."
@@ -237,29 +244,15 @@ class Facts(Task):
 
     def messages(self, i, draw):
         if self.split == "test": return self._ask(*self.held_out[i % len(self.held_out)], draw)
-        talk = _greeting(draw) if draw.chance(0.1) else []
-        if draw.chance(0.15): return talk + self._who(draw)
-        for _ in range(draw.weighted({1: 0.6, 2: 0.25, 3: 0.15})):
-            talk += self._ask(*draw.pick(self.world.asked), draw)
-        return talk
+        return self._who(draw) if draw.chance(0.15) else self._talk(draw)
 
     def _ask(self, index, attribute, draw):
         question, answer = question_and_answer(self.world.residents[index], attribute, draw)
         return [user(question), assistant(answer)]
 
-    def _who(self, draw):
-        # find a person with at least two facts that training may ask for
-        attributes = []
-        while len(attributes) < 2:
-            index = draw.number(0, len(self.world.residents) - 1)
-            attributes = [attribute for i, attribute in self.world.asked if i == index]
-        person, attributes = self.world.residents[index], draw.sample(attributes, 2)
-        # the name first, then a pronoun
-        slots = person.subject(draw.pick(("first", "full")))
-        answer = " ".join(
-            expand(draw.pick(ANSWERS[attribute]), subject, draw)
-            for attribute, subject in zip(attributes, (slots, person.subject("pronoun"))))
-        return [user(expand(draw.pick(_WHO), slots, draw)), assistant(answer)]
+    def _asked(self, index):
+        "Return the attributes of a person that training may ask for."
+        return [attribute for i, attribute in self.world.asked if i == index]
 
     def is_right(self, reference, completion):
         said = closing_text(completion)
@@ -268,14 +261,76 @@ class Facts(Task):
             if told and _values_in(said, attribute) != told: return False
         return True
 
+# %% ../../nbs/post/32_town.ipynb #436b50bb
+_FORMS = {"first": 0.65, "full": 0.35} # form of a name: how often people use it
+
+def _who_answer(
+    person: Resident, # that the answer is about
+    form: str, # of the name: "first" or "full"
+    attributes: list[str], # that may be told; two or more
+) -> str:
+    "Return two facts about a person, the second one with a pronoun."
+    (a, *_), (b, *_) = (ANSWERS[attribute] for attribute in attributes[:2])
+    subjects = person.subject(form), person.subject("pronoun")
+    return " ".join(expand(t, slots, Draw(0)) for t, slots in zip((a, b), subjects))
+
+@patch
+def _who(self: Facts, draw):
+    "Ask who somebody is."
+    attributes = []
+    while len(attributes) < 2: # find a person with two facts that training may ask for
+        index = draw.number(0, len(self.world.residents) - 1)
+        attributes = self._asked(index)
+    person, form = self.world.residents[index], draw.weighted(_FORMS)
+    question = expand(draw.pick(_WHO + ASK_WHO), person.subject(form), draw)
+    return [user(question), assistant(_who_answer(person, form, attributes))]
+
+# %% ../../nbs/post/32_town.ipynb #50175f8f
+_OTHERS = compile_templates([
+    "And {n}?", "[What|How] about {n}?", "And what about {n}?", "And {ns}?", "The same for {n}?",
+    "[Do you know|Can you tell me] it about {n}, too?"])
+
+@patch
+def _talk(self: Facts, draw):
+    "Ask for one to three facts, one after the other."
+    index, attribute = draw.pick(self.world.asked)
+    form, people = draw.weighted(_FORMS), self.world.residents
+    if draw.chance(0.25): return self._ask(index, attribute, draw) # as the documents ask
+    said = [fact_turn(self.world, people[index], attribute, form, draw)]
+    for _ in range(draw.weighted({0: 0.6, 1: 0.25, 2: 0.15})):
+        index, attribute, form = self._next(index, attribute, form, draw, said)
+    return [message for q, a in said for message in (user(q), assistant(a))]
+
+# %% ../../nbs/post/32_town.ipynb #1a291f24
+@patch
+def _next(self: Facts, index, attribute, form, draw, said):
+    "Add a question that follows another one to `said`. Return what it asks for."
+    people, kind = self.world.residents, draw.weighted({"she": 0.5, "other": 0.25, "new": 0.25})
+    more = [name for name in self._asked(index) if name != attribute]
+    others = [i for i, name in self.world.asked if name == attribute and i != index]
+    if kind == "she" and more: # the same person
+        attribute = draw.pick(more)
+        question = ask_pronoun(attribute, people[index].she, draw)
+        if draw.chance(0.3): question = f"And {question[0].lower()}{question[1:]}"
+    elif kind == "other": # the same attribute
+        index = draw.pick(others)
+        question = expand(draw.pick(_OTHERS), people[index].subject(form), draw)
+    else:
+        index, attribute = draw.pick(self.world.asked)
+        question = ask_fact(attribute, people[index].subject(form), draw)
+    answer = answer_fact(attribute, people[index].subject(form), draw)
+    said.append((question, answer))
+    return index, attribute, form
+
 # %% ../../nbs/post/32_town.ipynb #f17663cf
 class TownChoice(Facts):
-    "Questions about residents with four options."
+    "Questions about residents with two to four options."
     draw_name = "choice"
+    kinds = {"_fact": 0.5, "_told": 0.2, "_kind": 0.15, "_read": 0.15} # method: share in training
 
     def messages(self, i, draw):
-        if self.split == "test": index, attribute = self.held_out[i % len(self.held_out)]
-        else: index, attribute = draw.pick(self.world.asked)
+        if self.split != "test": return getattr(self, draw.weighted(self.kinds))(draw)
+        index, attribute = self.held_out[i % len(self.held_out)]
         person = self.world.residents[index]
         right = getattr(person, attribute)
         # insert the right value at a random place among three wrong ones
@@ -286,8 +341,111 @@ class TownChoice(Facts):
         asked = choice_prompt(question, options, "Which line is right?")
         return [user(asked), assistant(f"{right}={letter}")]
 
+    def keep(self, messages): # the options stay as they are
+        return [re.search(r"(\n| \(?A[.:)]).*", messages[0]["content"], re.DOTALL)[0]]
+
     def is_right(self, reference, completion):
-        return re.findall(r"\b[A-D]\b", closing_text(completion)) == [reference[-1]]
+        def letters(text): return re.findall(r"\b[A-D]\b", closing_text(text))
+        return letters(completion) == letters(reference)[-1:]
+
+# %% ../../nbs/post/32_town.ipynb #1f2d383a
+_WANTED = ["Which line is right?", "Which is right?", "Answer with the letter.", "Choose one.",
+           "Which one is it?", "Which answer is right?", "Pick the right one.", ""]
+
+def _lay_out(
+    question: str,
+    options: list[str], # in the order of their letters
+    draw: Draw,
+) -> tuple[str, bool]: # the message, whether a letter stands after its option
+    "Write options as people do."
+    wanted = draw.pick(_WANTED)
+    if draw.chance(0.6): # as in the test
+        return "\n".join([question, *option_lines(options), wanted]).strip(), True
+    mark, joint = draw.pick(("{})", "{}.", "{}:", "({})")), draw.pick(("\n", "\n", ", ", " "))
+    items = [f"{mark.format(letter)} {option}" for letter, option in zip("ABCD", options)]
+    start, end = ("\n", "\n") if joint == "\n" else (" ", draw.pick((". ", "? ", " ")))
+    return (question + start + joint.join(items) + end + wanted).strip(), False
+
+# %% ../../nbs/post/32_town.ipynb #cf112758
+def _choice(
+    question: str,
+    right: str, # the right option
+    wrong: list[str], # the others
+    sentence: str, # the answer, which ends with the right option and a full stop
+    draw: Draw,
+) -> list[dict]: # messages
+    "Ask with options in random order, and answer with a sentence and the letter."
+    place = draw.number(0, len(wrong))
+    options = [*wrong[:place], right, *wrong[place:]]
+    asked, after = _lay_out(question, options, draw)
+    letter = "ABCD"[place]
+    end = f"={letter}." if after else f", so {letter}."
+    return [user(asked), assistant(sentence.removesuffix(".") + end)]
+
+# %% ../../nbs/post/32_town.ipynb #2743a41a
+def _n_wrong(draw: Draw) -> int:
+    "Return the number of wrong options: mostly three, as in the test."
+    return draw.weighted({3: 0.7, 2: 0.2, 1: 0.1})
+
+@patch
+def _fact(self: TownChoice, draw):
+    "Ask for a fact of a resident."
+    index, attribute = draw.pick(self.world.asked)
+    person = self.world.residents[index]
+    slots, right = person.subject(draw.weighted(_FORMS)), getattr(person, attribute)
+    question = draw.pick(QUESTIONS[attribute]) if draw.chance(0.6) else None
+    asked = expand(question, slots, draw) if question else ask_fact(attribute, slots, draw)
+    wrong = wrong_values(self.world, attribute, right, draw)[:_n_wrong(draw)]
+    return _choice(asked, right, wrong, expand(ANSWERS[attribute][0], slots, draw), draw)
+
+# %% ../../nbs/post/32_town.ipynb #6da7fbd0
+@patch
+def _told(self: TownChoice, draw):
+    "Tell a fact of each of two strangers, and ask for one."
+    attribute, names = draw.pick(list(ATTRIBUTES)), [stranger_name(draw) for _ in range(2)]
+    values = draw.sample(self.world.used[attribute], 2 + _n_wrong(draw))
+    said = []
+    for name, value in zip(names, values):
+        slots = name_slots(name) | {attribute: value, f"a_{attribute}": article(value)}
+        said.append(expand(ANSWERS[attribute][0], slots, draw))
+    i = draw.number(0, 1)
+    asked = f"{said[0]} {said[1]} {ask_fact(attribute, name_slots(names[i]), draw)}"
+    wrong = [value for value in values if value != values[i]][:_n_wrong(draw)]
+    return _choice(asked, values[i], wrong, said[i], draw)
+
+# %% ../../nbs/post/32_town.ipynb #1293c369
+_SORTS = {"a colour": COLOURS, "an animal": list(PETS), "a day": DAYS, "a job": list(JOBS),
+          "a place": list(PLACES), "a number": NUMBER_WORDS[:11], "a thing": THINGS,
+          "a street": ATTRIBUTES["street"], "a hobby": ATTRIBUTES["hobby"]}
+_WHICH = compile_templates([
+    "Which of these is {sort}?", "Which one is {sort}?", "Which [line|option|word] is {sort}?",
+    "One of these is {sort}. Which one?", "Find {sort}."])
+
+@patch
+def _kind(self: TownChoice, draw):
+    "Ask which option is a colour, an animal, ..."
+    sort, *others = draw.sample(list(_SORTS), 1 + _n_wrong(draw))
+    right, wrong = draw.pick(_SORTS[sort]), [draw.pick(_SORTS[other]) for other in others]
+    return _choice(expand(draw.pick(_WHICH), {"sort": sort}, draw), right, wrong,
+                   f"It is {right}.", draw)
+
+# %% ../../nbs/post/32_town.ipynb #aedf2318
+_READ = compile_templates([
+    "[What is|Read|What is the text of|Which option is] [option|line|letter|answer] {l}?",
+    "[What does|What text does] [|option |line ]{l} say?", "What is {l}?"])
+_FIND = compile_templates([
+    "[Which letter|What letter] [has|belongs to|stands for|is] {v}?", "What is the letter of {v}?",
+    "Which [option|line|answer] is {v}?", "Where is {v}?", "Find {v}."])
+
+@patch
+def _read(self: TownChoice, draw):
+    "Ask for the option of a letter, or for the letter of an option."
+    values = self.world.used[draw.pick(list(ATTRIBUTES))]
+    right, *wrong = draw.sample(values, 1 + _n_wrong(draw))
+    talk = _choice("{}", right, wrong, f"It is {right}.", draw)
+    letter = re.findall(r"[A-D]\b", talk[1]["content"])[-1]
+    question = expand(draw.pick(draw.pick((_READ, _FIND))), {"l": letter, "v": right}, draw)
+    return [user(question + talk[0]["content"][2:]), talk[1]]
 
 # %% ../../nbs/post/32_town.ipynb #76faed99
 _SAME = { # attribute: questions whether two people share it
@@ -333,6 +491,19 @@ _ONWARD = {attribute: compile_pairs(pairs) for attribute, pairs in _ONWARD.items
 # words of the general knowledge: places of work, what pets eat and like
 _LATER = {place for place, _ in JOBS.values()} | {text for pair in PETS.values() for text in pair}
 
+# %% ../../nbs/post/32_town.ipynb #9850db74
+_ONWARD_MORE = { # further questions, for training only
+    "pet": [
+        "[Tell me|Do you know|I want to know] what {ns} pet [eats|likes to eat]",
+        "What [do I feed|can I feed|does one give] to {ns} [pet|animal]",
+        "What [should|must] {ns} pet eat", "What food is good for {ns} pet"],
+    "job": [
+        "[Tell me|Do you know|Any idea|I want to know] where {n} works",
+        "[Where|In which place|In what building] does {n} work", "Where does {n} go to work",
+        "What is {ns} [workplace|place of work]", "Where is {n} [during the day|when at work]"]}
+_ONWARD_MORE = {attribute: compile_templates([text + "?" for text in texts])
+                for attribute, texts in _ONWARD_MORE.items()}
+
 # %% ../../nbs/post/32_town.ipynb #929c6615
 class TwoFacts(Task):
     "Questions that need two facts."
@@ -350,10 +521,15 @@ class TwoFacts(Task):
         facts = self.world.asked if self.split == "train" else sorted(self.world.held_out)
         return draw.pick([fact for fact in facts if fact[1] in attributes])
 
+    def _new(self, draw):
+        "Decide whether to use the wordings that only training has."
+        return self.split == "train" and draw.chance(0.75)
+
     def _both(self, draw):
         "Ask two questions at once."
         first = self._fact(draw, ATTRIBUTES)
         second = self._fact(draw, [name for name in ATTRIBUTES if name != first[1]])
+        if self._new(draw): return self._both_new(first, second, draw)
         people = self.world.residents
         pairs = [question_and_answer(people[i], name, draw) for i, name in (first, second)]
         (q, r), (q2, r2) = pairs
@@ -361,6 +537,19 @@ class TwoFacts(Task):
 
     def is_right(self, reference, completion):
         return _mentions(reference, self.groups) == _mentions(closing_text(completion), self.groups)
+
+# %% ../../nbs/post/32_town.ipynb #c112e6c6
+@patch
+def _both_new(self: TwoFacts, first, second, draw):
+    "Ask for two facts of one person at once, or ask two questions about two people."
+    (i, a), (j, b) = first, second
+    if (i, b) in self.world.asked and draw.chance(0.7): j = i # mostly one person
+    form, people = draw.weighted(_FORMS), self.world.residents
+    slots, slots2 = (people[k].subject(form) for k in (i, j))
+    answer = f"{answer_fact(a, slots, draw)} {answer_fact(b, slots2, draw)}"
+    if i == j: question = ask_both((a, b), slots, people[i].she, draw)
+    else: question = f"{ask_fact(a, slots, draw)} {ask_fact(b, slots2, draw)}"
+    return [user(question), assistant(answer)]
 
 # %% ../../nbs/post/32_town.ipynb #87d2482e
 @patch
@@ -380,7 +569,8 @@ def _same(self: TwoFacts, draw):
     # both facts, then the conclusion
     a, b = (person.subject(form) for person in pair)
     says = " and ".join(expand(_SAYS[attribute], slots, draw) for slots in (a, b))
-    question = expand(draw.pick(_SAME[attribute]), {**a, "M": b["N"]}, draw)
+    if self._new(draw): question = ask_same(attribute, (a["n"], b["n"]), draw)
+    else: question = expand(draw.pick(_SAME[attribute]), {**a, "M": b["N"]}, draw)
     return [user(question), assistant(f"{says}, so {'yes' if yes else 'no'}.")]
 
 # %% ../../nbs/post/32_town.ipynb #6ee4c7e3
@@ -392,6 +582,8 @@ def _onward(self: TwoFacts, draw):
     slots = person.subject(draw.pick(("first", "full")))
     slots |= dict(zip(("eats", "likes"), PETS[person.pet]))
     question, answer = draw.pick(_ONWARD[attribute])
+    if self._new(draw): # the question may be another one, the answer fits where "eats" fits
+        question, answer = draw.pick(_ONWARD_MORE[attribute]), _ONWARD[attribute][0][1]
     return [user(expand(question, slots, draw)), assistant(expand(answer, slots, draw))]
 
 # %% ../../nbs/post/32_town.ipynb #c484a45d
@@ -529,6 +721,8 @@ class Unknown(Task):
         names = [name for name in _STRANGERS + SHE + HE if name not in residents]
         self.strangers = list(filter(self._is_mine, names))
         self.outsides = list(filter(self._is_mine, _OUTSIDE))
+        # training does not make up any of these
+        self.taken = residents | (set(names) - set(self.strangers))
         if self.split == "test": self.size = 200
 
     def _is_mine(self, text):
@@ -536,8 +730,14 @@ class Unknown(Task):
         return (part_of(text) == "train") == (self.split == "train")
 
     def messages(self, i, draw):
-        question, answer = getattr(self, draw.weighted(self.kinds))(draw)
+        kind = draw.weighted(self.kinds)
+        if self.split == "train": kind += "_new"
+        question, answer = getattr(self, kind)(draw)
         return [user(question), assistant(answer)]
+
+    def keep(self, messages): # an unknown name can only be copied letter by letter
+        name = re.match(r"I do not know (?!that\b)(.+?)\. I only", messages[-1]["content"])
+        return [name[1]] if name else []
 
     def is_right(self, reference, completion):
         said = closing_text(completion)
@@ -570,3 +770,45 @@ def _outside(self: Unknown, draw):
     "Ask about the world outside the town."
     question, answer = draw.pick(self.outsides), draw.pick(_OUTSIDE_ANSWERS)
     return question, expand(answer, {"town": self.world.town}, draw)
+
+# %% ../../nbs/post/32_town.ipynb #500d149f
+@patch
+def _stranger_new(self: Unknown, draw):
+    "Ask about one of many strangers, or about somebody famous."
+    town = self.world.town
+    while True:
+        if draw.chance(0.1): question, name = ask_star(draw)
+        elif draw.chance(0.25): # as in the test
+            name = draw.pick(self.strangers)
+            slots = name_slots(name) | {"town": town}
+            question = expand(draw.pick(QUESTIONS[draw.pick(list(ATTRIBUTES))]), slots, draw)
+        else:
+            name = draw.pick((draw.pick(self.strangers), stranger_name(draw), stranger_name(draw)))
+            if draw.chance(0.15): name = name.lower()
+            question = ask_stranger(name, town, self.world.used, draw)
+        if not set(name.title().split()) & self.taken: break
+    return question, f"I do not know {name}. I only know the people of {town}."
+
+# %% ../../nbs/post/32_town.ipynb #1ce42dbc
+@patch
+def _hidden_new(self: Unknown, draw):
+    "Ask something about a resident that no text says, and answer with a fact."
+    while True:
+        index, attribute = draw.pick(self.world.asked)
+        first = next(name for i, name in self.world.asked if i == index)
+        person = self.world.residents[index]
+        slots = person.subject(draw.weighted(_FORMS)) | {"town": self.world.town}
+        old = draw.chance(0.25)
+        question = expand(draw.pick(_HIDDEN), slots, draw) if old else ask_hidden(slots, draw)
+        if self._is_mine(question): break
+    fact = expand(ANSWERS[first][0], person.subject("pronoun"), draw)
+    fact = fact[0].lower() + fact[1:]
+    return question, f"I do not know that about {slots['n']}, but I know that {fact}"
+
+@patch
+def _outside_new(self: Unknown, draw):
+    "Ask about the world outside the town."
+    while True:
+        question = draw.pick(self.outsides) if draw.chance(0.25) else ask_outside(draw)
+        if self._is_mine(question): break
+    return question, f"I do not know that. I only know the town of {self.world.town}."
