@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLD_NAMES', 'STARS', 'ASK_WHO', 'capital', 'name_slots', 'ask_fact', 'ask_pronoun', 'ask_after_remark',
-           'ask_whether', 'ask_either', 'answer_fact', 'fact_turn', 'ask_both', 'ask_same', 'made_up_name',
+           'ask_whether', 'ask_either', 'answer_fact', 'fact_turn', 'ask_both', 'ask_same', 'plural', 'made_up_name',
            'stranger_name', 'ask_stranger', 'ask_star', 'ask_hidden', 'ask_outside']
 
 # %% ../../nbs/post/31c_wordings.ipynb #c48b591c
@@ -12,7 +12,7 @@ import re
 
 # %% ../../nbs/post/31c_wordings.ipynb #c8980c22
 from ..core.grammar import (
-    ANSWERS, ATTRIBUTES, QUESTIONS, Draw, add_rules, article, compile_template,
+    ANSWERS, ATTRIBUTES, PLURALS, QUESTIONS, Draw, add_rules, article, compile_template,
     compile_templates, expand, expand_one, made_up)
 from ..core.world import Resident, World
 
@@ -324,7 +324,15 @@ def ask_same(
     shared = expand_one(_SHARE[attribute], {}, draw)
     return expand_one(_SHARE_FRAMES, {"n": names[0], "m": names[1], "x": shared}, draw)
 
-# %% ../../nbs/post/31c_wordings.ipynb #99824fc9
+# %% ../../nbs/post/31c_wordings.ipynb #4b93285b
+_PLURAL_NOUNS = {"goose": "geese", "pony": "ponies", "secretary": "secretaries",
+                 "potato": "potatoes", "tomato": "tomatoes", "daisy": "daisies", "lily": "lilies"}
+
+def plural(noun: str) -> str: # a job, an animal or a good
+    "Return the plural of a noun of the tables."
+    return PLURALS.get(noun) or _PLURAL_NOUNS.get(noun) or noun + "s"
+
+# %% ../../nbs/post/31c_wordings.ipynb #e89a1951
 WORLD_NAMES = """
     Ahmed Aisha Akira Ali Amara Amit Amy Ana Andrea Angela Ashley Astrid Aziz Bella Bianca Bill
     Bjorn Bob Brian Carlos Carmen Chen Chloe Chris Cindy Dave Deborah Diego Dmitri Donna Elena
@@ -341,7 +349,7 @@ _FAR_FAMILIES = """
     Silva Andersson Novak Murphy Lopez Kim Nguyen Petrov Haddad Costa Larsen Weber Moreau
     """.split()
 
-# %% ../../nbs/post/31c_wordings.ipynb #da06f33e
+# %% ../../nbs/post/31c_wordings.ipynb #656a9850
 _HEADS = """
     Al An Ar Bel Bo Bri Ca Cor Da Del Dor El Em Fa Fen Fi Ga Gor Gwen Ha Hel Il Is Ja Jo Ka Kel Kor
     La Len Lor Ma Mel Mir Na Nel No Or Pa Per Pri Quin Ra Ro Ry Sa Sel Si Ta Tel Tor Ul Va Vel Vi
@@ -358,14 +366,14 @@ def made_up_name(draw: Draw) -> str: # such as Feldine
     if draw.chance(0.3): return capital(made_up(draw))
     return draw.pick(_HEADS) + draw.pick(_TAILS)
 
-# %% ../../nbs/post/31c_wordings.ipynb #5dabd677
+# %% ../../nbs/post/31c_wordings.ipynb #da92389e
 def stranger_name(draw: Draw) -> str:
     "Return a first name from anywhere, or a made-up one, sometimes with a family name."
     name = draw.pick(WORLD_NAMES) if draw.chance(0.4) else made_up_name(draw)
     if not draw.chance(0.25): return name
     return f"{name} {draw.pick(_FAR_FAMILIES) if draw.chance(0.6) else made_up_name(draw)}"
 
-# %% ../../nbs/post/31c_wordings.ipynb #68f117cf
+# %% ../../nbs/post/31c_wordings.ipynb #34d775bb
 _STARS = """
     Albert Einstein|Isaac Newton|Marie Curie|William Shakespeare|Napoleon|Cleopatra|Mozart|Beethoven|
     Taylor Swift|Elvis Presley|Michael Jackson|Lionel Messi|Cristiano Ronaldo|Serena Williams|
@@ -379,7 +387,7 @@ _ASK_STAR = compile_templates([
     "What do you know about {n}?", "Have you heard of {n}?", "Why is {n} famous?",
     "How old is {n}?", "Is {n} still alive?", "When was {n} born?", "What did {n} do?"])
 
-# %% ../../nbs/post/31c_wordings.ipynb #34aaad55
+# %% ../../nbs/post/31c_wordings.ipynb #15456a19
 ASK_WHO = compile_templates([
     "Who is {o}?", "[Do you know|Can you tell me] who {o} is?", "Do you know [|a person called ]{o}?",
     "[Tell me|Can you tell me|Could you tell me] [about|something about|more about] {o}[.|?]",
@@ -392,7 +400,7 @@ _ASK_THERE = compile_templates([
     "Is there [a|anybody called|somebody called] {n} in {town}?", "[Where is|Where can I find] {n}?",
     "Is {n} one of the people of {town}?", "I am looking for {n}."])
 
-# %% ../../nbs/post/31c_wordings.ipynb #a922c139
+# %% ../../nbs/post/31c_wordings.ipynb #91692d38
 def ask_stranger(
     name: str, # of a person who does not live in the town
     town: str, # its name
@@ -416,7 +424,7 @@ def ask_star(draw: Draw) -> tuple[str, str]: # question, name
     name = draw.pick(STARS)
     return expand_one(_ASK_STAR, {"n": name}, draw), name
 
-# %% ../../nbs/post/31c_wordings.ipynb #5dc1ca2f
+# %% ../../nbs/post/31c_wordings.ipynb #664e0731
 _HIDDEN = compile_templates([
     "How [tall|old|heavy|rich|strong|big] is {n}?", "What is {ns} [age|height|weight|size]?",
     "What colour [are {ns} eyes|is {ns} hair|is {ns} coat|is {ns} door]?",
@@ -436,7 +444,7 @@ _HIDDEN = compile_templates([
     "What does {n} look like?", "What does {n} think [of me|about it|of {town}]?",
     "Can {n} [drive|sing|whistle|play the piano|speak French]?"])
 
-# %% ../../nbs/post/31c_wordings.ipynb #c26dabe5
+# %% ../../nbs/post/31c_wordings.ipynb #e4bec3c9
 def ask_hidden(
     slots: dict, # of a name, with the slot "town"
     draw: Draw, # makes the choices
@@ -444,7 +452,7 @@ def ask_hidden(
     "Compose a question about a person that no document answers."
     return expand_one(_HIDDEN, slots, draw)
 
-# %% ../../nbs/post/31c_wordings.ipynb #84f075b2
+# %% ../../nbs/post/31c_wordings.ipynb #b197eb8b
 add_rules(
     far_country=["France", "Spain", "Japan", "Egypt", "Peru", "Norway", "Germany", "Italy", "China",
                  "India", "Brazil", "Canada", "Mexico", "Kenya", "Poland", "Greece", "Turkey",
@@ -462,7 +470,7 @@ add_rules(
     far_work=["Hamlet", "the Mona Lisa", "Star Wars", "Titanic", "the Bible", "Harry Potter",
               "Romeo and Juliet", "The Lord of the Rings", "Frozen", "Moby Dick", "Faust"])
 
-# %% ../../nbs/post/31c_wordings.ipynb #7b79e595
+# %% ../../nbs/post/31c_wordings.ipynb #a1854702
 _OUTSIDE = compile_templates([
     "What is the [capital|population|currency|flag|language|biggest city|king] of {far_country}?",
     "Who is the [president|king|queen|leader|prime minister] of {far_country}?",
@@ -483,13 +491,13 @@ _OUTSIDE = compile_templates([
     "What is [good morning|thank you|cat|water|I love you] in {far_language}?",
     "[How do you say hello in|Can you speak|Teach me|Translate this into] {far_language}?"])
 
-# %% ../../nbs/post/31c_wordings.ipynb #5b44e176
+# %% ../../nbs/post/31c_wordings.ipynb #ea6a03ae
 _OUTSIDE += compile_templates([
     "[Write|Can you write|Give me] [a Python function|some Python code|a program|a web page|an SQL query|"
     "some Java code] [that sorts a list|for a game|that prints hello|for me|for my website].",
     "[Fix|Debug|Explain] [my code|this program|this error].", "How do I [install|learn|run] Python?",
     "What is the [square root of {ten}|derivative of x squared|value of pi|integral of x|sine of {ten}]?",
-    "[Solve|Can you solve] [this equation|x squared plus x is {ten}|a quadratic equation].",
+    "[Solve|Can you solve] [this equation|a quadratic equation|x squared plus x equals {ten}].",
     "[Which medicine|What] helps against [a headache|a cold|fever|stomach ache|a cough]?",
     "[I have a|What should I do about a|What can I do against a] [headache|fever|broken arm|rash]?",
     "[Is|How healthy is] [coffee|chocolate|running|smoking] [bad for me|good for me]?",
@@ -497,7 +505,7 @@ _OUTSIDE += compile_templates([
     "What do you think [of|about] [the war|the election|taxes|climate change|the government|immigration]?",
     "What is in the [news|paper] today?", "What happened [yesterday|in 1945|in 1989|last year|in history]?",
     "When [was|did] [the Second World War|the French Revolution|the moon landing|the Roman Empire] [begin|end|happen]?",
-    "How much [does a|is a|must I pay for a] [house|car|phone|computer|ticket to {far_city}|flight|laptop]"
+    "How much [is|must I pay for] a [house|car|phone|computer|ticket to {far_city}|flight|laptop]"
     "[| in euros| in dollars]?",
     "What is the price of [gold|oil|bitcoin|a stock|petrol|gas]?",
     "[Find|Book|Recommend|Show] me a [hotel|flight|restaurant|film|song] in {far_city}.",
@@ -509,7 +517,7 @@ _OUTSIDE += compile_templates([
     "[Is there|Do you believe in] [a god|life on Mars|life after death|aliens|ghosts]?",
     "What is the meaning of life?", "Why is the [sea salty|sky blue|earth round|moon white]?"])
 
-# %% ../../nbs/post/31c_wordings.ipynb #d1fd36a9
+# %% ../../nbs/post/31c_wordings.ipynb #df1248b9
 def ask_outside(draw: Draw) -> str:
     "Compose a question about the world outside the town."
     return expand_one(_OUTSIDE, {}, draw)
