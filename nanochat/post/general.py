@@ -24,6 +24,7 @@ _FRAMES = compile_templates([
     "[A quick|One more|An easy|Another] question: {lower}",
     "[I wonder|I ask myself|A child asked me|My friend asks]: {lower}"])
 
+# %% ../../nbs/post/32d_general.ipynb #eb67164f
 def _framed(question: str, draw) -> str:
     "Put one of four questions into a frame, if it is a single sentence."
     if "." in question or not draw.chance(0.25): return question
@@ -31,44 +32,55 @@ def _framed(question: str, draw) -> str:
     if question.split()[0] in (*DAYS, *MONTHS): lower = question # keeps its capital
     return expand_one(_FRAMES, {"q": question, "lower": lower}, draw)
 
-# %% ../../nbs/post/32d_general.ipynb #7e81ce34
+# %% ../../nbs/post/32d_general.ipynb #a09de3bc
 _TEXTS = { # kind: (questions, answer)
     "does": ([
         "What does {a_job} do[| all day| at work]?", "What do {jobs} do[| all day| at work]?",
         "What is the [job|work] of {a_job}?", "What is {a_job}?", "What is {a_job} good for?",
-        "Why do we need {a_job}?", "[Can you tell me|Do you know|Tell me] what {a_job} does.", "How does {a_job} spend the day?",
+        "Why do we need {a_job}?", "[Can you tell me|Do you know|Tell me] what {a_job} does.",
+        "How does {a_job} spend the day?",
         "Explain what {a_job} does."], "{A_job} {does}."),
     "workplace": ([
-        "Where does {a_job} work?", "Where do {jobs} work?", "[In|At] which place does {a_job} work?",
+        "Where does {a_job} work?", "Where do {jobs} work?",
+        "[In|At] which place does {a_job} work?",
         "Where can I find {a_job}?", "What is the workplace of {a_job}?",
-        "Where [must|do] I go if I need {a_job}?", "[Can you tell me|Do you know] where {a_job} works?"], "{A_job} works at the {work}."),
+        "Where [must|do] I go if I need {a_job}?",
+        "[Can you tell me|Do you know] where {a_job} works?"], "{A_job} works at the {work}."),
     "eats": ([
-        "What does {a_pet} eat?", "What do {pets} eat?", "What [should|can|do] I feed [to |]{a_pet}?",
+        "What does {a_pet} eat?", "What do {pets} eat?",
+        "What [should|can|do] I feed [to |]{a_pet}?",
         "What do I give {a_pet} to eat?", "What food [do {pets} like|is good for {a_pet}]?",
-        "My {pet} is hungry. What does it eat?", "[Can you tell me|Do you know] what {a_pet} eats?", "I have {a_pet}. What should it eat?"],
+        "My {pet} is hungry. What does it eat?",
+        "[Can you tell me|Do you know] what {a_pet} eats?", "I have {a_pet}. What should it eat?"],
         "{A_pet} eats {eats}."),
     "likes": ([
         "What does {a_pet} like[| to do| doing]?", "What do {pets} like[| to do| doing| best]?",
         "What makes {a_pet} happy?", "What does {a_pet} enjoy?", "How does {a_pet} have fun?",
-        "What is {a_pet} fond of?", "[Can you tell me|Do you know] what {a_pet} likes?"], "{A_pet} likes {likes}."),
+        "What is {a_pet} fond of?", "[Can you tell me|Do you know] what {a_pet} likes?"],
+        "{A_pet} likes {likes}."),
     "place": ([
         "What can [I|we|one|you] do at the {place}?", "What [is|do people use] the {place} for?",
         "Why do people go to the {place}?", "What do people do at the {place}?",
-        "What happens at the {place}?", "Why should I go to the {place}?", "Tell me about the {place}."],
+        "What happens at the {place}?", "Why should I go to the {place}?",
+        "Tell me about the {place}."],
         "At the {place}, people {what}.")}
 
-# %% ../../nbs/post/32d_general.ipynb #60e0090b
+# %% ../../nbs/post/32d_general.ipynb #384dde06
 _TEXTS |= {
     "shop": ([
         "Where can [I|we|one] [buy|get] {goods}?", "Where can I [buy|get|find] {a_good}?",
         "Who sells {goods}?", "Where [are {goods} sold|do they sell {goods}]?",
         "I need {a_good}. Where [do|should] I go?", "Which [shop|place] sells {goods}?",
-        "Where do people buy {goods}?", "[Can you tell me|Do you know] where I can [buy|get] {goods}?"], "You can buy {goods} at the {shop}."),
+        "Where do people buy {goods}?",
+        "[Can you tell me|Do you know] where I can [buy|get] {goods}?"],
+        "You can buy {goods} at the {shop}."),
     "price": ([
         "How much [does {a_good} cost|is {a_good}|do I pay for {a_good}|must I pay for {a_good}]?",
         "What does {a_good} cost?", "What is the price of {a_good}?", "How much do {goods} cost?",
         "How many coins [is {a_good}|does {a_good} cost|do I need for {a_good}]?",
-        "How expensive is {a_good}?", "Price of {a_good}?", "[Can you tell me|Do you know] [how much {a_good} costs|what {a_good} costs]?", "Are {goods} expensive?"],
+        "How expensive is {a_good}?", "Price of {a_good}?",
+        "[Can you tell me|Do you know] [how much {a_good} costs|what {a_good} costs]?",
+        "Are {goods} expensive?"],
         "{A_good} costs {coins}."),
     "sells": ([
         "What can [I|we|one] [buy|get] at the {seller}?", "What does the {seller} sell?",
@@ -79,14 +91,17 @@ _TEXTS |= {
         "What can [I|we] do [when|if] it is {weather}?", "It is {weather}. What do people do?",
         "What is good to do on a {weather} day?"], "When it is {weather}, people {doing}.")}
 
-# %% ../../nbs/post/32d_general.ipynb #2e3493b1
+# %% ../../nbs/post/32d_general.ipynb #51bc0155
 _TEXTS |= {
     "after": ([
-        "[What|Which] {unit} [comes|is|follows] after {t}?", "What comes after {t}?", "What is the {unit} after {t}?",
-        "What {unit} is next after {t}?", "After {t} comes [which|what] {unit}?", "{t} is over. [What|Which {unit}] comes next?"],
+        "[What|Which] {unit} [comes|is|follows] after {t}?", "What comes after {t}?",
+        "What is the {unit} after {t}?",
+        "What {unit} is next after {t}?", "After {t} comes [which|what] {unit}?",
+        "{t} is over. [What|Which {unit}] comes next?"],
         "{u} comes after {t}."),
     "before": ([
-        "[What|Which] {unit} [comes|is] before {t}?", "What comes before {t}?", "What is the {unit} before {t}?",
+        "[What|Which] {unit} [comes|is] before {t}?", "What comes before {t}?",
+        "What is the {unit} before {t}?",
         "Before {t} comes [which|what] {unit}?", "What {unit} was it before {t}?"],
         "{u} comes before {t}."),
     "number": ([
@@ -94,12 +109,14 @@ _TEXTS |= {
         "What is the number of {month}?", "{month} is which month of the year?"],
         "{month} is month number {number}."),
     "calendar": ([
-        "What are the {units}[| called]?", "[List|Name|Tell me|Say|Give me] [all the|the|all] {units}.",
+        "What are the {units}[| called]?",
+        "[List|Name|Tell me|Say|Give me] [all the|the|all] {units}.",
         "Which {units} are there?", "How are the {units} called?", "What {units} do you know?"],
         "The {units} are {all}."),
     "how_many": ([
         "How many {parts} does {a_whole} have?", "How many {parts} has {a_whole}[ got|]?",
-        "{A_whole} has how many {parts}?", "[Do you know|Can you tell me] how many {parts} {a_whole} has?"],
+        "{A_whole} has how many {parts}?",
+        "[Do you know|Can you tell me] how many {parts} {a_whole} has?"],
         "{A_whole} has {n} {parts}."),
     "how_long": ([
         "How many {parts} [are in|are there in|make|does it take to fill] {a_whole}?",
@@ -114,7 +131,7 @@ _CALENDAR = {
     "days of the week": DAYS, "months of the year": MONTHS,
     "seasons": ["spring", "summer", "autumn", "winter"]}
 
-# %% ../../nbs/post/32d_general.ipynb #aa8d42ac
+# %% ../../nbs/post/32d_general.ipynb #91a478e6
 _OPPOSITES = """
     hot cold|big small|day night|tall short|old new|fast slow|wet dry|open closed|full empty|
     clean dirty|happy sad|good bad|light dark|loud quiet|hard soft|strong weak|rich poor|up down|
@@ -127,43 +144,54 @@ _OPPOSITE = {b: a for a, b in reversed(_PAIRS)} | {a: b for a, b in reversed(_PA
 _COLOUR_OF = {
     "grass": "green", "snow": "white", "the sky": "blue", "the sun": "yellow", "milk": "white",
     "a tomato": "red", "a lemon": "yellow", "the night": "black", "an elephant": "grey",
-    "chocolate": "brown", "a carrot": "orange", "blood": "red", "a banana": "yellow", "a frog": "green"}
+    "chocolate": "brown", "a carrot": "orange", "blood": "red", "a banana": "yellow",
+        "a frog": "green"}
 _SOUNDS = {
     "cat": "meow", "dog": "woof", "goose": "honk", "hen": "cluck", "cow": "moo", "sheep": "baa",
-    "duck": "quack", "goat": "baa", "frog": "croak", "bee": "buzz", "pony": "neigh", "bird": "tweet"}
+    "duck": "quack", "goat": "baa", "frog": "croak", "bee": "buzz", "pony": "neigh",
+        "bird": "tweet"}
 
-# %% ../../nbs/post/32d_general.ipynb #b54dd37e
+# %% ../../nbs/post/32d_general.ipynb #252b1e00
 _TEXTS |= {
     "opposite": ([
-        "What is the opposite of {w}?", "[Opposite|The opposite] of {w}?", "What is the contrary of {w}?",
+        "What is the opposite of {w}?", "[Opposite|The opposite] of {w}?",
+        "What is the contrary of {w}?",
         "Which word [is|means] the opposite of {w}?", "[Do you know|Tell me] the opposite of {w}.",
         "Give me the opposite of {w}."], "The opposite of {w} is {w2}."),
     "colour": ([
-        "[What|Which] colour is {it}?", "What is the colour of {it}?", "[Which|What] colour has {it}?",
+        "[What|Which] colour is {it}?", "What is the colour of {it}?",
+        "[Which|What] colour has {it}?",
         "Is {it} red or green, or what colour is it?"], "{It} is {colour}."),
     "sound": ([
-        "What does {a_maker} say?", "[What|Which] sound does {a_maker} make?", "How does {a_maker} sound?",
+        "What does {a_maker} say?", "[What|Which] sound does {a_maker} make?",
+        "How does {a_maker} sound?",
         "What noise does {a_maker} make?"], "{A_maker} says {sound}."),
     "examples": ([
-        "[Name|Tell me|Give me|List|Say] {k} {sorts}.", "[Can|Could] you [name|tell me|list] {k} {sorts}?",
+        "[Name|Tell me|Give me|List|Say] {k} {sorts}.",
+        "[Can|Could] you [name|tell me|list] {k} {sorts}?",
         "What are {k} {sorts}?", "I need {k} {sorts}.", "Which {k} {sorts} do you know?",
         "Do you know {k} {sorts}?"], "{Some} are {sorts}."),
     "example": ([
-        "[Name|Tell me|Give me|Say] {a_sort}.", "[Can|Could] you [name|tell me] {a_sort}?", "Do you know {a_sort}?",
-        "What is an example of {a_sort}?", "Give me an example of {a_sort}."], "{One} is {a_sort}."),
+        "[Name|Tell me|Give me|Say] {a_sort}.", "[Can|Could] you [name|tell me] {a_sort}?",
+        "Do you know {a_sort}?",
+        "What is an example of {a_sort}?", "Give me an example of {a_sort}."],
+        "{One} is {a_sort}."),
     "which": ([
         "Which of these is {a_sort}: {options}?", "[Which|What] is {a_sort}, {options}?",
-        "Which word is {a_sort}: {options}?", "Find {a_sort}: {options}.", "{Options}: which one is {a_sort}?"],
+        "Which word is {a_sort}: {options}?", "Find {a_sort}: {options}.",
+        "{Options}: which one is {a_sort}?"],
         "{Right} is {a_sort}."),
     "is_it": ([
-        "Is {right} {a_sort}?", "Is {right} {a_sort} or {a_sort2}?", "What sort of thing is {right}?",
+        "Is {right} {a_sort}?", "Is {right} {a_sort} or {a_sort2}?",
+        "What sort of thing is {right}?",
         "What is {right}, {a_sort2} or {a_sort}?"], "{Right} is {a_sort}."),
-    "is_not": (["Is {right} {a_sort2}?", "{Right} is {a_sort2}, right?", "Is it true that {right} is {a_sort2}?"],
+    "is_not": (["Is {right} {a_sort2}?", "{Right} is {a_sort2}, right?",
+        "Is it true that {right} is {a_sort2}?"],
         "No, {right} is {a_sort}.")}
 _TEXTS = {kind: (compile_templates(asked), compile_templates([answer])[0])
           for kind, (asked, answer) in _TEXTS.items()}
 
-# %% ../../nbs/post/32d_general.ipynb #070ca064
+# %% ../../nbs/post/32d_general.ipynb #0bbf0b89
 _SORTS = { # singular: (plural, examples)
     "colour": ("colours", COLOURS), "day": ("days", DAYS), "month": ("months", MONTHS),
     "animal": ("animals", ["dog", "cat", "rabbit", "goose", "pony", "goat", "parrot", "hen"]),
@@ -176,20 +204,22 @@ _SORTS = { # singular: (plural, examples)
     "season": ("seasons", ["spring", "summer", "autumn", "winter"])}
 _COUNTED = ("animal", "fruit", "vegetable", "flower", "job") # with an article
 
-# %% ../../nbs/post/32d_general.ipynb #f46788c4
+# %% ../../nbs/post/32d_general.ipynb #56f3196a
 def _items(sort: str, k: int | None = None) -> list[str]:
     "Return the first examples of a sort, as they stand in a list."
     examples = _SORTS[sort][1][:k]
     return [plural(word) for word in examples] if sort in _COUNTED else examples
 
-# %% ../../nbs/post/32d_general.ipynb #cd2c0e78
+# %% ../../nbs/post/32d_general.ipynb #03a4c82f
 _SHARES = {
     "does": 9, "workplace": 9, "eats": 7, "likes": 6, "place": 7, "shop": 7, "price": 7, "sells": 2,
-    "weather": 3, "after": 5, "before": 4, "number": 2, "calendar": 2, "how_many": 3, "how_long": 3, "opposite": 7,
+    "weather": 3, "after": 5, "before": 4, "number": 2, "calendar": 2, "how_many": 3,
+        "how_long": 3, "opposite": 7,
     "colour": 2, "sound": 2, "examples": 6, "example": 2, "which": 3, "is_it": 1, "is_not": 1}
 _SHARES = {kind: share / 100 for kind, share in _SHARES.items()}
 _STOP = set("a an the is are at of to and or that it people you can no yes".split())
 
+# %% ../../nbs/post/32d_general.ipynb #82e3ddff
 def _words(text):
     "Return the words that a judge looks for, without the s of a plural or of a verb."
     return {word.rstrip("s") for word in normal(text).split() if word not in _STOP}
@@ -224,35 +254,40 @@ class General(Task):
         extra = set(numbers_in(said)) - set(numbers_in(answer))
         return agree and needed <= _words(said) and not extra
 
-# %% ../../nbs/post/32d_general.ipynb #8a78bdcd
+# %% ../../nbs/post/32d_general.ipynb #41daf069
 def _job_slots(draw):
     job = draw.pick(list(JOBS))
     work, does = JOBS[job]
     return {"job": job, "jobs": plural(job), "a_job": article(job), "work": work, "does": does}
 
+# %% ../../nbs/post/32d_general.ipynb #7ac26e21
 def _pet_slots(draw):
     pet = draw.pick(list(PETS))
     eats, likes = PETS[pet]
     return {"pet": pet, "pets": plural(pet), "a_pet": article(pet), "eats": eats, "likes": likes}
 
+# %% ../../nbs/post/32d_general.ipynb #04531979
 def _time_slots(draw, step):
     unit, names = draw.pick([("day", DAYS), ("month", MONTHS)])
     t = draw.number(0, len(names) - 1)
     return {"unit": unit, "t": names[t], "u": names[(t + step) % len(names)]}
 
-# %% ../../nbs/post/32d_general.ipynb #942ba6b5
+# %% ../../nbs/post/32d_general.ipynb #6b2147b1
 def _shop_slots(world, draw):
     good = draw.pick(list(GOODS))
     seller = draw.pick(sorted(set(GOODS.values())))
     sold = [plural(name) for name, shop in GOODS.items() if shop == seller]
     return {"good": good, "goods": plural(good), "a_good": article(good), "shop": GOODS[good],
-            "coins": count(world.prices[good], "coin"), "seller": seller, "sold": join_words(sold[:4])}
+            "coins": count(world.prices[good], "coin"), "seller": seller,
+                "sold": join_words(sold[:4])}
 
+# %% ../../nbs/post/32d_general.ipynb #636ba0bc
 def _example(sort, draw=None):
     "Return an example with its article, or without a draw the first one."
     word = draw.pick(_SORTS[sort][1]) if draw else _SORTS[sort][1][0]
     return article(word) if sort in _COUNTED else word
 
+# %% ../../nbs/post/32d_general.ipynb #21e77c1e
 def _sort_slots(draw):
     sort, other = draw.sample(list(_SORTS), 2)
     if draw.chance(0.5): sort = draw.pick(["colour", "animal", "day", "month"])
@@ -264,7 +299,7 @@ def _sort_slots(draw):
             "a_sort": article(sort), "a_sort2": article(other), "right": right,
             "one": _example(sort), "options": ", ".join(options[:2]) + " or " + options[2]}
 
-# %% ../../nbs/post/32d_general.ipynb #126a73a6
+# %% ../../nbs/post/32d_general.ipynb #a053f657
 def _word_slots(kind, draw):
     "Return the slots of a kind about single words."
     if kind == "opposite":
@@ -286,9 +321,10 @@ def _word_slots(kind, draw):
     month = draw.pick(MONTHS)
     return {"month": month, "number": str(MONTHS.index(month) + 1)}
 
-# %% ../../nbs/post/32d_general.ipynb #ee3f47c0
+# %% ../../nbs/post/32d_general.ipynb #737687b2
 _SORT_KINDS = ("examples", "example", "which", "is_it", "is_not")
 
+# %% ../../nbs/post/32d_general.ipynb #08aa456a
 @patch
 def _slots(self: General, kind, draw):
     "Choose what a question is about. Return its slots."

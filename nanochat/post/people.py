@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/post/32c_people.ipynb #8cfb48a8
 from ..core.grammar import (
-    ATTRIBUTES, HE, JOBS, NUMBER_WORDS, PLACES, SHE, Draw, article, compile_templates,
+    ATTRIBUTES, HE, JOBS, NUMBER_WORDS, PLACES, SHE, THINGS, Draw, article, compile_templates,
     expand, expand_one, join_words)
 from ..core.world import World
 from .tasks import Task, assistant, closing_text, normal, numbers_in, part_of, user
@@ -29,6 +29,7 @@ def people_with(
     "Return the first names of the people who have a value."
     return sorted(p.first for p in world.residents if getattr(p, attribute) == value)
 
+# %% ../../nbs/post/32c_people.ipynb #17c60ca7
 def lists_of(
     world: World,
     split: str, # "train" or "test"
@@ -43,13 +44,14 @@ def lists_of(
             if (held_out <= most_held_out) == (split == "train"): found.append((attribute, value))
     return found
 
-# %% ../../nbs/post/32c_people.ipynb #b3ebcdd2
+# %% ../../nbs/post/32c_people.ipynb #2fd0156c
 _VERBS = { # attribute: what one person does, what several people do
     "job": ("is {a_v}", "are {vs}"), "street": ("lives on {v}", "live on {v}"),
     "pet": ("has {a_v}", "have {a_v}"), "food": ("likes {v} best", "like {v} best"),
     "hobby": ("likes {v}", "like {v}"), "birthday": ("was born in {v}", "were born in {v}")}
 _VERBS = {attribute: compile_templates(texts) for attribute, texts in _VERBS.items()}
 
+# %% ../../nbs/post/32c_people.ipynb #168e4a29
 def _value_words(attribute: str, value: str) -> dict:
     "Return the slots of a value, of people who have it, and of one person who has it."
     slots = {"v": value, "a_v": article(value), "vs": plural(value)}
@@ -57,11 +59,12 @@ def _value_words(attribute: str, value: str) -> dict:
     one, many = (expand(template, slots, Draw(0)) for template in _VERBS[attribute])
     return slots | {"does": one, "do": many}
 
+# %% ../../nbs/post/32c_people.ipynb #ef2656f4
 def _state(names: list[str], words: dict) -> str:
     "Say that the people have a value."
     return f"{join_words(names)} {words['do' if len(names) > 1 else 'does']}."
 
-# %% ../../nbs/post/32c_people.ipynb #e9337b46
+# %% ../../nbs/post/32c_people.ipynb #7bbce90a
 _WHO = {
     "job": [
         "Who is {a_v}[| in {town}| here]?", "Who are the {vs}[| of {town}| in {town}]?",
@@ -88,12 +91,13 @@ _WHO = {
         "Who has birthday in {v}?", "Who celebrates a birthday in {v}?"]}
 _WHO = {attribute: compile_templates(texts) for attribute, texts in _WHO.items()}
 
-# %% ../../nbs/post/32c_people.ipynb #dbaf0e02
+# %% ../../nbs/post/32c_people.ipynb #5f6272e1
 _LIST_FRAMES = compile_templates([
     "{q}", "{q}", "{q}", "[Can|Could] you tell me {lower}?", "Do you know {lower}?",
     "[Tell me|Please tell me|I want to know|I would like to know] {lower}.", "Any idea {lower}?",
     "[Name|List|Show me|Tell me] [|all ]the people who {do}.", "I am looking for people who {do}.",
-    "[Give me|What are] the names of [|all ]the people who {do}[.|?]", "Do you know people who {do}?",
+    "[Give me|What are] the names of [|all ]the people who {do}[.|?]",
+    "Do you know people who {do}?",
     "Are there people who {do}?"])
 _COUNTS = compile_templates([
     "How many people {do}?", "How many [people|residents] [of|in] {town} {do}?",
@@ -103,7 +107,7 @@ _COUNT_JOBS = compile_templates([
     "How many {vs} [are there|does {town} have|live in {town}|do you know][| in all]?",
     "How many people work as {vs}?", "How many people work at the {work}?", "Count the {vs}."])
 
-# %% ../../nbs/post/32c_people.ipynb #9e1e7827
+# %% ../../nbs/post/32c_people.ipynb #6ece26ef
 def ask_list(
     attribute: str, # key of ATTRIBUTES
     words: dict, # from `_value_words`, with the slot "town"
@@ -114,6 +118,7 @@ def ask_list(
     lower = question[0].lower() + question[1:-1]
     return expand_one(_LIST_FRAMES, words | {"q": question, "lower": lower}, draw)
 
+# %% ../../nbs/post/32c_people.ipynb #d5055623
 def ask_count(
     attribute: str, # key of ATTRIBUTES
     words: dict, # from `_value_words`, with the slot "town"
@@ -123,15 +128,18 @@ def ask_count(
     jobs = attribute == "job" and draw.chance(0.5)
     return expand_one(_COUNT_JOBS if jobs else _COUNTS, words, draw)
 
-# %% ../../nbs/post/32c_people.ipynb #b7b622c1
+# %% ../../nbs/post/32c_people.ipynb #5710597a
 _SOME = compile_templates([
     "[Name|List|Tell me|Give me] {k} people[| of {town}| in {town}| you know].",
     "[Tell me|Give me] [the names of |]{k} [people|residents] [of|in|from] {town}.",
-    "Who lives in {town}? [Name|Tell me] {k} people.", "[Can|Could] you name {k} people[| of {town}]?",
+    "Who lives in {town}? [Name|Tell me] {k} people.",
+    "[Can|Could] you name {k} people[| of {town}]?",
     "I need [the names of |]{k} people[| from {town}].", "Which {k} people can you name?"])
 _ONE = compile_templates([
-    "Name [a person|somebody|one person|someone] [of|in|from] {town}.", "Who is one of your people?",
-    "Tell me [a name|one name|the name of one person].", "[Can|Could] you name [a person|someone]?"])
+    "Name [a person|somebody|one person|someone] [of|in|from] {town}.",
+    "Who is one of your people?",
+    "Tell me [a name|one name|the name of one person].",
+    "[Can|Could] you name [a person|someone]?"])
 _SOME_WITH = compile_templates([
     "[Name|Tell me|Give me] {k} people who {do}.", "[Can|Could] you name {k} people who {do}?",
     "I need {k} people who {do}.", "Which {k} people {do}?"])
@@ -143,94 +151,126 @@ _ONE_JOB = compile_templates([
     "[Name|Tell me the name of|Give me the name of] {a_v}.", "[Do you know|Can you name] {a_v}?",
     "[Is there|Have you got] {a_v} in {town}?", "I need {a_v}. [Who can help|Whom can I ask]?"])
 
-# %% ../../nbs/post/32c_people.ipynb #866c1455
+# %% ../../nbs/post/32c_people.ipynb #b5e73ed3
 _OWNER = compile_templates([
-    "[Whose pet|Whose animal|Whose] is {p}?", "Who [is the owner of|owns|lives with|has|looks after] {p}?",
+    "[Whose pet|Whose animal|Whose] is {p}?",
+    "Who [is the owner of|owns|lives with|has|looks after] {p}?",
     "Who does {p} belong to?", "To whom does {p} belong?", "Who has a pet called {p}?",
     "[Do you know|Can you tell me|Any idea] [who owns {p}|who {p} belongs to|whose pet {p} is]?",
-    "Whose pet is called {p}?", "Who is {p}'s owner?", "{p} belongs to whom?", "Who calls a pet {p}?",
-    "I [found|saw|met] {p}[| at the {place}]. [Who is the owner|Whose pet is that|Whose animal is it]?",
+    "Whose pet is called {p}?", "Who is {p}'s owner?", "{p} belongs to whom?",
+    "Who calls a pet {p}?",
+    "I [found|saw|met] {p}[| at the {place}]. [Who is the owner|Whose pet is that|"
+    "Whose animal is it]?",
     "What is the name of {p}'s owner?", "Which person has a pet [called|named] {p}?"])
 _ANIMAL = compile_templates([
-    "[What|Which|What kind of] animal is {p}?", "What is {p}?", "Who is {p}?", "What sort of pet is {p}?",
+    "[What|Which|What kind of] animal is {p}?", "What is {p}?", "Who is {p}?",
+    "What sort of pet is {p}?",
     "[Tell me|What do you know] about {p}[.|?]", "Is {p} an animal?", "Do you know {p}?"])
 
-# %% ../../nbs/post/32c_people.ipynb #7ce8c948
+# %% ../../nbs/post/32c_people.ipynb #aef35d0b
 _SCALES = [ # what is told of two, (more, most), (less, least)
-    ("{a} is {x}[| years old] and {b} is {y}[| years old]", ("older", "oldest"), ("younger", "youngest")),
+    ("{a} is {x}[| years old] and {b} is {y}[| years old]", ("older", "oldest"), ("younger",
+     "youngest")),
     ("{a} is {x} years old, {b} is {y}", ("older", "oldest"), ("younger", "youngest")),
-    ("{a} is {x} cm tall and {b} is {y} cm[| tall]", ("taller", "tallest"), ("shorter", "shortest")),
-    ("{a} runs {x} metres and {b} runs {y} metres in a minute", ("faster", "fastest"), ("slower", "slowest")),
-    ("{a} weighs {x} kilos and {b} weighs {y}[| kilos]", ("heavier", "heaviest"), ("lighter", "lightest")),
+    ("{a} is {x} cm tall and {b} is {y} cm[| tall]", ("taller", "tallest"), ("shorter",
+     "shortest")),
+    ("{a} runs {x} metres and {b} runs {y} metres in a minute", ("faster", "fastest"), ("slower",
+     "slowest")),
+    ("{a} weighs {x} kilos and {b} weighs {y}[| kilos]", ("heavier", "heaviest"), ("lighter",
+     "lightest")),
     ("{a} has {x} coins and {b} has {y}[| coins]", ("richer", "richest"), ("poorer", "poorest"))]
 _THINGS = [
-    ("The {a} weighs {x} kilos and the {b} weighs {y}[| kilos]", ("heavier", "heaviest"), ("lighter", "lightest")),
-    ("The {a} costs {x} coins and the {b} costs {y}[| coins]", ("dearer", "dearest"), ("cheaper", "cheapest")),
-    ("The {a} is {x} cm long and the {b} is {y} cm[| long]", ("longer", "longest"), ("shorter", "shortest")),
+    ("The {a} weighs {x} kilos and the {b} weighs {y}[| kilos]", ("heavier", "heaviest"),
+     ("lighter", "lightest")),
+    ("The {a} costs {x} coins and the {b} costs {y}[| coins]", ("dearer", "dearest"), ("cheaper",
+     "cheapest")),
+    ("The {a} is {x} cm long and the {b} is {y} cm[| long]", ("longer", "longest"), ("shorter",
+     "shortest")),
     ("The {a} is {x} years old and the {b} is {y}", ("older", "oldest"), ("newer", "newest"))]
-_NOUNS = "cup lamp basket kite bicycle key book coat box ball bag chair letter bottle boat clock".split()
 _SCALES, _THINGS = ([(compile_templates([told])[0], *ends) for told, *ends in table]
                     for table in (_SCALES, _THINGS))
 _AMOUNTS = compile_templates([
     "{a} has {x} {goods} and {b} has {y}[| {goods}].", "{a} buys {x} {goods} and {b} buys {y}.",
     "There are {x} {goods} in the basket of {a} and {y} in the basket of {b}."])
 
-# %% ../../nbs/post/32c_people.ipynb #56f4338d
+# %% ../../nbs/post/32c_people.ipynb #d1298259
 _ASK_END = compile_templates([
     "{told}. [Who|Which of them] is {more}?", "{told}. Who is {more}, {a} or {b}?",
-    "{told}. Who is the {more} [one|of the two]?", "Who is {more} if {told}?", "{told}. Tell me who is {more}.",
+    "{told}. Who is the {more} [one|of the two]?", "Who is {more} if {told}?",
+    "{told}. Tell me who is {more}.",
     "{told}. Is {a} or {b} {more}?", "[If|When] {told}, who is {more}?"])
 _ASK_END_THING = compile_templates([
-    "{told}. [What|Which one|Which of them|Which] is {more}?", "{told}. Which is {more}, the {a} or the {b}?",
+    "{told}. [What|Which one|Which of them|Which] is {more}?",
+    "{told}. Which is {more}, the {a} or the {b}?",
     "{told}. Which is the {more} one?", "{told}. Is the {a} or the {b} {more}?"])
-_ASK_MOST = compile_templates(["{told}. Who is {most}?", "{told}. Who is the {most}?", "{told}. Who is the {most} of [them|the three]?"])
+_ASK_MOST = compile_templates(["{told}. Who is {most}?", "{told}. Who is the {most}?",
+    "{told}. Who is the {most} of [them|the three]?"])
 _RELATION = compile_templates([
     "{a} is {more} than {b}.", "{b} is {less} than {a}.", "{a} is {more} than {b}, I think.",
     "{b} is not as {plain} as {a}."])
 _PLAIN = {"older": "old", "taller": "tall", "faster": "fast", "heavier": "heavy", "richer": "rich",
-          "younger": "young", "shorter": "short", "slower": "slow", "lighter": "light", "poorer": "poor"}
+          "younger": "young", "shorter": "short", "slower": "slow", "lighter": "light",
+              "poorer": "poor"}
 _RACE = compile_templates([
-    "{a} was first, {b} was second and {c} was third.", "In the race, {a} came first, {b} second and {c} third.",
+    "{a} was first, {b} was second and {c} was third.",
+    "In the race, {a} came first, {b} second and {c} third.",
     "{a} came before {b}, and {b} came before {c}.", "First came {a}, then {b}, then {c}."])
 _PLACES_IN_RACE = {
-    "winner": ["Who won?", "Who was the winner?", "Who came first?", "Who was first?", "Who was the fastest?"],
+    "winner": ["Who won?", "Who was the winner?", "Who came first?", "Who was first?",
+        "Who was the fastest?"],
     "second one": ["Who was second?", "Who came second?", "Who was in the middle?"],
-    "last one": ["Who was last?", "Who came last?", "Who was third?", "Who lost?", "Who was the slowest?"]}
+    "last one": ["Who was last?", "Who came last?", "Who was third?", "Who lost?",
+        "Who was the slowest?"]}
 
-# %% ../../nbs/post/32c_people.ipynb #4706e072
+# %% ../../nbs/post/32c_people.ipynb #6adb0e38
 _TOWN = { # kind: (questions, answer)
     "name": ([
         "What is the [name of the town|town's name|town called]?", "How is the town called?",
         "[What|Which] town [is this|is it|do you know|are you talking about|is your town]?",
-        "[Tell me|Do you know] the name of [the|your] town[.|?]", "Which town do the people live in?",
+        "[Tell me|Do you know] the name of [the|your] town[.|?]",
+        "Which town do the people live in?",
         "In which town do [they|these people|your people] live?"], "The town is called {town}."),
     "size": ([
-        "How many people [live|are there|are] in {town}?", "How many people live [in the town|in your town|there]?",
-        "How many people does {town} have?", "How big is {town}?", "How many residents [are there|does {town} have]?",
-        "[What is the number of people|What is the population] of {town}?", "How many people do you know?",
+        "How many people [live|are there|are] in {town}?",
+        "How many people live [in the town|in your town|there]?",
+        "How many people does {town} have?", "How big is {town}?",
+        "How many residents [are there|does {town} have]?",
+        "[What is the number of people|What is the population] of {town}?",
+        "How many people do you know?",
         "Count the people of {town}."], "{n} people live in {town}."),
     "people": ([
         "Who lives in {town}?", "Who lives in [the|your] town?", "Who are the people of {town}?",
-        "[Tell me|What are] the names of [the|your] people[.|?]", "[Which|What] people [do you know|live in {town}]?",
-        "Whom do you know?", "Who do you know?", "What are the people called?", "Name the people of {town}."],
+        "[Tell me|What are] the names of [the|your] people[.|?]",
+        "[Which|What] people [do you know|live in {town}]?",
+        "Whom do you know?", "Who do you know?", "What are the people called?",
+        "Name the people of {town}."],
         "{three} live in {town}, and {rest} more people."),
     "places": ([
-        "[What|Which] places are there[| in {town}]?", "What is there in {town}?", "What does {town} have?",
-        "What can I [see|visit|find] in {town}?", "Which places does {town} have?", "Where can I go in {town}?",
-        "[Tell me|What do you know] about [{town}|the town|your town][.|?]", "What is {town}[| like]?",
+        "[What|Which] places are there[| in {town}]?", "What is there in {town}?",
+        "What does {town} have?",
+        "What can I [see|visit|find] in {town}?", "Which places does {town} have?",
+        "Where can I go in {town}?",
+        "[Tell me|What do you know] about [{town}|the town|your town][.|?]",
+        "What is {town}[| like]?",
         "Describe {town}.", "Name some places in {town}."],
         "{town} has a library, a market, a school, a bakery, a park and a harbour."),
     "streets": ([
-        "[What|Which] streets [are there|does {town} have][| in {town}]?", "What are the streets called?",
-        "[Name|Tell me|List] [the|some] streets of {town}.", "How many streets [are there|does {town} have]?"],
+        "[What|Which] streets [are there|does {town} have][| in {town}]?",
+        "What are the streets called?",
+        "[Name|Tell me|List] [the|some] streets of {town}.",
+        "How many streets [are there|does {town} have]?"],
         "{town} has {n_streets} streets, such as {streets}."),
     "jobs": ([
-        "[What|Which] jobs are there[| in {town}]?", "What work do [people|the people of {town}] do?",
-        "[What|Which] jobs do [people|the people of {town}] have?", "What do people in {town} work as?"],
+        "[What|Which] jobs are there[| in {town}]?",
+        "What work do [people|the people of {town}] do?",
+        "[What|Which] jobs do [people|the people of {town}] have?",
+        "What do people in {town} work as?"],
         "There are bakers, teachers, nurses, farmers and many more."),
     "pets": ([
-        "[What|Which] [pets|animals] are there[| in {town}]?", "[What|Which] pets do [people|the people of {town}] have?",
-        "[What|Which] animals live in {town}?"], "There are cats, dogs, rabbits, geese and many more."),
+        "[What|Which] [pets|animals] are there[| in {town}]?",
+        "[What|Which] pets do [people|the people of {town}] have?",
+        "[What|Which] animals live in {town}?"],
+        "There are cats, dogs, rabbits, geese and many more."),
     "has": ([
         "Is there {place}[| in {town}]?", "Does {town} have {place}?", "Has {town} got {place}?",
         "Can I find {place} in {town}?"], "Yes, {town} has {place}."),
@@ -238,30 +278,36 @@ _TOWN = { # kind: (questions, answer)
         "Is there {absent}[| in {town}]?", "Does {town} have {absent}?", "Has {town} got {absent}?",
         "Can I find {absent} in {town}?"], "No, {town} does not have {absent}."),
     "lives": ([
-        "Does {n} live [in {town}|here|in your town]?", "Is {n} from {town}?", "Do you know {n} from {town}?",
+        "Does {n} live [in {town}|here|in your town]?", "Is {n} from {town}?",
+        "Do you know {n} from {town}?",
         "Is {n} one of the people of {town}?", "Is there somebody called {n} in {town}?"],
         "Yes, {n} lives in {town}."),
     "last": ([
-        "What is {n}'s [last name|family name|surname|full name]?", "{n} who?", "What is the last name of {n}?",
+        "What is {n}'s [last name|family name|surname|full name]?", "{n} who?",
+        "What is the last name of {n}?",
         "[What|How] is {n} called in full?"], "{n}'s full name is {full}."),
     "whether": ([
-        "Is {n} a [man|woman|boy|girl]?", "Is {n} a [man or a woman|woman or a man]?", "Is {n} [he or she|male or female]?"],
+        "Is {n} a [man|woman|boy|girl]?", "Is {n} a [man or a woman|woman or a man]?",
+        "Is {n} [he or she|male or female]?"],
         "{n} is a {sex}.")}
 _TOWN = {kind: (compile_templates(asked), compile_templates([answer])[0])
          for kind, (asked, answer) in _TOWN.items()}
 
-# %% ../../nbs/post/32c_people.ipynb #050e2a73
+# %% ../../nbs/post/32c_people.ipynb #8aeed58e
 _ABSENT = """
-    an airport|a castle|a zoo|a university|a cinema|a beach|a casino|a subway|a prison|a volcano|a desert|
-    a stadium|a palace|a swimming pool|a shopping centre|a supermarket|a hotel|an underground|a tower|a temple|
-    a factory|a jungle|a fire station|a skate park|a bus stop|an embassy|a restaurant|a gym|a bar|a mosque
+    an airport|a castle|a zoo|a university|a cinema|a beach|a casino|a subway|a prison|a volcano|
+    a desert|
+    a stadium|a palace|a swimming pool|a shopping centre|a supermarket|a hotel|an underground|
+    a tower|a temple|
+    a factory|a jungle|a fire station|a skate park|a bus stop|an embassy|a restaurant|a gym|a bar|
+    a mosque
     """
 _ABSENT = [name.strip() for name in _ABSENT.split("|")]
 _TOWN_SHARES = {
     "name": 0.1, "size": 0.12, "people": 0.12, "places": 0.12, "streets": 0.08, "jobs": 0.05,
     "pets": 0.04, "has": 0.08, "has_not": 0.08, "lives": 0.08, "last": 0.08, "whether": 0.05}
 
-# %% ../../nbs/post/32c_people.ipynb #5cd95849
+# %% ../../nbs/post/32c_people.ipynb #3cbcc96b
 class People(Task):
     "Questions about several people, about owners of pets, and about the town."
     most_held_out = 0 # see `lists_of`
@@ -274,7 +320,8 @@ class People(Task):
         self.lists = lists_of(self.world, self.split, self.most_held_out)
         self.everyone = sorted(person.first for person in self.world.residents)
         facts = self.world.asked if self.split == "train" else sorted(self.world.held_out)
-        self.facts = {attribute: [i for i, name in facts if name == attribute] for attribute in ATTRIBUTES}
+        self.facts = {attribute: [i for i,
+            name in facts if name == attribute] for attribute in ATTRIBUTES}
         if self.split == "test": self.size = 300
 
     def messages(self, i, draw):
@@ -317,7 +364,7 @@ class People(Task):
         jobs = {job for job in JOBS if re.search(rf"\b({job}|{plural(job)})\b", text)}
         return found | jobs, set(numbers_in(text))
 
-# %% ../../nbs/post/32c_people.ipynb #d07c85f0
+# %% ../../nbs/post/32c_people.ipynb #b2f9aaae
 @patch
 def _some(self: People, draw):
     "Ask for the names of one to five people, of all or of those with a value."
@@ -335,7 +382,7 @@ def _some(self: People, draw):
         slots = {"k": str(k) if draw.chance(0.2) else NUMBER_WORDS[k], "town": self.world.town}
     return question, _state(self.everyone[:k], words)
 
-# %% ../../nbs/post/32c_people.ipynb #3a4ff14d
+# %% ../../nbs/post/32c_people.ipynb #785032b3
 @patch
 def _owner(self: People, draw):
     "Ask whose pet it is, or what animal it is."
@@ -345,11 +392,12 @@ def _owner(self: People, draw):
         return expand_one(_ANIMAL, {"p": name}, draw), f"{name} is {person.first}'s {person.pet}."
     return expand_one(_OWNER, {"p": name}, draw), f"{name} belongs to {person.first}."
 
-# %% ../../nbs/post/32c_people.ipynb #8f0b6522
+# %% ../../nbs/post/32c_people.ipynb #60de8fe1
 _OF_TWO = compile_templates([
     "Who {does}, {n} or {m}?", "Who {does}: {n} or {m}?", "Which of them {does}, {n} or {m}?",
     "Is it {n} or {m} who {does}?", "[Do you know|Tell me] who {does}, {n} or {m}[.|?]"])
 
+# %% ../../nbs/post/32c_people.ipynb #aca23f6b
 @patch
 def _pair(self: People, attribute, same, draw):
     "Choose two people who share a value or do not; the first one's fact belongs to the split."
@@ -360,6 +408,7 @@ def _pair(self: People, attribute, same, draw):
     others = [i for i in allowed if i != index and (getattr(people[i], attribute) == value) == same]
     return (people[index], people[draw.pick(others)]) if others else None
 
+# %% ../../nbs/post/32c_people.ipynb #c76155eb
 @patch
 def _which_of_two(self: People, draw):
     "Ask which of two people has a value."
@@ -371,15 +420,17 @@ def _which_of_two(self: People, draw):
     question = expand_one(_OF_TWO, words | dict(zip("nm", names)), draw)
     return question, _state([person.first], words)
 
-# %% ../../nbs/post/32c_people.ipynb #c7bbf11d
+# %% ../../nbs/post/32c_people.ipynb #f1a7bceb
 _BOTH = compile_templates([
-    "Do both {n} and {m} {verb}?", "Do {n} and {m} both {verb}?", "Is it true that both {n} and {m} {verb}?",
+    "Do both {n} and {m} {verb}?", "Do {n} and {m} both {verb}?",
+    "Is it true that both {n} and {m} {verb}?",
     "Is it true of {n} and of {m} that they {verb}?", "{n} and {m} both {verb}, right?"])
 _BASE_VERBS = {
     "job": "work as {vs}", "street": "live on {v}", "pet": "have {a_v}", "food": "like {v} best",
     "hobby": "like {v}", "birthday": "have a birthday in {v}"}
 _BASE_VERBS = {attribute: compile_templates([text]) for attribute, text in _BASE_VERBS.items()}
 
+# %% ../../nbs/post/32c_people.ipynb #a794ace1
 @patch
 def _both(self: People, draw):
     "Ask whether two people both have a value."
@@ -393,10 +444,11 @@ def _both(self: People, draw):
     says = " and ".join(expand(SAYS[attribute], p.subject("first"), draw) for p in pair)
     return expand_one(_BOTH, words | {"verb": verb}, draw), f"{says}, so {'yes' if yes else 'no'}."
 
-# %% ../../nbs/post/32c_people.ipynb #6e33e584
+# %% ../../nbs/post/32c_people.ipynb #e50f0399
 _TOLD_KINDS = {"_two": 0.35, "_three": 0.15, "_amounts": 0.1, "_relation": 0.15, "_race": 0.1,
                "_numbers": 0.15}
 
+# %% ../../nbs/post/32c_people.ipynb #057bfc15
 @patch
 def _told(self: People, draw):
     "Ask about something that the message tells."
@@ -404,6 +456,7 @@ def _told(self: People, draw):
         question, answer = getattr(self, draw.weighted(_TOLD_KINDS))(draw)
         if self._is_mine(question): return question, answer
 
+# %% ../../nbs/post/32c_people.ipynb #f01f6031
 @patch
 def _names(self: People, n, draw):
     "Return different names: of residents, of others with common names, or of strangers."
@@ -413,26 +466,27 @@ def _names(self: People, n, draw):
         if name not in names: names.append(name)
     return [name.lower() for name in names] if draw.chance(0.08) else names
 
-# %% ../../nbs/post/32c_people.ipynb #b5eaf68d
+# %% ../../nbs/post/32c_people.ipynb #582d2dd4
 def _different(n: int, draw: Draw) -> list[int]:
     "Return different numbers, small or large."
     high = draw.pick((20, 100, 200))
     return draw.sample(range(2, high), n)
 
+# %% ../../nbs/post/32c_people.ipynb #541f031a
 @patch
 def _two(self: People, draw):
     "Tell two numbers of people or of things, and ask for the greater or the smaller one."
     x, y = _different(2, draw)
     things = draw.chance(0.35)
     told, more, less = draw.pick(_THINGS if things else _SCALES)
-    a, b = draw.sample(_NOUNS, 2) if things else self._names(2, draw)
+    a, b = draw.sample(THINGS, 2) if things else self._names(2, draw)
     slots = {"a": a, "b": b, "x": str(x), "y": str(y)}
     word, right = draw.pick([(more[0], a if x > y else b), (less[0], b if x > y else a)])
     slots |= {"told": expand(told, slots, draw), "more": word}
     question = capital(expand_one(_ASK_END_THING if things else _ASK_END, slots, draw))
     return question, f"The {word} one is {'the ' * things}{right}."
 
-# %% ../../nbs/post/32c_people.ipynb #5488038a
+# %% ../../nbs/post/32c_people.ipynb #ea587d19
 @patch
 def _three(self: People, draw):
     "Tell the numbers of three people, and ask for the greatest or the smallest."
@@ -440,23 +494,28 @@ def _three(self: People, draw):
     more, less, unit = draw.pick([
         ("oldest", "youngest", " years old"), ("tallest", "shortest", " cm tall"),
         ("heaviest", "lightest", " kilos heavy"), ("oldest", "youngest", "")])
-    told = [f"{name} is {x}{unit if i == 0 else ''}" for i, (name, x) in enumerate(zip(names, numbers))]
+    told = [f"{name} is {x}{unit if i == 0 else ''}" for i, (name, x) in enumerate(zip(names,
+        numbers))]
     most, choose = draw.pick([(more, max), (less, min)])
     question = expand_one(_ASK_MOST, {"told": join_words(told), "most": most}, draw)
     return capital(question), f"The {most} one is {names[numbers.index(choose(numbers))]}."
 
+# %% ../../nbs/post/32c_people.ipynb #3e2e8577
 @patch
 def _amounts(self: People, draw):
     "Ask who has more."
     (a, b), (x, y) = self._names(2, draw), _different(2, draw)
-    slots = {"a": a, "b": b, "x": str(x), "y": str(y), "goods": draw.pick(("coins", "apples", "books", "eggs", "cards"))}
+    slots = {"a": a, "b": b, "x": str(x), "y": str(y), "goods": draw.pick(("coins", "apples",
+        "books", "eggs", "cards"))}
     word, right = draw.pick([("more", a if x > y else b), ("less", b if x > y else a)])
     fewer = "fewer" if word == "less" else word
-    asked = draw.pick([f"Who has {fewer}?", f"Who has {fewer} {slots['goods']}?", f"Which of them has {fewer}?",
+    asked = draw.pick([f"Who has {fewer}?", f"Who has {fewer} {slots['goods']}?",
+        f"Which of them has {fewer}?",
                        f"Who has {fewer}, {a} or {b}?"])
-    return f"{capital(expand_one(_AMOUNTS, slots, draw))} {asked}", f"The one with {fewer} is {right}."
+    return f"{capital(expand_one(_AMOUNTS, slots, draw))} {asked}",
+        f"The one with {fewer} is {right}."
 
-# %% ../../nbs/post/32c_people.ipynb #14b5f8ee
+# %% ../../nbs/post/32c_people.ipynb #32206204
 @patch
 def _relation(self: People, draw):
     "Tell who is older, and ask for the older or the younger one; also of three people."
@@ -474,6 +533,7 @@ def _relation(self: People, draw):
     asked = draw.pick(["Who is {}?", "So who is {}?", "Which of them is {}?", "Who is the {} one?"])
     return f"{tell(a, b)} {asked.format(word)}", f"The {word} one is {right}."
 
+# %% ../../nbs/post/32c_people.ipynb #9937bcbd
 @patch
 def _race(self: People, draw):
     "Tell the order of three people."
@@ -482,21 +542,25 @@ def _race(self: People, draw):
     told = capital(expand_one(_RACE, dict(zip("abc", names)), draw))
     return f"{told} {draw.pick(_PLACES_IN_RACE[kind])}", f"The {kind} is {names[place]}."
 
-# %% ../../nbs/post/32c_people.ipynb #1d5e39fb
+# %% ../../nbs/post/32c_people.ipynb #f16e4ba6
 _ASK_NUMBER = compile_templates([
-    "[Which|What] [|number ]is {word}, {x} or {y}?", "Is {x} or {y} {word}?", "[Which|What] is the {word} number, {x} or {y}?",
+    "[Which|What] [|number ]is {word}, {x} or {y}?", "Is {x} or {y} {word}?",
+    "[Which|What] is the {word} number, {x} or {y}?",
     "{x} or {y}: which [one |number |]is {word}?", "Tell me which is {word}: {x} or {y}."])
 
+# %% ../../nbs/post/32c_people.ipynb #333a8dd2
 @patch
 def _numbers(self: People, draw):
     "Ask which of two numbers is bigger."
     x, y = draw.sample(range(1, draw.pick((10, 100, 1000))), 2)
     answer, choose = draw.pick([("bigger", max), ("smaller", min)])
-    words = {"bigger": ["bigger", "bigger", "larger", "greater", "higher"], "smaller": ["smaller", "smaller", "lower", "less"]}
-    question = expand_one(_ASK_NUMBER, {"x": str(x), "y": str(y), "word": draw.pick(words[answer])}, draw)
+    words = {"bigger": ["bigger", "bigger", "larger", "greater", "higher"], "smaller": ["smaller",
+        "smaller", "lower", "less"]}
+    question = expand_one(_ASK_NUMBER, {"x": str(x), "y": str(y),
+        "word": draw.pick(words[answer])}, draw)
     return question, f"The {answer} one is {choose(x, y)}."
 
-# %% ../../nbs/post/32c_people.ipynb #4cc87641
+# %% ../../nbs/post/32c_people.ipynb #f76d471f
 @patch
 def _town(self: People, draw):
     "Ask about the town as a whole, or for a name that no fact hides."
@@ -506,7 +570,8 @@ def _town(self: People, draw):
         "town": self.world.town, "n": person.first, "full": person.full, "place": article(place),
         "sex": "woman" if person.she else "man", "absent": draw.pick(_ABSENT),
         "three": ", ".join(self.everyone[:2]) + " and " + self.everyone[2],
-        "rest": str(len(self.everyone) - 3), "n_streets": str(len(used)), "streets": join_words(used[:3])}
+        "rest": str(len(self.everyone) - 3), "n_streets": str(len(used)),
+            "streets": join_words(used[:3])}
     while True:
         kind = draw.weighted(_TOWN_SHARES)
         asked, answer = _TOWN[kind]

@@ -54,14 +54,16 @@ _DIRECT |= {
         "What tastes best to {o}?", "What does {n} enjoy eating?",
         "What would {n} order at the inn?"],
     "hobby": [
-        "What does {n} [do|like to do] [for fun|in {her} free time|in {her} spare time|after work]?",
+        "What does {n} [do|like to do] [for fun|in {her} free time|in {her} spare time|"
+        "after work]?",
         "How does {n} spend {her} [free time|spare time|evenings|Sundays]?",
         "What does {n} enjoy[| doing| most| after work]?", "What are {ns} hobbies?",
         "[What|Which|What kind of] hobby does {n} have?", "What does {n} do when there is no work?",
         "[Does {n} have a hobby|Does {n} have any hobbies]?", "What is {n} interested in?",
         "What does {n} do on a free day?"],
     "birthday": [
-        "When is {ns} birthday?", "When was {n} born?", "When does {n} [have {her}|celebrate {her}] birthday?",
+        "When is {ns} birthday?", "When was {n} born?",
+        "When does {n} [have {her}|celebrate {her}] birthday?",
         "[In which|In what|Which|What] month was {n} born[| in]?",
         "[In which|In what] month is {ns} birthday?", "[Which|What] month is {ns} birthday in?",
         "When [can|should] I [say happy birthday to|bring a cake to|congratulate] {o}?",
@@ -101,7 +103,8 @@ _CLAUSES = {
                 "what name {ns} pet has", "what {n} named {her} pet"],
     "food": ["what {n} [likes|loves] to eat[| most]", "[what|which] food {n} likes [best|most]",
              "what I [should|can] cook for {o}", "what {ns} favourite [food|dish] is"],
-    "hobby": ["what {n} [does|likes to do] [for fun|in {her} free time|in {her} spare time|after work]",
+    "hobby": ["what {n} [does|likes to do] [for fun|in {her} free time|in {her} spare time|"
+              "after work]",
               "how {n} spends {her} [free|spare] time", "[what|which] hobby {n} has",
               "what {n} enjoys"],
     "birthday": ["when {n} was born", "[in which|in what] month {n} was born",
@@ -134,11 +137,12 @@ _PRONOUNS = [ # a woman, a man
     {"n": "she", "ns": "her", "o": "her", "her": "her"},
     {"n": "he", "ns": "his", "o": "him", "her": "his"}]
 
+# %% ../../nbs/post/31c_wordings.ipynb #6efb28e4
 def _frame(frames, parts, slots, draw):
     "Put one of the parts into one of the frames."
     return expand_one(frames, {"x": expand_one(parts, slots, draw)}, draw)
 
-# %% ../../nbs/post/31c_wordings.ipynb #ed479eb3
+# %% ../../nbs/post/31c_wordings.ipynb #d2e693bb
 def ask_fact(
     attribute: str, # key of ATTRIBUTES
     slots: dict, # of a name, from `Resident.subject` or `name_slots`
@@ -152,7 +156,7 @@ def ask_fact(
     if kind == "noun": return capital(_frame(_NOUN_FRAMES, _NOUNS[attribute], slots, draw))
     return _frame(_CLAUSE_FRAMES, _CLAUSES[attribute], slots, draw)
 
-# %% ../../nbs/post/31c_wordings.ipynb #37e135aa
+# %% ../../nbs/post/31c_wordings.ipynb #3525dce5
 def ask_pronoun(
     attribute: str, # key of ATTRIBUTES
     she: bool, # a woman; False: a man
@@ -164,7 +168,7 @@ def ask_pronoun(
     if kind == "noun": return capital(_frame(_NOUN_FRAMES, _NOUNS[attribute][:1], slots, draw))
     return _frame(_CLAUSE_FRAMES, _CLAUSES[attribute], slots, draw)
 
-# %% ../../nbs/post/31c_wordings.ipynb #e70e7e1e
+# %% ../../nbs/post/31c_wordings.ipynb #caa82d76
 _REMARKS = compile_templates([
     "I [met|saw|talked to] {n} [today|yesterday|at the {place}|on {day}|this morning].",
     "I [heard about|thought of|had a letter from|had tea with] {n}[| today| yesterday].",
@@ -176,7 +180,7 @@ _REMARKS = compile_templates([
     "{n} [said hello to me|waved at me|helped me|smiled at me|walked past][| today| yesterday].",
     "There is [somebody|a person|someone] called {n}."])
 
-# %% ../../nbs/post/31c_wordings.ipynb #27d2177b
+# %% ../../nbs/post/31c_wordings.ipynb #e8d822de
 def ask_after_remark(
     attribute: str, # key of ATTRIBUTES
     name: str, # as the remark says it
@@ -187,7 +191,7 @@ def ask_after_remark(
     remark = expand_one(_REMARKS, {"n": name}, draw)
     return f"{remark} {ask_pronoun(attribute, she, draw)}"
 
-# %% ../../nbs/post/31c_wordings.ipynb #551b4263
+# %% ../../nbs/post/31c_wordings.ipynb #79c80807
 _IS_IT = {
     "job": ["Is {n} {a_v}?", "Does {n} work as {a_v}?"],
     "street": ["Does {n} live [on|in] {v}?", "Is {ns} [house|home] on {v}?"],
@@ -199,7 +203,7 @@ _IS_IT = {
     "birthday": ["Was {n} born in {v}?", "Is {ns} birthday in {v}?"]}
 _IS_IT = {attribute: compile_templates(texts) for attribute, texts in _IS_IT.items()}
 
-# %% ../../nbs/post/31c_wordings.ipynb #9ba408c2
+# %% ../../nbs/post/31c_wordings.ipynb #0d831507
 _CLAIMS = {
     "job": "{n} [is|works as] {a_v}", "street": "{n} lives on {v}", "pet": "{n} has {a_v}",
     "petname": "{ns} pet is called {v}", "food": "{n} likes {v} best",
@@ -216,13 +220,13 @@ _EITHER = {
     "birthday": "Was {n} born in {v} or [in |]{w}?"}
 _EITHER = {attribute: compile_templates([text]) for attribute, text in _EITHER.items()}
 
-# %% ../../nbs/post/31c_wordings.ipynb #0d840627
+# %% ../../nbs/post/31c_wordings.ipynb #08e1f1c7
 def _value_slots(values: tuple[str, ...]) -> dict: # one or two values
     "Return the slots of values, with and without an article."
     slots = dict(zip("vw", values))
     return slots | {"a_" + letter: article(value) for letter, value in slots.items()}
 
-# %% ../../nbs/post/31c_wordings.ipynb #a428b296
+# %% ../../nbs/post/31c_wordings.ipynb #2dc8f323
 def ask_whether(
     attribute: str, # key of ATTRIBUTES
     slots: dict, # as in `ask_fact`
@@ -234,6 +238,7 @@ def ask_whether(
     if draw.chance(0.65): return expand_one(_IS_IT[attribute], slots, draw)
     return capital(_frame(_CLAIM_FRAMES, _CLAIMS[attribute], slots, draw))
 
+# %% ../../nbs/post/31c_wordings.ipynb #715c20c4
 def ask_either(
     attribute: str, # key of ATTRIBUTES
     slots: dict, # as in `ask_fact`
@@ -243,10 +248,11 @@ def ask_either(
     "Compose a question that offers two values."
     return expand_one(_EITHER[attribute], slots | _value_slots(values), draw)
 
-# %% ../../nbs/post/31c_wordings.ipynb #45ee11bf
+# %% ../../nbs/post/31c_wordings.ipynb #86acd3f9
 _SHORT = {attribute: [t for t in templates if t[0] in ("N", "Ns")]
           for attribute, templates in ANSWERS.items()}
 
+# %% ../../nbs/post/31c_wordings.ipynb #d34016d7
 def answer_fact(
     attribute: str, # key of ATTRIBUTES
     slots: dict, # from `Resident.subject`
@@ -255,7 +261,7 @@ def answer_fact(
     "Return a fact as one short sentence that begins with the name."
     return expand_one(_SHORT[attribute], slots, draw)
 
-# %% ../../nbs/post/31c_wordings.ipynb #8042fca9
+# %% ../../nbs/post/31c_wordings.ipynb #12eb2836
 def fact_turn(
     world: World, # that the person lives in
     person: Resident, # that the question is about
@@ -278,11 +284,12 @@ def fact_turn(
     question = ask_whether(attribute, slots, right if yes else wrong, draw)
     return question, f"{'Yes' if yes else 'No'}, {answer}"
 
-# %% ../../nbs/post/31c_wordings.ipynb #00725a5a
+# %% ../../nbs/post/31c_wordings.ipynb #87d867e3
 _BOTH_FRAMES = compile_templates([
     "[Tell me|Please tell me|I want to know|I would like to know] {x} and {y}.",
     "[Can|Could] you tell me {x} and {y}?", "Do you know {x} and {y}?"])
 
+# %% ../../nbs/post/31c_wordings.ipynb #9646726b
 def ask_both(
     attributes: tuple[str, str], # two keys of ATTRIBUTES
     slots: dict, # of the name
@@ -299,7 +306,7 @@ def ask_both(
     if tables[0] is _DIRECT: return f"{x[:-1]}, and {y[0].lower()}{y[1:]}"
     return expand_one(_BOTH_FRAMES, {"x": x, "y": y}, draw)
 
-# %% ../../nbs/post/31c_wordings.ipynb #1e337dc2
+# %% ../../nbs/post/31c_wordings.ipynb #5538af45
 _SHARE = { # what two people have in common, or do not
     "job": "[have the same job|have the same profession|do the same work|work in the same place]",
     "street": "[live on the same street|live on one street|live in the same street]",
@@ -310,11 +317,12 @@ _SHARE = { # what two people have in common, or do not
 _SHARE = {attribute: compile_templates([text]) for attribute, text in _SHARE.items()}
 _SHARE_FRAMES = compile_templates([
     "Do {n} and {m} {x}?", "Do both {n} and {m} {x}?", "Is it true that {n} and {m} {x}?",
-    "[Can|Could] you tell me [if|whether] {n} and {m} {x}?", "Do you know [if|whether] {n} and {m} {x}?",
+    "[Can|Could] you tell me [if|whether] {n} and {m} {x}?",
+    "Do you know [if|whether] {n} and {m} {x}?",
     "[I wonder|I want to know] [if|whether] {n} and {m} {x}.", "{n} and {m} {x}, right?",
     "I think {n} and {m} {x}. Is that right?"])
 
-# %% ../../nbs/post/31c_wordings.ipynb #8866d6ee
+# %% ../../nbs/post/31c_wordings.ipynb #17fbfab2
 def ask_same(
     attribute: str, # key of ATTRIBUTES, except "petname"
     names: tuple[str, str],
@@ -324,15 +332,16 @@ def ask_same(
     shared = expand_one(_SHARE[attribute], {}, draw)
     return expand_one(_SHARE_FRAMES, {"n": names[0], "m": names[1], "x": shared}, draw)
 
-# %% ../../nbs/post/31c_wordings.ipynb #4b93285b
+# %% ../../nbs/post/31c_wordings.ipynb #39b8f376
 _PLURAL_NOUNS = {"goose": "geese", "pony": "ponies", "secretary": "secretaries",
                  "potato": "potatoes", "tomato": "tomatoes", "daisy": "daisies", "lily": "lilies"}
 
+# %% ../../nbs/post/31c_wordings.ipynb #e00ba5a8
 def plural(noun: str) -> str: # a job, an animal or a good
     "Return the plural of a noun of the tables."
     return PLURALS.get(noun) or _PLURAL_NOUNS.get(noun) or noun + "s"
 
-# %% ../../nbs/post/31c_wordings.ipynb #e89a1951
+# %% ../../nbs/post/31c_wordings.ipynb #571fc956
 WORLD_NAMES = """
     Ahmed Aisha Akira Ali Amara Amit Amy Ana Andrea Angela Ashley Astrid Aziz Bella Bianca Bill
     Bjorn Bob Brian Carlos Carmen Chen Chloe Chris Cindy Dave Deborah Diego Dmitri Donna Elena
@@ -349,7 +358,7 @@ _FAR_FAMILIES = """
     Silva Andersson Novak Murphy Lopez Kim Nguyen Petrov Haddad Costa Larsen Weber Moreau
     """.split()
 
-# %% ../../nbs/post/31c_wordings.ipynb #656a9850
+# %% ../../nbs/post/31c_wordings.ipynb #175260b4
 _HEADS = """
     Al An Ar Bel Bo Bri Ca Cor Da Del Dor El Em Fa Fen Fi Ga Gor Gwen Ha Hel Il Is Ja Jo Ka Kel Kor
     La Len Lor Ma Mel Mir Na Nel No Or Pa Per Pri Quin Ra Ro Ry Sa Sel Si Ta Tel Tor Ul Va Vel Vi
@@ -357,25 +366,28 @@ _HEADS = """
     """.split()
 _TAILS = """
     a an ana ard as bert by da dan de den dine dor dra el ena er eth ick ila in ina ira is ius ka
-    la las len lia lin lo mar mas mer mo na ney ni nor o on ora ra rick ric rin sa sel son ta tha ton
+    la las len lia lin lo mar mas mer mo na ney ni nor o on ora ra rick ric rin sa sel son ta tha
+    ton
     ura va vin wen win wyn za
     """.split()
 
+# %% ../../nbs/post/31c_wordings.ipynb #49597ac0
 def made_up_name(draw: Draw) -> str: # such as Feldine
     "Return a name that probably nobody has."
     if draw.chance(0.3): return capital(made_up(draw))
     return draw.pick(_HEADS) + draw.pick(_TAILS)
 
-# %% ../../nbs/post/31c_wordings.ipynb #da92389e
+# %% ../../nbs/post/31c_wordings.ipynb #b2e738ce
 def stranger_name(draw: Draw) -> str:
     "Return a first name from anywhere, or a made-up one, sometimes with a family name."
     name = draw.pick(WORLD_NAMES) if draw.chance(0.4) else made_up_name(draw)
     if not draw.chance(0.25): return name
     return f"{name} {draw.pick(_FAR_FAMILIES) if draw.chance(0.6) else made_up_name(draw)}"
 
-# %% ../../nbs/post/31c_wordings.ipynb #34d775bb
+# %% ../../nbs/post/31c_wordings.ipynb #29de58ec
 _STARS = """
-    Albert Einstein|Isaac Newton|Marie Curie|William Shakespeare|Napoleon|Cleopatra|Mozart|Beethoven|
+    Albert Einstein|Isaac Newton|Marie Curie|William Shakespeare|Napoleon|Cleopatra|Mozart|
+    Beethoven|
     Taylor Swift|Elvis Presley|Michael Jackson|Lionel Messi|Cristiano Ronaldo|Serena Williams|
     Elon Musk|Bill Gates|Steve Jobs|Barack Obama|Donald Trump|Joe Biden|Queen Elizabeth|
     Julius Caesar|Leonardo da Vinci|Picasso|Gandhi|Nelson Mandela|Harry Potter|Batman|Superman|
@@ -387,9 +399,10 @@ _ASK_STAR = compile_templates([
     "What do you know about {n}?", "Have you heard of {n}?", "Why is {n} famous?",
     "How old is {n}?", "Is {n} still alive?", "When was {n} born?", "What did {n} do?"])
 
-# %% ../../nbs/post/31c_wordings.ipynb #15456a19
+# %% ../../nbs/post/31c_wordings.ipynb #668a42b8
 ASK_WHO = compile_templates([
-    "Who is {o}?", "[Do you know|Can you tell me] who {o} is?", "Do you know [|a person called ]{o}?",
+    "Who is {o}?", "[Do you know|Can you tell me] who {o} is?",
+    "Do you know [|a person called ]{o}?",
     "[Tell me|Can you tell me|Could you tell me] [about|something about|more about] {o}[.|?]",
     "What [do you know|can you tell me|can you say] about {o}?", "Have you [heard of|met] {o}?",
     "[I want|I would like] to know [more|something] about {o}.", "Describe {o}[| for me].",
@@ -397,10 +410,11 @@ ASK_WHO = compile_templates([
     "I heard of {o}. Who is that?", "What is {o} like?", "What kind of person is {o}?"])
 _ASK_THERE = compile_templates([
     "Does {n} live [here|in {town}|in your town]?", "Is {n} from {town}?",
-    "Is there [a|anybody called|somebody called] {n} in {town}?", "[Where is|Where can I find] {n}?",
+    "Is there [a|anybody called|somebody called] {n} in {town}?",
+    "[Where is|Where can I find] {n}?",
     "Is {n} one of the people of {town}?", "I am looking for {n}."])
 
-# %% ../../nbs/post/31c_wordings.ipynb #91692d38
+# %% ../../nbs/post/31c_wordings.ipynb #1a0b1f35
 def ask_stranger(
     name: str, # of a person who does not live in the town
     town: str, # its name
@@ -419,12 +433,13 @@ def ask_stranger(
     if kind == "hidden": return ask_hidden(slots, draw)
     return ask_whether(attribute, slots, draw.pick(values[attribute]), draw)
 
+# %% ../../nbs/post/31c_wordings.ipynb #378c1ad4
 def ask_star(draw: Draw) -> tuple[str, str]: # question, name
     "Compose a question about somebody famous."
     name = draw.pick(STARS)
     return expand_one(_ASK_STAR, {"n": name}, draw), name
 
-# %% ../../nbs/post/31c_wordings.ipynb #664e0731
+# %% ../../nbs/post/31c_wordings.ipynb #fd737607
 _HIDDEN = compile_templates([
     "How [tall|old|heavy|rich|strong|big] is {n}?", "What is {ns} [age|height|weight|size]?",
     "What colour [are {ns} eyes|is {ns} hair|is {ns} coat|is {ns} door]?",
@@ -433,7 +448,8 @@ _HIDDEN = compile_templates([
     "How much [money does {n} have|does {n} earn|does {n} weigh]?",
     "What [did|will] {n} [eat|do|buy|say|dream] [yesterday|today|tomorrow|last week|next week]?",
     "What is {n} [thinking of|doing right now|wearing|afraid of|allergic to]?",
-    "[Who is|What is the name of] {ns} [mother|father|brother|sister|husband|wife|best friend|boss]?",
+    "[Who is|What is the name of] {ns} [mother|father|brother|sister|husband|wife|best friend|"
+    "boss]?",
     "Is {n} [married|rich|tall|happy|nice|ill|at home|in love|single|clever]?",
     "Does {n} have [children|a brother|a sister|a car|glasses|a husband|a wife|a boat]?",
     "How many [children|books|friends|brothers|cups|windows] does {n} have?",
@@ -444,7 +460,7 @@ _HIDDEN = compile_templates([
     "What does {n} look like?", "What does {n} think [of me|about it|of {town}]?",
     "Can {n} [drive|sing|whistle|play the piano|speak French]?"])
 
-# %% ../../nbs/post/31c_wordings.ipynb #e4bec3c9
+# %% ../../nbs/post/31c_wordings.ipynb #26ff5ff2
 def ask_hidden(
     slots: dict, # of a name, with the slot "town"
     draw: Draw, # makes the choices
@@ -452,17 +468,19 @@ def ask_hidden(
     "Compose a question about a person that no document answers."
     return expand_one(_HIDDEN, slots, draw)
 
-# %% ../../nbs/post/31c_wordings.ipynb #b197eb8b
+# %% ../../nbs/post/31c_wordings.ipynb #fde76fa5
 add_rules(
     far_country=["France", "Spain", "Japan", "Egypt", "Peru", "Norway", "Germany", "Italy", "China",
                  "India", "Brazil", "Canada", "Mexico", "Kenya", "Poland", "Greece", "Turkey",
                  "Australia", "England", "the United States", "Russia", "Sweden", "Argentina"],
     far_city=["London", "Paris", "Rome", "Berlin", "Tokyo", "New York", "Madrid", "Moscow", "Cairo",
               "Sydney", "Beijing", "Vienna", "Amsterdam", "Chicago", "Mumbai", "Lagos"],
-    far_language=["French", "German", "Spanish", "Italian", "Japanese", "Chinese", "Latin", "Arabic"],
+    far_language=["French", "German", "Spanish", "Italian", "Japanese", "Chinese", "Latin",
+        "Arabic"],
     far_sport=["football", "tennis", "basketball", "the World Cup", "the Olympic Games", "hockey",
                "cricket", "the Super Bowl", "the marathon", "golf"],
-    far_thing=["electricity", "gravity", "the internet", "a black hole", "an atom", "DNA", "a computer",
+    far_thing=["electricity", "gravity", "the internet", "a black hole", "an atom", "DNA",
+        "a computer",
                "democracy", "inflation", "a virus", "a volcano", "a vaccine", "bitcoin", "a cell",
                "the stock market", "photosynthesis", "evolution", "a galaxy", "a rocket", "oxygen"],
     far_invention=["the telephone", "the light bulb", "the computer", "the car", "the airplane",
@@ -470,7 +488,7 @@ add_rules(
     far_work=["Hamlet", "the Mona Lisa", "Star Wars", "Titanic", "the Bible", "Harry Potter",
               "Romeo and Juliet", "The Lord of the Rings", "Frozen", "Moby Dick", "Faust"])
 
-# %% ../../nbs/post/31c_wordings.ipynb #a1854702
+# %% ../../nbs/post/31c_wordings.ipynb #7d110fab
 _OUTSIDE = compile_templates([
     "What is the [capital|population|currency|flag|language|biggest city|king] of {far_country}?",
     "Who is the [president|king|queen|leader|prime minister] of {far_country}?",
@@ -479,45 +497,58 @@ _OUTSIDE = compile_templates([
     "[How far is it to|How do I get to|What time is it in|How old is] {far_city}?",
     "What is the weather [like |][in {far_city}|today|tomorrow|next week]?",
     "Will it [rain|snow|be sunny] [today|tomorrow|tonight|on Sunday]?",
-    "[What day is|What is the date|What date is it|Which year is it] [today|now]?", "What time is it?",
+    "[What day is|What is the date|What date is it|Which year is it] [today|now]?",
+    "What time is it?",
     "[Who won|Who will win|What are the rules of|Who is the best at|When is] {far_sport}?",
     "Who invented {far_invention}?", "When was {far_invention} invented?",
     "[What is|How do you explain|Can you explain|Do you understand] {far_thing}?",
-    "How does {far_thing} work?", "[Who wrote|Who made|What happens in|Have you seen|When was] {far_work}?",
-    "What is the [longest river|highest mountain|biggest ocean|largest animal|fastest car|oldest tree|"
+    "How does {far_thing} work?",
+    "[Who wrote|Who made|What happens in|Have you seen|When was] {far_work}?",
+    "What is the [longest river|highest mountain|biggest ocean|largest animal|fastest car|"
+    "oldest tree|"
     "smallest country|tallest building] [in the world|on earth]?",
     "How far away is the [sun|moon|nearest star]?", "How [hot|big|old] is the [sun|moon|earth]?",
     "How many [planets|stars|countries|continents|languages|oceans] are there?",
     "What is [good morning|thank you|cat|water|I love you] in {far_language}?",
     "[How do you say hello in|Can you speak|Teach me|Translate this into] {far_language}?"])
 
-# %% ../../nbs/post/31c_wordings.ipynb #ea6a03ae
+# %% ../../nbs/post/31c_wordings.ipynb #3efb9921
 _OUTSIDE += compile_templates([
-    "[Write|Can you write|Give me] [a Python function|some Python code|a program|a web page|an SQL query|"
+    "[Write|Can you write|Give me] [a Python function|some Python code|a program|a web page|"
+    "an SQL query|"
     "some Java code] [that sorts a list|for a game|that prints hello|for me|for my website].",
-    "[Fix|Debug|Explain] [my code|this program|this error].", "How do I [install|learn|run] Python?",
-    "What is the [square root of {ten}|derivative of x squared|value of pi|integral of x|sine of {ten}]?",
+    "[Fix|Debug|Explain] [my code|this program|this error].",
+    "How do I [install|learn|run] Python?",
+    "What is the [square root of {ten}|derivative of x squared|value of pi|integral of x|"
+    "sine of {ten}]?",
     "[Solve|Can you solve] [this equation|a quadratic equation|x squared plus x equals {ten}].",
     "[Which medicine|What] helps against [a headache|a cold|fever|stomach ache|a cough]?",
     "[I have a|What should I do about a|What can I do against a] [headache|fever|broken arm|rash]?",
     "[Is|How healthy is] [coffee|chocolate|running|smoking] [bad for me|good for me]?",
     "Who [should I vote for|will win the election|is in the government|leads the party]?",
-    "What do you think [of|about] [the war|the election|taxes|climate change|the government|immigration]?",
-    "What is in the [news|paper] today?", "What happened [yesterday|in 1945|in 1989|last year|in history]?",
-    "When [was|did] [the Second World War|the French Revolution|the moon landing|the Roman Empire] [begin|end|happen]?",
+    "What do you think [of|about] [the war|the election|taxes|climate change|the government|"
+    "immigration]?",
+    "What is in the [news|paper] today?",
+    "What happened [yesterday|in 1945|in 1989|last year|in history]?",
+    "When [was|did] [the Second World War|the French Revolution|the moon landing|"
+    "the Roman Empire] [begin|end|happen]?",
     "How much [is|must I pay for] a [house|car|phone|computer|ticket to {far_city}|flight|laptop]"
     "[| in euros| in dollars]?",
     "What is the price of [gold|oil|bitcoin|a stock|petrol|gas]?",
     "[Find|Book|Recommend|Show] me a [hotel|flight|restaurant|film|song] in {far_city}.",
-    "[Search the internet|Look it up online|Open a website|Send an email|Play some music|Set an alarm] for me.",
-    "Who is [at the door|on the phone|behind me|calling me]?", "Where [am I|did I put my keys|is my phone]?",
+    "[Search the internet|Look it up online|Open a website|Send an email|Play some music|"
+    "Set an alarm] for me.",
+    "Who is [at the door|on the phone|behind me|calling me]?",
+    "Where [am I|did I put my keys|is my phone]?",
     "What am I [thinking of|holding in my hand|doing now|wearing]?", "How old am I?",
-    "Which number [will win the lottery|am I thinking of]?", "What will happen [tomorrow|next year|in 2050]?",
-    "Who is the [richest person|best singer|fastest runner|tallest man|smartest person] in the world?",
+    "Which number [will win the lottery|am I thinking of]?",
+    "What will happen [tomorrow|next year|in 2050]?",
+    "Who is the [richest person|best singer|fastest runner|tallest man|"
+    "smartest person] in the world?",
     "[Is there|Do you believe in] [a god|life on Mars|life after death|aliens|ghosts]?",
     "What is the meaning of life?", "Why is the [sea salty|sky blue|earth round|moon white]?"])
 
-# %% ../../nbs/post/31c_wordings.ipynb #df1248b9
+# %% ../../nbs/post/31c_wordings.ipynb #1ed1b091
 def ask_outside(draw: Draw) -> str:
     "Compose a question about the world outside the town."
     return expand_one(_OUTSIDE, {}, draw)
