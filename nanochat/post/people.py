@@ -271,6 +271,10 @@ _TOWN = { # kind: (questions, answer)
         "[What|Which] pets do [people|the people of {town}] have?",
         "[What|Which] animals live in {town}?"],
         "There are cats, dogs, rabbits, geese and many more."),
+}
+
+# %% ../../nbs/post/32c_people.ipynb #e0577c50
+_TOWN |= {
     "has": ([
         "Is there {place}[| in {town}]?", "Does {town} have {place}?", "Has {town} got {place}?",
         "Can I find {place} in {town}?"], "Yes, {town} has {place}."),
@@ -293,21 +297,19 @@ _TOWN = { # kind: (questions, answer)
 _TOWN = {kind: (compile_templates(asked), compile_templates([answer])[0])
          for kind, (asked, answer) in _TOWN.items()}
 
-# %% ../../nbs/post/32c_people.ipynb #8aeed58e
+# %% ../../nbs/post/32c_people.ipynb #291132d1
 _ABSENT = """
-    an airport|a castle|a zoo|a university|a cinema|a beach|a casino|a subway|a prison|a volcano|
-    a desert|
-    a stadium|a palace|a swimming pool|a shopping centre|a supermarket|a hotel|an underground|
-    a tower|a temple|
-    a factory|a jungle|a fire station|a skate park|a bus stop|an embassy|a restaurant|a gym|a bar|
-    a mosque
+    an airport|a castle|a zoo|a university|a cinema|a beach|a casino|a subway|a prison|
+    a volcano|a desert|a stadium|a palace|a swimming pool|a shopping centre|a supermarket|
+    a hotel|an underground|a tower|a temple|a factory|a jungle|a fire station|a skate park|
+    a bus stop|an embassy|a restaurant|a gym|a bar|a mosque
     """
 _ABSENT = [name.strip() for name in _ABSENT.split("|")]
 _TOWN_SHARES = {
     "name": 0.1, "size": 0.12, "people": 0.12, "places": 0.12, "streets": 0.08, "jobs": 0.05,
     "pets": 0.04, "has": 0.08, "has_not": 0.08, "lives": 0.08, "last": 0.08, "whether": 0.05}
 
-# %% ../../nbs/post/32c_people.ipynb #3cbcc96b
+# %% ../../nbs/post/32c_people.ipynb #88113abd
 class People(Task):
     "Questions about several people, about owners of pets, and about the town."
     most_held_out = 0 # see `lists_of`
@@ -320,8 +322,8 @@ class People(Task):
         self.lists = lists_of(self.world, self.split, self.most_held_out)
         self.everyone = sorted(person.first for person in self.world.residents)
         facts = self.world.asked if self.split == "train" else sorted(self.world.held_out)
-        self.facts = {attribute: [i for i,
-            name in facts if name == attribute] for attribute in ATTRIBUTES}
+        self.facts = {attribute: [i for i, name in facts if name == attribute]
+                      for attribute in ATTRIBUTES}
         if self.split == "test": self.size = 300
 
     def messages(self, i, draw):
@@ -364,7 +366,7 @@ class People(Task):
         jobs = {job for job in JOBS if re.search(rf"\b({job}|{plural(job)})\b", text)}
         return found | jobs, set(numbers_in(text))
 
-# %% ../../nbs/post/32c_people.ipynb #b2f9aaae
+# %% ../../nbs/post/32c_people.ipynb #119f54fc
 @patch
 def _some(self: People, draw):
     "Ask for the names of one to five people, of all or of those with a value."
@@ -382,7 +384,7 @@ def _some(self: People, draw):
         slots = {"k": str(k) if draw.chance(0.2) else NUMBER_WORDS[k], "town": self.world.town}
     return question, _state(self.everyone[:k], words)
 
-# %% ../../nbs/post/32c_people.ipynb #785032b3
+# %% ../../nbs/post/32c_people.ipynb #e306cf70
 @patch
 def _owner(self: People, draw):
     "Ask whose pet it is, or what animal it is."
@@ -392,12 +394,12 @@ def _owner(self: People, draw):
         return expand_one(_ANIMAL, {"p": name}, draw), f"{name} is {person.first}'s {person.pet}."
     return expand_one(_OWNER, {"p": name}, draw), f"{name} belongs to {person.first}."
 
-# %% ../../nbs/post/32c_people.ipynb #60de8fe1
+# %% ../../nbs/post/32c_people.ipynb #a5093489
 _OF_TWO = compile_templates([
     "Who {does}, {n} or {m}?", "Who {does}: {n} or {m}?", "Which of them {does}, {n} or {m}?",
     "Is it {n} or {m} who {does}?", "[Do you know|Tell me] who {does}, {n} or {m}[.|?]"])
 
-# %% ../../nbs/post/32c_people.ipynb #aca23f6b
+# %% ../../nbs/post/32c_people.ipynb #93216cee
 @patch
 def _pair(self: People, attribute, same, draw):
     "Choose two people who share a value or do not; the first one's fact belongs to the split."
@@ -408,7 +410,7 @@ def _pair(self: People, attribute, same, draw):
     others = [i for i in allowed if i != index and (getattr(people[i], attribute) == value) == same]
     return (people[index], people[draw.pick(others)]) if others else None
 
-# %% ../../nbs/post/32c_people.ipynb #c76155eb
+# %% ../../nbs/post/32c_people.ipynb #4de8b29e
 @patch
 def _which_of_two(self: People, draw):
     "Ask which of two people has a value."
@@ -420,7 +422,7 @@ def _which_of_two(self: People, draw):
     question = expand_one(_OF_TWO, words | dict(zip("nm", names)), draw)
     return question, _state([person.first], words)
 
-# %% ../../nbs/post/32c_people.ipynb #f1a7bceb
+# %% ../../nbs/post/32c_people.ipynb #4fdc394a
 _BOTH = compile_templates([
     "Do both {n} and {m} {verb}?", "Do {n} and {m} both {verb}?",
     "Is it true that both {n} and {m} {verb}?",
@@ -430,7 +432,7 @@ _BASE_VERBS = {
     "hobby": "like {v}", "birthday": "have a birthday in {v}"}
 _BASE_VERBS = {attribute: compile_templates([text]) for attribute, text in _BASE_VERBS.items()}
 
-# %% ../../nbs/post/32c_people.ipynb #a794ace1
+# %% ../../nbs/post/32c_people.ipynb #48048c6a
 @patch
 def _both(self: People, draw):
     "Ask whether two people both have a value."
@@ -444,11 +446,11 @@ def _both(self: People, draw):
     says = " and ".join(expand(SAYS[attribute], p.subject("first"), draw) for p in pair)
     return expand_one(_BOTH, words | {"verb": verb}, draw), f"{says}, so {'yes' if yes else 'no'}."
 
-# %% ../../nbs/post/32c_people.ipynb #e50f0399
+# %% ../../nbs/post/32c_people.ipynb #8bb4c365
 _TOLD_KINDS = {"_two": 0.35, "_three": 0.15, "_amounts": 0.1, "_relation": 0.15, "_race": 0.1,
                "_numbers": 0.15}
 
-# %% ../../nbs/post/32c_people.ipynb #057bfc15
+# %% ../../nbs/post/32c_people.ipynb #43891baf
 @patch
 def _told(self: People, draw):
     "Ask about something that the message tells."
@@ -456,7 +458,7 @@ def _told(self: People, draw):
         question, answer = getattr(self, draw.weighted(_TOLD_KINDS))(draw)
         if self._is_mine(question): return question, answer
 
-# %% ../../nbs/post/32c_people.ipynb #f01f6031
+# %% ../../nbs/post/32c_people.ipynb #51b3ede1
 @patch
 def _names(self: People, n, draw):
     "Return different names: of residents, of others with common names, or of strangers."
@@ -466,13 +468,13 @@ def _names(self: People, n, draw):
         if name not in names: names.append(name)
     return [name.lower() for name in names] if draw.chance(0.08) else names
 
-# %% ../../nbs/post/32c_people.ipynb #582d2dd4
+# %% ../../nbs/post/32c_people.ipynb #1acf5cea
 def _different(n: int, draw: Draw) -> list[int]:
     "Return different numbers, small or large."
     high = draw.pick((20, 100, 200))
     return draw.sample(range(2, high), n)
 
-# %% ../../nbs/post/32c_people.ipynb #541f031a
+# %% ../../nbs/post/32c_people.ipynb #c1443975
 @patch
 def _two(self: People, draw):
     "Tell two numbers of people or of things, and ask for the greater or the smaller one."
@@ -486,7 +488,7 @@ def _two(self: People, draw):
     question = capital(expand_one(_ASK_END_THING if things else _ASK_END, slots, draw))
     return question, f"The {word} one is {'the ' * things}{right}."
 
-# %% ../../nbs/post/32c_people.ipynb #ea587d19
+# %% ../../nbs/post/32c_people.ipynb #c162d6b8
 @patch
 def _three(self: People, draw):
     "Tell the numbers of three people, and ask for the greatest or the smallest."
@@ -494,28 +496,27 @@ def _three(self: People, draw):
     more, less, unit = draw.pick([
         ("oldest", "youngest", " years old"), ("tallest", "shortest", " cm tall"),
         ("heaviest", "lightest", " kilos heavy"), ("oldest", "youngest", "")])
-    told = [f"{name} is {x}{unit if i == 0 else ''}" for i, (name, x) in enumerate(zip(names,
-        numbers))]
+    told = [f"{name} is {x}" for name, x in zip(names, numbers)]
+    told[0] += unit
     most, choose = draw.pick([(more, max), (less, min)])
     question = expand_one(_ASK_MOST, {"told": join_words(told), "most": most}, draw)
     return capital(question), f"The {most} one is {names[numbers.index(choose(numbers))]}."
 
-# %% ../../nbs/post/32c_people.ipynb #3e2e8577
+# %% ../../nbs/post/32c_people.ipynb #648b99b4
 @patch
 def _amounts(self: People, draw):
     "Ask who has more."
     (a, b), (x, y) = self._names(2, draw), _different(2, draw)
-    slots = {"a": a, "b": b, "x": str(x), "y": str(y), "goods": draw.pick(("coins", "apples",
-        "books", "eggs", "cards"))}
+    goods = draw.pick(("coins", "apples", "books", "eggs", "cards"))
+    slots = {"a": a, "b": b, "x": str(x), "y": str(y), "goods": goods}
     word, right = draw.pick([("more", a if x > y else b), ("less", b if x > y else a)])
     fewer = "fewer" if word == "less" else word
-    asked = draw.pick([f"Who has {fewer}?", f"Who has {fewer} {slots['goods']}?",
-        f"Which of them has {fewer}?",
-                       f"Who has {fewer}, {a} or {b}?"])
-    return f"{capital(expand_one(_AMOUNTS, slots, draw))} {asked}",
-        f"The one with {fewer} is {right}."
+    asked = draw.pick([f"Who has {fewer}?", f"Who has {fewer} {goods}?",
+                       f"Which of them has {fewer}?", f"Who has {fewer}, {a} or {b}?"])
+    told = capital(expand_one(_AMOUNTS, slots, draw))
+    return f"{told} {asked}", f"The one with {fewer} is {right}."
 
-# %% ../../nbs/post/32c_people.ipynb #32206204
+# %% ../../nbs/post/32c_people.ipynb #d8dcc840
 @patch
 def _relation(self: People, draw):
     "Tell who is older, and ask for the older or the younger one; also of three people."
@@ -533,7 +534,7 @@ def _relation(self: People, draw):
     asked = draw.pick(["Who is {}?", "So who is {}?", "Which of them is {}?", "Who is the {} one?"])
     return f"{tell(a, b)} {asked.format(word)}", f"The {word} one is {right}."
 
-# %% ../../nbs/post/32c_people.ipynb #9937bcbd
+# %% ../../nbs/post/32c_people.ipynb #66992fe5
 @patch
 def _race(self: People, draw):
     "Tell the order of three people."
@@ -542,25 +543,25 @@ def _race(self: People, draw):
     told = capital(expand_one(_RACE, dict(zip("abc", names)), draw))
     return f"{told} {draw.pick(_PLACES_IN_RACE[kind])}", f"The {kind} is {names[place]}."
 
-# %% ../../nbs/post/32c_people.ipynb #f16e4ba6
+# %% ../../nbs/post/32c_people.ipynb #8eed8cdb
+_BIGGER = {"bigger": ["bigger", "bigger", "larger", "greater", "higher"],
+           "smaller": ["smaller", "smaller", "lower", "less"]}
 _ASK_NUMBER = compile_templates([
     "[Which|What] [|number ]is {word}, {x} or {y}?", "Is {x} or {y} {word}?",
     "[Which|What] is the {word} number, {x} or {y}?",
     "{x} or {y}: which [one |number |]is {word}?", "Tell me which is {word}: {x} or {y}."])
 
-# %% ../../nbs/post/32c_people.ipynb #333a8dd2
+# %% ../../nbs/post/32c_people.ipynb #705ed791
 @patch
 def _numbers(self: People, draw):
     "Ask which of two numbers is bigger."
     x, y = draw.sample(range(1, draw.pick((10, 100, 1000))), 2)
     answer, choose = draw.pick([("bigger", max), ("smaller", min)])
-    words = {"bigger": ["bigger", "bigger", "larger", "greater", "higher"], "smaller": ["smaller",
-        "smaller", "lower", "less"]}
-    question = expand_one(_ASK_NUMBER, {"x": str(x), "y": str(y),
-        "word": draw.pick(words[answer])}, draw)
+    slots = {"x": str(x), "y": str(y), "word": draw.pick(_BIGGER[answer])}
+    question = expand_one(_ASK_NUMBER, slots, draw)
     return question, f"The {answer} one is {choose(x, y)}."
 
-# %% ../../nbs/post/32c_people.ipynb #f76d471f
+# %% ../../nbs/post/32c_people.ipynb #c09421eb
 @patch
 def _town(self: People, draw):
     "Ask about the town as a whole, or for a name that no fact hides."
@@ -571,7 +572,7 @@ def _town(self: People, draw):
         "sex": "woman" if person.she else "man", "absent": draw.pick(_ABSENT),
         "three": ", ".join(self.everyone[:2]) + " and " + self.everyone[2],
         "rest": str(len(self.everyone) - 3), "n_streets": str(len(used)),
-            "streets": join_words(used[:3])}
+        "streets": join_words(used[:3])}
     while True:
         kind = draw.weighted(_TOWN_SHARES)
         asked, answer = _TOWN[kind]
