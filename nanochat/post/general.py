@@ -26,10 +26,10 @@ _FRAMES = compile_templates([
 
 # %% ../../nbs/post/32d_general.ipynb #eb67164f
 def _framed(question: str, draw) -> str:
-    "Put one of four questions into a frame, if it is a single sentence."
-    if "." in question or not draw.chance(0.25): return question
+    "Put one of four questions into a frame, if it is a single sentence with a question word."
+    asks = re.match(r"(What|Which|Where|How|Who|Why|In|At|Is|Does) [^.]*$", question)
+    if not asks or not draw.chance(0.25): return question
     lower = question[0].lower() + question[1:]
-    if question.split()[0] in (*DAYS, *MONTHS): lower = question # keeps its capital
     return expand_one(_FRAMES, {"q": question, "lower": lower}, draw)
 
 # %% ../../nbs/post/32d_general.ipynb #a09de3bc
@@ -279,7 +279,7 @@ def _shop_slots(world, draw):
     sold = [plural(name) for name, shop in GOODS.items() if shop == seller]
     return {"good": good, "goods": plural(good), "a_good": article(good), "shop": GOODS[good],
             "coins": count(world.prices[good], "coin"), "seller": seller,
-                "sold": join_words(sold[:4])}
+            "sold": join_words(sold[:4])}
 
 # %% ../../nbs/post/32d_general.ipynb #636ba0bc
 def _example(sort, draw=None):

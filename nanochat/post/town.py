@@ -288,7 +288,7 @@ def _who(self: Facts, draw):
 # %% ../../nbs/post/32_town.ipynb #50175f8f
 _OTHERS = compile_templates([
     "And {n}?", "[What|How] about {n}?", "And what about {n}?", "And {ns}?", "The same for {n}?",
-    "[Do you know|Can you tell me] it about {n}, too?"])
+    "[Do you know|Can you tell me] that about {n}, too?"])
 
 @patch
 def _talk(self: Facts, draw):
