@@ -25,6 +25,7 @@ from ..model.sandbox import calculator, judge_many, sandbox_kind
 from .tasks import (
     Task, assistant, check_task_split, choice_prompt, final_number, numbers_in, same_letter,
     spoken_text, user, visible_text)
+from .arithmetic import Arithmetic
 from .problems import Problems, Sums
 from .words import Counting, Letters, Repeat, Spelling
 from .town import Facts, Identity, Memory, SmallTalk, TownChoice, TwoFacts, Unknown
@@ -237,7 +238,8 @@ class SmolTalk(RealTask):
 TASKS = { # generated, most of them about the embedded world
     "identity": Identity, "facts": Facts, "twofacts": TwoFacts, "memory": Memory,
     "unknown": Unknown, "sums": Sums, "problems": Problems, "spelling": Spelling,
-    "counting": Counting, "letters": Letters, "repeat": Repeat, "choice": TownChoice, "smalltalk": SmallTalk}
+    "counting": Counting, "letters": Letters, "repeat": Repeat,
+    "arithmetic": Arithmetic, "choice": TownChoice, "smalltalk": SmallTalk}
 REAL_TASKS = { # read from public sets
     "arc-easy": _Arc, "arc-challenge": _Arc, "mmlu": _Mmlu, "gsm8k": _Gsm8k,
     "humaneval": HumanEval, "smoltalk": SmolTalk}
