@@ -150,7 +150,7 @@ def _part(draw: Draw) -> tuple[str, str]: # phrase, expression
     x = multiple * draw.number(1, most)
     return expand_one([phrase], {"x": _number(x, draw, draw.chance(0.2))}, draw), expression.format(x=x)
 
-# %% ../../nbs/post/31b_arithmetic.ipynb #80b57583
+# %% ../../nbs/post/31b_arithmetic.ipynb #26cfac3f
 _ASK_FIGURES = compile_templates([
     "{p}", "{p}", "{p}?", "{p}=", "{p} =", "{p} = ?", "{p}=?", "{p} is", "{p} equals"])
 _ASK = compile_templates([
@@ -168,7 +168,7 @@ _ASK = compile_templates([
     "Help me with {p}.", "My homework is {p}. [What is the answer|Can you help me]?",
     "[Can|Could] you help me with {p}?", "I [don't know|forgot|wonder] what {p} is.",
     "Do you know the answer to {p}?", "If you know {p}, tell me.", "How do I solve {p}?",
-    "So what is {p}?", "Let's try {p}.", "[Are you good at maths|Can you calculate]? [What is|] {p}?"])
+    "So what is {p}?", "Let's try {p}.", "[Are you good at maths|Can you calculate]? [What is |]{p}?"])
 _ASK_COMMAND = compile_templates([
     "{P}[.|]", "{P}[.|]", "[Can|Could|Will|Would] you {p}[| for me]?", "Please {p}.",
     "What [do|would] [you|I|we] get if [you|I|we] {p}?", "What is the [result|answer] [if|when] I {p}?",
