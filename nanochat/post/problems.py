@@ -10,7 +10,8 @@ import re
 
 # %% ../../nbs/post/31_problems.ipynb #82b204b0
 from ..core.grammar import (
-    GOODS, PLURALS, compile_template, count, expand)
+    DAYS, GOODS, PLURALS, THINGS, Draw, compile_template, count, expand, number_word)
+from ..core.words import OUTSIDERS
 from ..model.sandbox import calculator
 from .tasks import (
     Task, closing_text, compile_pairs, final_number, part_of, user, with_tool)
@@ -191,17 +192,271 @@ _BEFORE = compile_template(
     "{a} is at the {place2}. ]")
 _COUNTED = ("coin", "year", "page", "flower", "chair") # "{z_coins}" is the result with this noun
 
+# %% ../../nbs/post/31_problems.ipynb #5b98f02e
+_VERBS = """
+    have do buy get find lose give sell eat need pay spend save read walk drive plant make use
+    bake earn share pack work collect put
+    """.split()
+_THIRD = {"have": "has", "do": "does"}
+
+def _verbs(third: bool, before: str = "") -> dict: # {before + verb: its form}
+    "Return slots of all verbs for he or she, or for I, you and we."
+    return {before + verb: _THIRD.get(verb, verb + "s") if third else verb for verb in _VERBS}
+
+# %% ../../nbs/post/31_problems.ipynb #989f4b42
+_RELATIVES = { # is it a woman?
+    "sister": True, "brother": False, "mother": True, "father": False, "mum": True, "dad": False,
+    "friend": True, "aunt": True, "uncle": False, "cousin": False, "teacher": True,
+    "neighbour": False, "daughter": True, "son": False, "grandmother": True, "grandfather": False}
+
+def _somebody(draw: Draw, world) -> tuple[str, str, bool]: # name, name in the answer, a woman?
+    "Draw a resident, an outsider or a relative of the user."
+    kind = draw.weighted({"resident": 0.35, "outsider": 0.35, "relative": 0.3})
+    if kind == "resident":
+        person = draw.pick(world.residents)
+        return person.first, person.first, person.she
+    if kind == "outsider":
+        name = draw.pick(list(OUTSIDERS))
+        return name, name, OUTSIDERS[name]
+    name = draw.pick(list(_RELATIVES))
+    return f"my {name}", f"your {name}", _RELATIVES[name]
+
+# %% ../../nbs/post/31_problems.ipynb #89b2e0e5
+def _capital(text: str) -> str: return text[:1].upper() + text[1:]
+
+# %% ../../nbs/post/31_problems.ipynb #02edbc4b
+def _subject(draw: Draw, world) -> dict: # slots
+    "Draw who has the apples: `s` in the question, `he` as a pronoun, `a` in the answer."
+    kind = draw.weighted({"I": 0.45, "we": 0.07, "you": 0.08, "somebody": 0.4})
+    if kind == "somebody":
+        s, a, she = _somebody(draw, world)
+        he, him, his = ("she", "her", "her") if she else ("he", "him", "his")
+        be, was, a_be, a_was = "is", "was", "is", "was"
+    else:
+        s = he = kind
+        be, was = ("am", "was") if kind == "I" else ("are", "were")
+        a, a_be, a_was = "you", "are", "were"
+        him, his = {"I": ("me", "my"), "we": ("us", "our"), "you": ("you", "your")}[kind]
+    third, both = kind == "somebody", {"somebody": "they", "you": "you"}.get(kind, "we")
+    return {"s": s, "both": both, "he": he, "him": him, "his": his, "be": be, "a": a, "A": _capital(a),
+            "was": was, "a_be": a_be, "a_was": a_was, **_verbs(third), **_verbs(third, "a_")}
+
+# %% ../../nbs/post/31_problems.ipynb #bd2f3a6b
+_NOUNS = PLURALS | {thing: thing + "s" for thing in """
+    coin book pencil pen marble sticker balloon ball toy flower orange banana cherry
+    potato photo card cookie sweet biscuit stone shell letter ticket cup chair key
+    """.split()} | {"potato": "potatoes", "cherry": "cherries", "strawberry": "strawberries",
+    "box": "boxes", "knife": "knives", "sheep": "sheep", "fish": "fish", "dress": "dresses"}
+_FOODS = """
+    apple pear carrot melon plum cake bun cookie orange banana cherry strawberry sweet biscuit
+    """.split()
+_MONEY = {"coin": "coins", "euro": "euros", "dollar": "dollars", "cent": "cents", "pound": "pounds"}
+_PAIRS = [ # two kinds of things, and what both are
+    ("cats", "dogs", "animals"), ("cows", "horses", "animals"), ("boys", "girls", "children"),
+    ("men", "women", "people"), ("apples", "pears", "pieces of fruit"), ("cars", "buses", "vehicles"),
+    ("red balls", "blue balls", "balls"), ("roses", "tulips", "flowers"), ("forks", "spoons", "things"),
+    ("children", "adults", "people"), ("white hens", "brown hens", "hens")]
+_UNITS = [ # unit, how many parts it has, the part
+    ("week", 7, "day"), ("day", 24, "hour"), ("hour", 60, "minute"), ("minute", 60, "second"),
+    ("year", 12, "month"), ("metre", 100, "centimetre"), ("kilometre", 1000, "metre"),
+    ("euro", 100, "cent"), ("dollar", 100, "cent"), ("dozen", 12, "egg")]
+_COUNTED_TOO = ("year", "page", "minute", "kilometre") # "{z_years}" is the result with this noun
+
+# %% ../../nbs/post/31_problems.ipynb #0805ee3e
+_MORE_SUMS = { # family: (numbers, expression, [(facts, question, answer), ...])
+    "gain": (_within((2, 60), (2, 60)), "{x}+{y}", [
+        ("{s} {have} {x} {goods} & [{buy}|{get}|{find}|{collect}] {y} more",
+         "how many [{goods} |]{do} {s} have [now|in total|altogether|in all|]",
+         "Now {a} {a_have} {z_goods}."),
+        ("{s} had {x} {goods} & [bought|got|found] {y} more",
+         "how many [{goods} |]{do} {s} have now", "Now {a} {a_have} {z_goods}."),
+        ("{s} {have} {x} {goods} && {b} gives {him} {y} [more|]",
+         "how many [{goods} |]{do} {s} have [now|then|]", "Now {a} {a_have} {z_goods}.")]),
+    "loss": (_minuend, "{x}-{y}", [
+        ("{s} {have} {x} {goods} & [{lose} {y}[ of them|]|{give} {y} away|{give} {y} to {b}|{sell} {y}]",
+         "how many [{goods} |][are left|{do} {s} have left|{do} {s} [still |]have]",
+         "{A} {a_have} {z_goods} left."),
+        ("{s} had {x} {goods} & [lost {y}[ of them|]|gave {y} away|gave {y} to {b}|sold {y}]",
+         "how many [{goods} |][are left|{do} {s} have left|{do} {s} have now]",
+         "{A} {a_have} {z_goods} left."),
+        ("{s} {have} {x} {foods} & {eat} {y}[ of them|]",
+         "how many [{foods} |][are left|{do} {s} have left]", "{A} {a_have} {z_foods} left."),
+        ("there [are|were] {x} {foods} [on the table|in the bowl|in the box] && {b} [eats|ate] {y}",
+         "how many [{foods} |]are [left|there now]", "There are {z_foods} left."),
+        ("{s} {have} {x} {coins} & {spend} {y}", "how [many {coins} are|much is|much money is] left",
+         "{A} {a_have} {z_coins} left.")]),
+    "both": (_within((2, 60), (2, 60)), "{x}+{y}", [
+        ("{s} {have} {x} {goods} && {b} has {y}[ more|]",
+         "how many [{goods} |]do {both} have [together|altogether|in total]",
+         "That makes {z_goods}."),
+        ("there are {x} {kind1} and {y} {kind2} [in the room|here|in the garden|on a farm|]",
+         "how many {kinds} are there", "There are {z} {kinds}."),
+        ("{s} {buy} {x} {goods} on {day} and {y} on {day2}", "how many [{goods} |]is that",
+         "That makes {z_goods}."),
+        ("{x} {goods} and {y} {goods}", "how many {goods} [is that|are there|are that]",
+         "That makes {z_goods}."),
+        ("the way takes {x} minutes by bus and {y} minutes on foot", "how long does it take",
+         "It takes {z_minutes}.")]),
+    "difference": (_minuend, "{x}-{y}", [
+        ("{s} {have} {x} {goods} && {b} has [only |]{y}",
+         "how many more [{goods} |]{do} {s} have", "{A} {a_have} {z_goods} more."),
+        ("{s} {be} {x} && {b} is {y}", "how [many years|much] older {be} {s}",
+         "{A} {a_be} {z_years} older."),
+        ("[a|the] {thing} costs {x} {coins} && {s} {have} [only |]{y}[ {coins}|]",
+         "how [many {coins}|much|much money] {do} {s} [still |]need", "{A} still {a_need} {z_coins}."),
+        ("{s} {pay} with {x} {coins} && the {thing} costs {y}",
+         "how [many {coins}|much|much money] {do} {s} get back", "{A} {a_get} {z_coins} back."),
+        ("{s} {be} {x} years old", "how old {was} {s} {y} years ago", "{A} {a_was} {z_years} old."),
+        ("{s} {have} {x} pages to read & {have} read {y}", "how many pages are left",
+         "There are {z_pages} left.")]),
+    "age": (_within((3, 60), (2, 30)), "{x}+{y}", [
+        ("{s} {be} {x} [years old |]now", "how old will {s} be in {y} years",
+         "{A} will be {z_years} old."),
+        ("{b} is {x} && {s} {be} {y} years older", "how old {be} {s}", "{A} {a_be} {z_years} old.")])}
+
+# %% ../../nbs/post/31_problems.ipynb #f6f984c7
+_MORE_SUMS |= {
+    "price": (_within((2, 12), (2, 12)), "{x}*{y}", [
+        ("[one|a] {good} costs {x} {coins}", "how much do {y} {goods} cost", "They cost {z_coins}."),
+        ("{s} {buy} {x} {goods} for {y} {coins} each",
+         "how [many {coins}|much|much money] {do} {s} pay", "{A} {a_pay} {z_coins}."),
+        ("{x} {goods} cost {y} {coins} each", "how much [is that|do they cost|is it]",
+         "They cost {z_coins}."),
+        ("{s} {earn} {x} {coins} an hour & {work} {y} hours", "how much {do} {s} earn",
+         "{A} {a_earn} {z_coins}."),
+        ("{s} {save} {x} {coins} [a|every] week", "how much {do} {s} have after {y} weeks",
+         "Then {a} {a_have} {z_coins}.")]),
+    "rows": (_within((2, 12), (2, 12)), "{x}*{y}", [
+        ("{s} {have} {x} [boxes|bags|baskets] [of|with] {y} {goods} [each|]",
+         "how many {goods} [{do} {s} have|is that|are there]", "That makes {z_goods}."),
+        ("there are {x} [rows|groups|tables|boxes] of {y} {goods}", "how many {goods} are there",
+         "There are {z_goods}."),
+        ("{s} {read} {x} pages [a|every] day", "how many pages {do} {s} read in {y} days",
+         "{A} {a_read} {z_pages}."),
+        ("{s} {walk} {x} [kilometres|km] [a|every] day", "how far {do} {s} walk in {y} days",
+         "{A} {a_walk} {z_kilometres}."),
+        ("[a|one] box holds {x} {goods}", "how many {goods} are in {y} boxes",
+         "That makes {z_goods}.")]),
+    "units": (lambda draw: (draw.number(2, 12), draw.pick(_UNITS)[1]), "{x}*{y}", [
+        ("", "how many {parts} [are|are there] in {x} {units}", "That makes {z_parts}."),
+        ("", "how many {parts} do {x} {units} have", "That makes {z_parts}.")]),
+    "speed": (lambda draw: (10 * draw.number(2, 12), draw.number(2, 8)), "{x}*{y}", [
+        ("{s} {drive} {x} [kilometres|km] an hour", "how far {do} {s} drive in {y} hours",
+         "{A} {a_drive} {z_kilometres}.")]),
+    "parts": (_dividend, "{x}//{y}", [
+        ("{s} {share} {x} {goods} [equally |]among {y} [friends|children|people]",
+         "how many [{goods} |]does each [of them |]get", "Each gets {z_goods}."),
+        ("{y} [friends|children|people] share {x} {goods}[ equally|]",
+         "how many [{goods} |]does each [of them |]get", "Each gets {z_goods}."),
+        ("{s} {pack} {x} {goods} into {y} [bags|boxes]", "how many {goods} are in each",
+         "There are {z_goods} in each."),
+        ("{y} {goods} cost {x} {coins}", "how much does one [{good} |]cost", "One costs {z_coins}."),
+        ("{s} {have} {x} {goods} for {y} [friends|children|people]", "how many does each get",
+         "Each gets {z_goods}.")])}
+
+# %% ../../nbs/post/31_problems.ipynb #ccd03941
+_MORE_PROBLEMS = { # as `_MORE_SUMS`
+    "come and go": (_come_and_go, "{x}+{y}-{w}", [
+        ("{s} {have} {x} {foods} & {buy} {y} more & {eat} {w}",
+         "how many [{foods} |][are left|{do} {s} have now|{do} {s} have left]",
+         "{A} {a_have} {z_foods} left."),
+        ("{s} {have} {x} {goods} & {get} {y} more & [{lose} {w}|{sell} {w}|{give} {w} to {b}]",
+         "how many [{goods} |][are left|{do} {s} have now|{do} {s} have left]",
+         "{A} {a_have} {z_goods} left.")]),
+    "bus": (_passengers, "{x}-{y}+{w}", [
+        ("{s} {have} {x} {goods} & [{lose}|{sell}] {y} & {buy} {w} [new ones|more]",
+         "how many [{goods} |]{do} {s} have now", "Now {a} {a_have} {z_goods}."),
+        ("there are {x} people in a [room|bus|shop], {y} leave and {w} come in",
+         "how many people are there now", "Now there are {z} people.")]),
+    "bill": (_within((2, 9), (2, 9), (2, 20)), "{x}*{y}+{w}", [
+        ("{s} {buy} {x} {goods} for {y} {coins} each and [a|one] {thing} for {w} {coins}",
+         "how [many {coins}|much] {do} {s} pay", "{A} {a_pay} {z_coins}."),
+        ("{s} {have} {w} {goods} & {buy} {x} [bags|boxes] of {y}",
+         "how many [{goods} |]{do} {s} have now", "Now {a} {a_have} {z_goods}.")]),
+    "change": (_change, "{w}-{x}*{y}", [
+        ("{s} {have} {w} {coins} & {buy} {x} {goods} for {y} {coins} each",
+         "how [many {coins} are|much is|much money is] left", "{A} {a_have} {z_coins} left."),
+        ("{s} {buy} {x} {goods} for {y} {coins} each & {pay} with {w} {coins}",
+         "how much {do} {s} get back", "{A} {a_get} {z_coins} back.")]),
+    "put together": (_shared, "({x}+{y})//{w}", [
+        ("{s} {have} {x} {goods} && {b} has {y} && {w} friends share all of them",
+         "how many [{goods} |]does each get", "Each gets {z_goods}."),
+        ("{x} {kind1} and {y} {kind2} are put into {w} equal groups",
+         "how many are in each group", "There are {z} in each group.")])}
+
+# %% ../../nbs/post/31_problems.ipynb #0e55ed4c
+def _compile_triples(families: dict) -> dict:
+    "Compile the wordings of all families. The facts become a list of pairs: joint, clause."
+    def compiled(facts, question, answer):
+        first, *rest = re.split(r" (&&?) ", facts)
+        pairs = [("", first), *zip(rest[::2], rest[1::2])] if facts else []
+        clauses = [(joint, compile_template(clause)) for joint, clause in pairs]
+        return clauses, compile_template(question), compile_template(answer)
+    return {name: (*rest, [compiled(*text) for text in texts])
+            for name, (*rest, texts) in families.items()}
+
+_MORE_SUMS, _MORE_PROBLEMS = _compile_triples(_MORE_SUMS), _compile_triples(_MORE_PROBLEMS)
+
+# %% ../../nbs/post/31_problems.ipynb #bbe582d7
+def _join(
+    clauses: list[tuple[str, str]], # (joint, text): & is the same subject, && another one
+    he: str, # the subject's pronoun
+    sentences: bool, # may the facts be several sentences?
+    draw: Draw,
+) -> str: # begins in lower case, unless with a name, and ends without a mark
+    "Join clauses to facts: I have 3 apples and buy 4 more; I have 3 apples. Then I buy 4 more."
+    text, apart = clauses[0][1], sentences and draw.chance(0.5)
+    for joint, clause in clauses[1:]:
+        if joint == "&" and draw.chance(0.5): clause, joint = f"{he} {clause}", "&&"
+        if apart and joint == "&&": text += ". " + _capital(clause)
+        else: text += (", and " if joint == "&&" and draw.chance(0.3) else " and ") + clause
+    return text
+
+# %% ../../nbs/post/31_problems.ipynb #e89da944
+_ORDERS = { # how facts and question are joined: its probability
+    "{F}. {Q}?": 0.56, "If {f}, {q}?": 0.1, "{Q} if {f}?": 0.16, "{F}, {q}?": 0.13, "{F}: {q}?": 0.05}
+
+def _tell(wording: tuple, slots: dict, draw: Draw) -> str:
+    "Expand the facts and the question of a wording, and join them."
+    facts, question, _ = wording
+    order = draw.weighted(_ORDERS) if facts else "{Q}?"
+    # who is named in the first part may have a pronoun in the second
+    pronoun, asks_first = slots | {"s": slots["he"]}, order.startswith("{Q}")
+    q = expand(question, slots if asks_first or draw.chance(0.5) else pronoun, draw).strip()
+    named = asks_first and f" {slots['s']} " in f" {q} "
+    clauses = [(joint, expand(clause, pronoun if named else slots, draw).strip())
+               for joint, clause in facts]
+    f = _join(clauses, slots["he"], order == "{F}. {Q}?", draw) if facts else ""
+    return order.format(f=f, F=_capital(f), q=q, Q=_capital(q))
+
+# %% ../../nbs/post/31_problems.ipynb #230fcc11
+def _things(letters: dict, z: int, draw: Draw) -> dict: # slots
+    "Draw things, money, days and units, and write the result `z` with each noun."
+    good, food, money = draw.pick(list(_NOUNS)), draw.pick(_FOODS), draw.pick(list(_MONEY))
+    kind1, kind2, kinds = draw.pick(_PAIRS)
+    fitting = [unit for unit in _UNITS if str(unit[1]) == letters["y"]] or _UNITS
+    unit, _, part = draw.pick(fitting)
+    day, day2 = draw.sample(DAYS, 2)
+    slots = {"good": good, "goods": _NOUNS[good], "foods": _NOUNS[food], "coins": money + "s",
+             "kind1": kind1, "kind2": kind2, "kinds": kinds, "day": day, "day2": day2,
+             "units": unit + "s" * (unit != "dozen"), "parts": part + "s", "thing": draw.pick(THINGS)}
+    nouns = {"goods": good, "foods": food}
+    slots |= {f"z_{name}": f"{z} {noun if z == 1 else _NOUNS[noun]}" for name, noun in nouns.items()}
+    nouns = {"coins": money, "parts": part} | {noun + "s": noun for noun in _COUNTED_TOO}
+    return slots | {f"z_{name}": count(z, noun) for name, noun in nouns.items()} | {"z": str(z)}
+
 # %% ../../nbs/post/31_problems.ipynb #0df7a2c3
 class Sums(Task):
     "Word problems of one step for the calculator."
     splits = ("train", "rl", "test")
-    families = _SUMS
+    families, more = _SUMS, _MORE_SUMS
 
     def __init__(self, *args):
         super().__init__(*args)
         if self.split == "test": self.size = 1000
 
     def messages(self, i, draw):
+        if self.split != "test" and draw.chance(0.65): return self._own_words(draw)
         # draw numbers until their expression belongs to this split
         while True:
             numbers, expression, texts = self.families[draw.pick(list(self.families))]
@@ -227,10 +482,34 @@ class Sums(Task):
                 "z_goods": f"{z} {good if z == 1 else goods}",
                 **{f"z_{noun}s": count(z, noun) for noun in _COUNTED}}
 
+    def _own_words(self, draw):
+        "Return a problem in the wordings that the test does not have."
+        while True:
+            numbers, expression, texts = self.more[draw.pick(list(self.more))]
+            drawn = dict(zip("xywvu", numbers(draw)))
+            expression = expression.format(**drawn)
+            if part_of(expression) == self.split: break
+        z = calculator(expression)
+        slots = _subject(draw, self.world) | _things({k: str(n) for k, n in drawn.items()}, int(z), draw)
+        # somebody else, and the numbers, sometimes in words
+        while (b := _somebody(draw, self.world)[0]) == slots["s"]: pass
+        slots["b"] = b.replace("my ", "your ") if slots["s"] == "you" else b
+        words = max(drawn.values()) <= 20 and draw.chance(0.2)
+        slots |= {letter: number_word(n) if words else str(n) for letter, n in drawn.items()}
+        wording = draw.pick(texts)
+        question = _tell(wording, slots, draw)
+        return [user(question), with_tool(expression, z, expand(wording[2], slots, draw))]
+
+    def keep(self,
+        messages: list[dict], # one of this task's conversations
+    ) -> list[str]:
+        "Return what typing must not change: the numbers."
+        return re.findall(r"\d+", messages[0]["content"])
+
     def is_right(self, reference, completion):
         return final_number(closing_text(completion)) == final_number(closing_text(reference))
 
 # %% ../../nbs/post/31_problems.ipynb #47f462e3
 class Problems(Sums):
     "Word problems of two to four steps for the calculator."
-    families = _PROBLEMS
+    families, more = _PROBLEMS, _MORE_PROBLEMS
