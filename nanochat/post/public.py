@@ -238,8 +238,8 @@ class SmolTalk(RealTask):
 TASKS = { # generated, most of them about the embedded world
     "identity": Identity, "facts": Facts, "twofacts": TwoFacts, "memory": Memory,
     "unknown": Unknown, "sums": Sums, "problems": Problems, "spelling": Spelling,
-    "counting": Counting, "letters": Letters, "repeat": Repeat,
-    "arithmetic": Arithmetic, "choice": TownChoice, "smalltalk": SmallTalk}
+    "counting": Counting, "choice": TownChoice, "smalltalk": SmallTalk,
+    "arithmetic": Arithmetic, "letters": Letters, "repeat": Repeat}
 REAL_TASKS = { # read from public sets
     "arc-easy": _Arc, "arc-challenge": _Arc, "mmlu": _Mmlu, "gsm8k": _Gsm8k,
     "humaneval": HumanEval, "smoltalk": SmolTalk}
