@@ -133,8 +133,36 @@ _LONG = """
     system teacher theory tourist trouble wedding
     """.split()
 
-# %% ../../nbs/core/04c_words.ipynb #1af96d18
-_THEMES = (_THINGS, _ACTIONS, _QUALITIES, _SMALL, _LONG)
+# %% ../../nbs/core/04c_words.ipynb #89603c95
+_FORMS = """
+    adventures ago alone animals anything apples asked ate bags became becomes
+    began begins bells belongs better bicycles birds boats books born bought
+    boxes broke brought bunch buns buttons buys cakes called calls candles
+    carefully carrots celebrates changed children chose clothes coins
+    collecting comes cookies cost costs counted course cried cycling dancing
+    days degrees drank dropped dumplings earns eat eats eggs end ended ends
+    enjoys envelope evenings fed feeds fills finished fishing flowers flying
+    forgot fried friends gave gets gift gives goes going grew hangs hats heard
+    held hid him hobby hole hours houses job joy keeps kites knitting knows
+    late laughed lay learns leaves left lemons letters lights likes lived lives
+    living looked looking looks lost loves made makes meet minutes moved name
+    named names needs neighbours noodles numbers occurs older opened packed
+    paid pancakes party pays person pictures place planted playing plays
+    pleasure plus poems post practised price quickly quietly reading remembered
+    report rests ringing roads rolls scarves seeds seen shared shares shop
+    showed singing slept slowly smells smiled spelled spells spends stamps
+    steps stew sticks stopped stories streets sure swimming taken takes talked
+    tastes things thinking thought tickets times trees tulips tyre unhappy
+    upset waiting walked wanted wants watched watching way weeks welcome well
+    went worked works worried wrote years suddenly finally nearby thanks its
+    anybody nobody everybody bed bread ran told took found fell flew gone got
+    food past pot hall inn chess poet written spoken knew known thrown caught
+    taught said saw sang sung swam swum drew drove rode rose shook sold sent
+    sat stood understood won wore woke
+    """.split()
+
+# %% ../../nbs/core/04c_words.ipynb #f60e79ff
+_THEMES = (_THINGS, _ACTIONS, _QUALITIES, _SMALL, _LONG, _FORMS)
 COMMON_WORDS = list(dict.fromkeys(
     word for theme in _THEMES for word in theme if word not in WORDS))
 
@@ -200,15 +228,30 @@ OUTSIDERS = { # first names that nobody in the town can have: is it a woman's?
         """.split(), False)}
 NAMES = [*SHE, *HE, *FAMILIES, *ATTRIBUTES["petname"], *OUTSIDERS]
 
-# %% ../../nbs/core/04c_words.ipynb #e2f8e672
+# %% ../../nbs/core/04c_words.ipynb #59d4d821
+def _inflected(draw: Draw) -> str:
+    "Add an ending to a word that does not end in e or y."
+    while True:
+        word = draw.pick(draw.pick((WORDS, COMMON_WORDS)))
+        if word[-1] not in "eysxz" and len(word) < 12: break
+    return word + draw.pick(["s", "s", "s", "ed", "ing", "er", "ly", "ness"])
+
+# %% ../../nbs/core/04c_words.ipynb #c30723df
 _SOURCES = { # where a word comes from: its probability
-    "town": 0.34, "common": 0.26, "pieced": 0.14, "odd": 0.1, "made up": 0.06, "name": 0.1}
+    "town": 0.27, "common": 0.29, "form": 0.07, "pieced": 0.13, "odd": 0.1, "made up": 0.05,
+    "name": 0.09}
 
 def any_word(draw: Draw) -> str:
     "Return a word to spell: one of the town's, a common one, an invented one or a name."
+    word = _from_source(draw)
+    return word.capitalize() if draw.chance(0.08) else word
+
+def _from_source(draw: Draw) -> str:
+    "Draw where a word comes from, and then the word."
     match draw.weighted(_SOURCES):
         case "town": return draw.pick(WORDS)
         case "common": return draw.pick(COMMON_WORDS)
+        case "form": return _inflected(draw)
         case "pieced": return pieced_word(draw)
         case "odd": return odd_word(draw)
         case "made up": return made_up(draw)

@@ -27,7 +27,7 @@ def _is_held_out(
     if word in WORDS: return word in world.held_out_words
     return part_of(word) == "test"
 
-# %% ../../nbs/post/31a_words.ipynb #41d4add3
+# %% ../../nbs/post/31a_words.ipynb #6f939797
 def _draw_word(
     draw: Draw,
     world, # `World`
@@ -37,7 +37,6 @@ def _draw_word(
     while True:
         word = any_word(draw)
         if _is_held_out(word, world) == held_out: break
-    if draw.chance(0.1): return word.capitalize()
     return word.upper() if len(word) < 9 and draw.chance(0.06) else word
 
 # %% ../../nbs/post/31a_words.ipynb #ed389d88
