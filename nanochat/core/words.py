@@ -89,8 +89,9 @@ _QUALITIES = """
     wooden worse wrong
     """.split()
 
-# %% ../../nbs/core/04c_words.ipynb #a9c3fe0e
+# %% ../../nbs/core/04c_words.ipynb #04d5f95f
 _SMALL = """
+    all am as at get good her hi him see taken time well yes it is in my oh so he she
     about above across after again against almost along already also although
     always among and another any are around away because been before behind below
     beneath between beyond both but can could did does done during each either else
@@ -236,7 +237,7 @@ def _inflected(draw: Draw) -> str:
         if word[-1] not in "eysxz" and len(word) < 12: break
     return word + draw.pick(["s", "s", "s", "ed", "ing", "er", "ly", "ness"])
 
-# %% ../../nbs/core/04c_words.ipynb #c30723df
+# %% ../../nbs/core/04c_words.ipynb #991ee92e
 _SOURCES = { # where a word comes from: its probability
     "town": 0.27, "common": 0.29, "form": 0.07, "pieced": 0.13, "odd": 0.1, "made up": 0.05,
     "name": 0.09}
@@ -244,7 +245,8 @@ _SOURCES = { # where a word comes from: its probability
 def any_word(draw: Draw) -> str:
     "Return a word to spell: one of the town's, a common one, an invented one or a name."
     word = _from_source(draw)
-    return word.capitalize() if draw.chance(0.08) else word
+    # small words begin sentences, so their tokens have capitals
+    return word.capitalize() if draw.chance(0.3 if word in _SMALL else 0.06) else word
 
 def _from_source(draw: Draw) -> str:
     "Draw where a word comes from, and then the word."
