@@ -6,7 +6,7 @@
 __all__ = ['DAYS', 'MONTHS', 'COLOURS', 'THINGS', 'NUMBER_WORDS', 'PLACES', 'GOODS', 'PLURALS', 'WEATHER', 'WORDS', 'SHE', 'HE',
            'FAMILIES', 'JOBS', 'PETS', 'ATTRIBUTES', 'STATEMENTS', 'QUESTIONS', 'ANSWERS', 'HOWTOS', 'Draw',
            'compile_template', 'compile_templates', 'compile_prose', 'add_rules', 'expand', 'expand_one', 'expansions',
-           'article', 'count', 'join_words', 'spell', 'number_word', 'past_tense', 'made_up']
+           'article', 'capital', 'count', 'join_words', 'spell', 'number_word', 'past_tense', 'made_up']
 
 # %% ../../nbs/core/04_grammar.ipynb #275f4037
 import math
@@ -165,6 +165,11 @@ def expansions(
 def article(noun: str) -> str: # singular
     "Return a noun with its article: a cup, an egg."
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+# %% ../../nbs/core/04_grammar.ipynb #5d1c07ac
+def capital(text: str) -> str: # such as "my sister"
+    "Return a text with a capital at its beginning, and the rest as it is."
+    return text[:1].upper() + text[1:]
 
 # %% ../../nbs/core/04_grammar.ipynb #6522ab2b
 def count(

@@ -8,8 +8,9 @@ __all__ = ['Arithmetic']
 # %% ../../nbs/post/31b_arithmetic.ipynb #1592db06
 import re
 
-# %% ../../nbs/post/31b_arithmetic.ipynb #0c0b93c8
-from ..core.grammar import Draw, compile_template, compile_templates, expand_one, number_word
+# %% ../../nbs/post/31b_arithmetic.ipynb #c88a2aba
+from ..core.grammar import (
+    Draw, capital, compile_template, compile_templates, expand_one, number_word)
 from ..model.sandbox import calculator
 from .tasks import (
     Task, closing_text, final_number, part_of, user, visible_text, with_tool)
@@ -131,7 +132,7 @@ def _spoken(
         return " ".join(f"{x} {name}" for x, name in zip(numbers, names)).strip()
     return expand_one(_WAYS[sign][kind], dict(zip("xy", numbers)), draw)
 
-# %% ../../nbs/post/31b_arithmetic.ipynb #ae1b22ac
+# %% ../../nbs/post/31b_arithmetic.ipynb #90372b23
 _PARTS = { # phrase: (expression, the number is a multiple of this, at most so many times)
     "[half|half of|one half of|the half of] {x}": ("{x}/2", 2, 50),
     "[a|one] third of {x}": ("{x}/3", 3, 30), "[a|one] quarter of {x}": ("{x}/4", 4, 25),
@@ -141,16 +142,18 @@ _PARTS = { # phrase: (expression, the number is a multiple of this, at most so m
     "[{x} squared|the square of {x}]": ("{x}**2", 1, 20), "{x} cubed": ("{x}**3", 1, 9),
     "[10%|10 percent|ten percent] of {x}": ("{x}*10/100", 10, 50),
     "[50%|50 percent|fifty percent] of {x}": ("{x}*50/100", 2, 100),
-    "[20%|20 percent] of {x}": ("{x}*20/100", 5, 60), "[25%|25 percent] of {x}": ("{x}*25/100", 4, 50)}
+    "[20%|20 percent] of {x}": ("{x}*20/100", 5, 60),
+    "[25%|25 percent] of {x}": ("{x}*25/100", 4, 50)}
 _PARTS = [(compile_template(phrase), *rest) for phrase, rest in _PARTS.items()]
 
 def _part(draw: Draw) -> tuple[str, str]: # phrase, expression
     "Draw a phrase such as half of 10."
     phrase, expression, multiple, most = draw.pick(_PARTS)
     x = multiple * draw.number(1, most)
-    return expand_one([phrase], {"x": _number(x, draw, draw.chance(0.2))}, draw), expression.format(x=x)
+    number = _number(x, draw, draw.chance(0.2))
+    return expand_one([phrase], {"x": number}, draw), expression.format(x=x)
 
-# %% ../../nbs/post/31b_arithmetic.ipynb #26cfac3f
+# %% ../../nbs/post/31b_arithmetic.ipynb #57a8c398
 _ASK_FIGURES = compile_templates([
     "{p}", "{p}", "{p}?", "{p}=", "{p} =", "{p} = ?", "{p}=?", "{p} is", "{p} equals"])
 _ASK = compile_templates([
@@ -168,43 +171,47 @@ _ASK = compile_templates([
     "Help me with {p}.", "My homework is {p}. [What is the answer|Can you help me]?",
     "[Can|Could] you help me with {p}?", "I [don't know|forgot|wonder] what {p} is.",
     "Do you know the answer to {p}?", "If you know {p}, tell me.", "How do I solve {p}?",
-    "So what is {p}?", "Let's try {p}.", "[Are you good at maths|Can you calculate]? [What is |]{p}?"])
+    "So what is {p}?", "Let's try {p}.",
+    "[Are you good at maths|Can you calculate]? [What is |]{p}?"])
 _ASK_COMMAND = compile_templates([
     "{P}[.|]", "{P}[.|]", "[Can|Could|Will|Would] you {p}[| for me]?", "Please {p}.",
-    "What [do|would] [you|I|we] get if [you|I|we] {p}?", "What is the [result|answer] [if|when] I {p}?",
+    "What [do|would] [you|I|we] get if [you|I|we] {p}?",
+    "What is the [result|answer] [if|when] I {p}?",
     "What happens [if|when] [you|I] {p}?", "If I {p}, [what|how much] do I get?",
     "I [want|need|have] to {p}.", "How much [is it|do I get] [if|when] I {p}?",
     "Now {p}[.|]", "What do I have [if|when] I {p}?"])
 
-# %% ../../nbs/post/31b_arithmetic.ipynb #eb5fb302
+# %% ../../nbs/post/31b_arithmetic.ipynb #d9bc8c44
 _ASK_CHECK = compile_templates([
-    "Is {p} [equal to |]{r}?", "Does {p} [make|equal|give] {r}?", "Is it [true|right] that {p} is {r}?",
+    "Is {p} [equal to |]{r}?", "Does {p} [make|equal|give] {r}?",
+    "Is it [true|right] that {p} is {r}?",
     "{P} [is|makes|equals] {r}, [right|is that right|correct|true|isn't it]?",
-    "{P} is {r}. [Is that|Am I] [right|correct]?", "I think {p} is {r}. Is that [right|correct|true]?"])
+    "{P} is {r}. [Is that|Am I] [right|correct]?",
+    "I think {p} is {r}. Is that [right|correct|true]?"])
 _CHECK_FIGURES = compile_templates([
-    "Is {p} = {r}[| right| correct]?", "{p} = {r}, [right|is that right|correct|true]?", "{p} = {r}?",
+    "Is {p} = {r}[| right| correct]?", "{p} = {r}, [right|is that right|correct|true]?",
+    "{p} = {r}?",
     "{p} = {r}. [Is that|Am I] [right|correct]?", "Does {p} = {r}?"])
 
-# %% ../../nbs/post/31b_arithmetic.ipynb #5e7f5c01
-def _capital(text: str) -> str: return text[:1].upper() + text[1:]
-
+# %% ../../nbs/post/31b_arithmetic.ipynb #8d19bafb
 def _ask(wordings: list[tuple], phrase: str, draw: Draw, **slots) -> str:
     "Put a phrase into a question."
-    slots |= {"p": phrase, "P": _capital(phrase)}
+    slots |= {"p": phrase, "P": capital(phrase)}
     return re.sub(r"([.?!])[.?]$", r"\1", expand_one(wordings, slots, draw))
 
-# %% ../../nbs/post/31b_arithmetic.ipynb #106c6c40
+# %% ../../nbs/post/31b_arithmetic.ipynb #ad756c44
 def _plain_question(expression: str, draw: Draw) -> str:
     "Ask for the value of an expression."
     two = re.fullmatch(r"\d+[-+*/]\d+", expression)
     negative = two and "-" in expression and int(calculator(expression)) < 0
-    way = draw.weighted({"figures": 0.24, "asked": 0.28, "spoken": 0.28, "command": 0.12, "other": 0.08})
+    way = draw.weighted({
+        "figures": 0.24, "asked": 0.28, "spoken": 0.28, "command": 0.12, "other": 0.08})
     if way == "figures" or "(" in expression and draw.chance(0.3):
         return _ask(_ASK_FIGURES, _typed(expression, draw), draw)
     if way == "asked" or "(" in expression: return _ask(_ASK, _typed(expression, draw), draw)
     if way == "spoken" or not two or negative: return _ask(_ASK, _spoken(expression, draw, 0), draw)
     if way == "command": return _ask(_ASK_COMMAND, _spoken(expression, draw, 1), draw)
-    return _capital(_spoken(expression, draw, 2))
+    return capital(_spoken(expression, draw, 2))
 
 # %% ../../nbs/post/31b_arithmetic.ipynb #be609c67
 def _check_question(expression: str, draw: Draw) -> tuple[str, bool]: # question, is the sum right?
@@ -225,7 +232,7 @@ def _root_question(draw: Draw) -> tuple[str, str]: # question, expression
     x = draw.number(1, 20)**2
     return _ask(_ASK, expand_one(_ROOT, {"x": str(x)}, draw), draw), f"{x}**0.5"
 
-# %% ../../nbs/post/31b_arithmetic.ipynb #d93f0a93
+# %% ../../nbs/post/31b_arithmetic.ipynb #2f6f66f3
 _WRITTEN = {"*": "×", "/": "÷", "**": "^"}
 
 def _answer(
@@ -235,20 +242,24 @@ def _answer(
     "Call the calculator, then write the sum: 7 × 8 = 56."
     z = calculator(expression)
     written = _OPERATORS.sub(lambda m: f" {_WRITTEN.get(m[0], m[0])} ", expression)
-    if root := re.fullmatch(r"(\d+)\*\*0\.5", expression): text = f"The square root of {root[1]} is {z}."
-    else: text = f"{lead}{written} = {z}."
+    text = f"{lead}{written} = {z}."
+    if root := re.fullmatch(r"(\d+)\*\*0\.5", expression):
+        text = f"The square root of {root[1]} is {z}."
     return with_tool(expression, z, text)
 
-# %% ../../nbs/post/31b_arithmetic.ipynb #2c5684ed
+# %% ../../nbs/post/31b_arithmetic.ipynb #8a44fdf1
 _GO_ON = {
     "+": ["[And|Now|And now|] plus {y}[?|.|]", "[Now|And now|And] add {y}[ to that|][.|?|]",
           "[And|And with|What about] {y} more?", "[Add|Now add] {y} to the result."],
     "-": ["[And|Now|And now|] minus {y}[?|.|]", "[Now|And now|And] subtract {y}[| from that].",
           "[Now|And] take away {y}[.|]", "And [if I take away {y}|without {y}]?"],
-    "*": ["[And|Now|And now|] times {y}[?|.|]", "[Multiply|Now multiply] [that|it|the result] by {y}."],
-    "/": ["[And|Now|And now|] divided by {y}[?|.|]", "[Divide|Now divide] [that|it|the result] by {y}."]}
+    "*": ["[And|Now|And now|] times {y}[?|.|]",
+          "[Multiply|Now multiply] [that|it|the result] by {y}."],
+    "/": ["[And|Now|And now|] divided by {y}[?|.|]",
+          "[Divide|Now divide] [that|it|the result] by {y}."]}
 _GO_ON = {sign: compile_templates(texts) for sign, texts in _GO_ON.items()}
-_ANOTHER = compile_templates(["And {p}?", "[And what|What] about {p}?", "And what is {p}?", "Now {p}."])
+_ANOTHER = compile_templates([
+    "And {p}?", "[And what|What] about {p}?", "And what is {p}?", "Now {p}."])
 
 def _second_question(z: str, draw: Draw) -> tuple[str, str]: # question, expression
     "Go on after a sum whose result is `z`."
@@ -261,7 +272,7 @@ def _second_question(z: str, draw: Draw) -> tuple[str, str]: # question, express
     if sign == "/": y = 2
     return _ask(_GO_ON[sign], "", draw, y=str(y)).strip().capitalize(), f"{z}{sign}{y}"
 
-# %% ../../nbs/post/31b_arithmetic.ipynb #dc304959
+# %% ../../nbs/post/31b_arithmetic.ipynb #43d48b1d
 class Arithmetic(Task):
     "Calculate what somebody types, with the calculator."
     splits = ("train", "rl", "test")
@@ -291,8 +302,8 @@ class Arithmetic(Task):
 
     def is_right(self, reference, completion):
         said, right = closing_text(completion), closing_text(reference)
-        yes = [re.match(r"Yes|No\b", text) for text in (said, right)]
-        return final_number(said) == final_number(right) and (not yes[1] or yes[0] and yes[0][0] == yes[1][0])
+        yes = re.match(r"Yes|No\b", right)
+        return final_number(said) == final_number(right) and said.startswith(yes[0] if yes else "")
 
 # %% ../../nbs/post/31b_arithmetic.ipynb #25dd2f3f
 def _conversation(draw: Draw) -> tuple[list[dict], str]: # messages, expression

@@ -8,9 +8,12 @@ __all__ = ['Sums', 'Problems']
 # %% ../../nbs/post/31_problems.ipynb #a4ab0913
 import re
 
+# %% ../../nbs/post/31_problems.ipynb #6d0c1a7b
+from fastcore.basics import patch
+
 # %% ../../nbs/post/31_problems.ipynb #82b204b0
 from ..core.grammar import (
-    DAYS, GOODS, PLURALS, THINGS, Draw, compile_template, count, expand, number_word)
+    DAYS, GOODS, PLURALS, THINGS, Draw, capital, compile_template, count, expand, number_word)
 from ..core.words import OUTSIDERS
 from ..model.sandbox import calculator
 from .tasks import (
@@ -221,10 +224,7 @@ def _somebody(draw: Draw, world) -> tuple[str, str, bool]: # name, name in the a
     name = draw.pick(list(_RELATIVES))
     return f"my {name}", f"your {name}", _RELATIVES[name]
 
-# %% ../../nbs/post/31_problems.ipynb #89b2e0e5
-def _capital(text: str) -> str: return text[:1].upper() + text[1:]
-
-# %% ../../nbs/post/31_problems.ipynb #02edbc4b
+# %% ../../nbs/post/31_problems.ipynb #33a11244
 def _subject(draw: Draw, world) -> dict: # slots
     "Draw who has the apples: `s` in the question, `he` as a pronoun, `a` in the answer."
     kind = draw.weighted({"I": 0.45, "we": 0.07, "you": 0.08, "somebody": 0.4})
@@ -238,10 +238,11 @@ def _subject(draw: Draw, world) -> dict: # slots
         a, a_be, a_was = "you", "are", "were"
         him, his = {"I": ("me", "my"), "we": ("us", "our"), "you": ("you", "your")}[kind]
     third, both = kind == "somebody", {"somebody": "they", "you": "you"}.get(kind, "we")
-    return {"s": s, "both": both, "he": he, "him": him, "his": his, "be": be, "a": a, "A": _capital(a),
-            "was": was, "a_be": a_be, "a_was": a_was, **_verbs(third), **_verbs(third, "a_")}
+    return {"s": s, "both": both, "he": he, "him": him, "his": his, "be": be, "a": a,
+            "A": capital(a), "was": was, "a_be": a_be, "a_was": a_was,
+            **_verbs(third), **_verbs(third, "a_")}
 
-# %% ../../nbs/post/31_problems.ipynb #bd2f3a6b
+# %% ../../nbs/post/31_problems.ipynb #43ca5a93
 _NOUNS = PLURALS | {thing: thing + "s" for thing in """
     coin book pencil pen marble sticker balloon ball toy flower orange banana cherry
     potato photo card cookie sweet biscuit stone shell letter ticket cup chair key
@@ -253,8 +254,10 @@ _FOODS = """
 _MONEY = {"coin": "coins", "euro": "euros", "dollar": "dollars", "cent": "cents", "pound": "pounds"}
 _PAIRS = [ # two kinds of things, and what both are
     ("cats", "dogs", "animals"), ("cows", "horses", "animals"), ("boys", "girls", "children"),
-    ("men", "women", "people"), ("apples", "pears", "pieces of fruit"), ("cars", "buses", "vehicles"),
-    ("red balls", "blue balls", "balls"), ("roses", "tulips", "flowers"), ("forks", "spoons", "things"),
+    ("men", "women", "people"), ("apples", "pears", "pieces of fruit"),
+    ("cars", "buses", "vehicles"),
+    ("red balls", "blue balls", "balls"), ("roses", "tulips", "flowers"),
+    ("forks", "spoons", "things"),
     ("children", "adults", "people"), ("white hens", "brown hens", "hens")]
 _UNITS = [ # unit, how many parts it has, the part
     ("week", 7, "day"), ("day", 24, "hour"), ("hour", 60, "minute"), ("minute", 60, "second"),
@@ -262,7 +265,7 @@ _UNITS = [ # unit, how many parts it has, the part
     ("euro", 100, "cent"), ("dollar", 100, "cent"), ("dozen", 12, "egg")]
 _COUNTED_TOO = ("year", "page", "minute", "kilometre") # "{z_years}" is the result with this noun
 
-# %% ../../nbs/post/31_problems.ipynb #0805ee3e
+# %% ../../nbs/post/31_problems.ipynb #87745fc1
 _MORE_SUMS = { # family: (numbers, expression, [(facts, question, answer), ...])
     "gain": (_within((2, 60), (2, 60)), "{x}+{y}", [
         ("{s} {have} {x} {goods} & [{buy}|{get}|{find}|{collect}] {y} more",
@@ -273,7 +276,7 @@ _MORE_SUMS = { # family: (numbers, expression, [(facts, question, answer), ...])
         ("{s} {have} {x} {goods} && {b} gives {him} {y} [more|]",
          "how many [{goods} |]{do} {s} have [now|then|]", "Now {a} {a_have} {z_goods}.")]),
     "loss": (_minuend, "{x}-{y}", [
-        ("{s} {have} {x} {goods} & [{lose} {y}[ of them|]|{give} {y} away|{give} {y} to {b}|{sell} {y}]",
+        ("{s} {have} {x} {goods} & [{lose} {y}|{give} {y} away|{give} {y} to {b}|{sell} {y}]",
          "how many [{goods} |][are left|{do} {s} have left|{do} {s} [still |]have]",
          "{A} {a_have} {z_goods} left."),
         ("{s} had {x} {goods} & [lost {y}[ of them|]|gave {y} away|gave {y} to {b}|sold {y}]",
@@ -283,7 +286,8 @@ _MORE_SUMS = { # family: (numbers, expression, [(facts, question, answer), ...])
          "how many [{foods} |][are left|{do} {s} have left]", "{A} {a_have} {z_foods} left."),
         ("there [are|were] {x} {foods} [on the table|in the bowl|in the box] && {b} [eats|ate] {y}",
          "how many [{foods} |]are [left|there now]", "There are {z_foods} left."),
-        ("{s} {have} {x} {coins} & {spend} {y}", "how [many {coins} are|much is|much money is] left",
+        ("{s} {have} {x} {coins} & {spend} {y}",
+         "how [many {coins} are|much is|much money is] left",
          "{A} {a_have} {z_coins} left.")]),
     "both": (_within((2, 60), (2, 60)), "{x}+{y}", [
         ("{s} {have} {x} {goods} && {b} has {y}[ more|]",
@@ -303,7 +307,8 @@ _MORE_SUMS = { # family: (numbers, expression, [(facts, question, answer), ...])
         ("{s} {be} {x} && {b} is {y}", "how [many years|much] older {be} {s}",
          "{A} {a_be} {z_years} older."),
         ("[a|the] {thing} costs {x} {coins} && {s} {have} [only |]{y}[ {coins}|]",
-         "how [many {coins}|much|much money] {do} {s} [still |]need", "{A} still {a_need} {z_coins}."),
+         "how [many {coins}|much|much money] {do} {s} [still |]need",
+         "{A} still {a_need} {z_coins}."),
         ("{s} {pay} with {x} {coins} && the {thing} costs {y}",
          "how [many {coins}|much|much money] {do} {s} get back", "{A} {a_get} {z_coins} back."),
         ("{s} {be} {x} years old", "how old {was} {s} {y} years ago", "{A} {a_was} {z_years} old."),
@@ -312,12 +317,14 @@ _MORE_SUMS = { # family: (numbers, expression, [(facts, question, answer), ...])
     "age": (_within((3, 60), (2, 30)), "{x}+{y}", [
         ("{s} {be} {x} [years old |]now", "how old will {s} be in {y} years",
          "{A} will be {z_years} old."),
-        ("{b} is {x} && {s} {be} {y} years older", "how old {be} {s}", "{A} {a_be} {z_years} old.")])}
+        ("{b} is {x} && {s} {be} {y} years older", "how old {be} {s}",
+         "{A} {a_be} {z_years} old.")])}
 
-# %% ../../nbs/post/31_problems.ipynb #f6f984c7
+# %% ../../nbs/post/31_problems.ipynb #ea1e0193
 _MORE_SUMS |= {
     "price": (_within((2, 12), (2, 12)), "{x}*{y}", [
-        ("[one|a] {good} costs {x} {coins}", "how much do {y} {goods} cost", "They cost {z_coins}."),
+        ("[one|a] {good} costs {x} {coins}", "how much do {y} {goods} cost",
+         "They cost {z_coins}."),
         ("{s} {buy} {x} {goods} for {y} {coins} each",
          "how [many {coins}|much|much money] {do} {s} pay", "{A} {a_pay} {z_coins}."),
         ("{x} {goods} cost {y} {coins} each", "how much [is that|do they cost|is it]",
@@ -350,7 +357,8 @@ _MORE_SUMS |= {
          "how many [{goods} |]does each [of them |]get", "Each gets {z_goods}."),
         ("{s} {pack} {x} {goods} into {y} [bags|boxes]", "how many {goods} are in each",
          "There are {z_goods} in each."),
-        ("{y} {goods} cost {x} {coins}", "how much does one [{good} |]cost", "One costs {z_coins}."),
+        ("{y} {goods} cost {x} {coins}", "how much does one [{good} |]cost",
+         "One costs {z_coins}."),
         ("{s} {have} {x} {goods} for {y} [friends|children|people]", "how many does each get",
          "Each gets {z_goods}.")])}
 
@@ -397,7 +405,7 @@ def _compile_triples(families: dict) -> dict:
 
 _MORE_SUMS, _MORE_PROBLEMS = _compile_triples(_MORE_SUMS), _compile_triples(_MORE_PROBLEMS)
 
-# %% ../../nbs/post/31_problems.ipynb #bbe582d7
+# %% ../../nbs/post/31_problems.ipynb #1231b9b9
 def _join(
     clauses: list[tuple[str, str]], # (joint, text): & is the same subject, && another one
     he: str, # the subject's pronoun
@@ -408,13 +416,14 @@ def _join(
     text, apart = clauses[0][1], sentences and draw.chance(0.5)
     for joint, clause in clauses[1:]:
         if joint == "&" and draw.chance(0.5): clause, joint = f"{he} {clause}", "&&"
-        if apart and joint == "&&": text += ". " + _capital(clause)
+        if apart and joint == "&&": text += ". " + capital(clause)
         else: text += (", and " if joint == "&&" and draw.chance(0.3) else " and ") + clause
     return text
 
-# %% ../../nbs/post/31_problems.ipynb #e89da944
+# %% ../../nbs/post/31_problems.ipynb #75f006ca
 _ORDERS = { # how facts and question are joined: its probability
-    "{F}. {Q}?": 0.56, "If {f}, {q}?": 0.1, "{Q} if {f}?": 0.16, "{F}, {q}?": 0.13, "{F}: {q}?": 0.05}
+    "{F}. {Q}?": 0.56, "If {f}, {q}?": 0.1, "{Q} if {f}?": 0.16, "{F}, {q}?": 0.13,
+    "{F}: {q}?": 0.05}
 
 def _tell(wording: tuple, slots: dict, draw: Draw) -> str:
     "Expand the facts and the question of a wording, and join them."
@@ -427,21 +436,23 @@ def _tell(wording: tuple, slots: dict, draw: Draw) -> str:
     clauses = [(joint, expand(clause, pronoun if named else slots, draw).strip())
                for joint, clause in facts]
     f = _join(clauses, slots["he"], order == "{F}. {Q}?", draw) if facts else ""
-    return order.format(f=f, F=_capital(f), q=q, Q=_capital(q))
+    return order.format(f=f, F=capital(f), q=q, Q=capital(q))
 
-# %% ../../nbs/post/31_problems.ipynb #230fcc11
-def _things(letters: dict, z: int, draw: Draw) -> dict: # slots
+# %% ../../nbs/post/31_problems.ipynb #d1e199ac
+def _things(numbers: dict, z: int, draw: Draw) -> dict: # slots
     "Draw things, money, days and units, and write the result `z` with each noun."
     good, food, money = draw.pick(list(_NOUNS)), draw.pick(_FOODS), draw.pick(list(_MONEY))
     kind1, kind2, kinds = draw.pick(_PAIRS)
-    fitting = [unit for unit in _UNITS if str(unit[1]) == letters["y"]] or _UNITS
+    fitting = [unit for unit in _UNITS if unit[1] == numbers["y"]] or _UNITS
     unit, _, part = draw.pick(fitting)
     day, day2 = draw.sample(DAYS, 2)
     slots = {"good": good, "goods": _NOUNS[good], "foods": _NOUNS[food], "coins": money + "s",
              "kind1": kind1, "kind2": kind2, "kinds": kinds, "day": day, "day2": day2,
-             "units": unit + "s" * (unit != "dozen"), "parts": part + "s", "thing": draw.pick(THINGS)}
+             "units": unit + "s" * (unit != "dozen"), "parts": part + "s",
+             "thing": draw.pick(THINGS)}
     nouns = {"goods": good, "foods": food}
-    slots |= {f"z_{name}": f"{z} {noun if z == 1 else _NOUNS[noun]}" for name, noun in nouns.items()}
+    slots |= {f"z_{name}": f"{z} {noun if z == 1 else _NOUNS[noun]}"
+              for name, noun in nouns.items()}
     nouns = {"coins": money, "parts": part} | {noun + "s": noun for noun in _COUNTED_TOO}
     return slots | {f"z_{name}": count(z, noun) for name, noun in nouns.items()} | {"z": str(z)}
 
@@ -482,24 +493,6 @@ class Sums(Task):
                 "z_goods": f"{z} {good if z == 1 else goods}",
                 **{f"z_{noun}s": count(z, noun) for noun in _COUNTED}}
 
-    def _own_words(self, draw):
-        "Return a problem in the wordings that the test does not have."
-        while True:
-            numbers, expression, texts = self.more[draw.pick(list(self.more))]
-            drawn = dict(zip("xywvu", numbers(draw)))
-            expression = expression.format(**drawn)
-            if part_of(expression) == self.split: break
-        z = calculator(expression)
-        slots = _subject(draw, self.world) | _things({k: str(n) for k, n in drawn.items()}, int(z), draw)
-        # somebody else, and the numbers, sometimes in words
-        while (b := _somebody(draw, self.world)[0]) == slots["s"]: pass
-        slots["b"] = b.replace("my ", "your ") if slots["s"] == "you" else b
-        words = max(drawn.values()) <= 20 and draw.chance(0.2)
-        slots |= {letter: number_word(n) if words else str(n) for letter, n in drawn.items()}
-        wording = draw.pick(texts)
-        question = _tell(wording, slots, draw)
-        return [user(question), with_tool(expression, z, expand(wording[2], slots, draw))]
-
     def keep(self,
         messages: list[dict], # one of this task's conversations
     ) -> list[str]:
@@ -508,6 +501,27 @@ class Sums(Task):
 
     def is_right(self, reference, completion):
         return final_number(closing_text(completion)) == final_number(closing_text(reference))
+
+# %% ../../nbs/post/31_problems.ipynb #6d0c1a7a
+@patch
+def _own_words(self: Sums, draw) -> list[dict]:
+    "Return a problem in one of the wordings that the test does not have."
+    # draw numbers until their expression belongs to this split
+    while True:
+        numbers, expression, texts = self.more[draw.pick(list(self.more))]
+        drawn = dict(zip("xywvu", numbers(draw)))
+        expression = expression.format(**drawn)
+        if part_of(expression) == self.split: break
+    z = calculator(expression)
+    slots = _subject(draw, self.world) | _things(drawn, int(z), draw)
+    # somebody else, and the numbers, sometimes in words
+    while (b := _somebody(draw, self.world)[0]) == slots["s"]: pass
+    slots["b"] = b.replace("my ", "your ") if slots["s"] == "you" else b
+    words = max(drawn.values()) <= 20 and draw.chance(0.2)
+    slots |= {letter: number_word(n) if words else str(n) for letter, n in drawn.items()}
+    wording = draw.pick(texts)
+    question = _tell(wording, slots, draw)
+    return [user(question), with_tool(expression, z, expand(wording[2], slots, draw))]
 
 # %% ../../nbs/post/31_problems.ipynb #47f462e3
 class Problems(Sums):

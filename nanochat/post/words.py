@@ -57,13 +57,14 @@ _SPELL = compile_pairs([
     ("What are the letters of {w}?", "The letters of {w} are {l}."),
     ("Which letters does {w} have?", "The letters of {w} are {l}.")])
 
-# %% ../../nbs/post/31a_words.ipynb #b2aa48e4
+# %% ../../nbs/post/31a_words.ipynb #db038b5d
 _ASK_SPELLING = compile_templates([
     "How [do you|do I|do we|does one|would you|can I] spell {q}?",
     "How do you [spell|write] {q} correctly?",
     "How is {q} [spelled|spelt|written]?",
     "[Spell|Spell out|Please spell|Now spell] {q}[.|| for me.]",
-    "Spell: {w}", "Spell this word: {w}", "[Can|Could|Will|Would] you [spell|spell out] {q}[| for me]?",
+    "Spell: {w}", "Spell this word: {w}", 
+    "[Can|Could|Will|Would] you [spell|spell out] {q}[| for me]?",
     "What is the [|right |correct ]spelling of {q}?", "[The spelling|Spelling] of {q}[|?]",
     "[Tell me|Show me|Do you know|I want to know|Can you tell me] how to spell {q}[.|?]",
     "I [don't know|am not sure|forgot] how to spell {q}.",
@@ -294,18 +295,19 @@ def _gist(
     number, words = final_number(text), re.findall(r"[\w-]+", text)
     return yes and yes[0], number, words[-1] if words and number is None else None
 
-# %% ../../nbs/post/31a_words.ipynb #8feec846
-_SAYINGS = """
-    hello|Hello|hi|hey|hello world|Hello, world!|good morning|Good night!|goodbye|bye|yes|no|okay|
-    thank you|Thank you very much.|please|sorry|I love you|I love you!|I like you|I am a robot|
-    I am happy|I am hungry.|You are great|You are my best friend.|test|testing|this is a test|
-    This is a test.|one two three|1 2 3|abc|a b c|la la la|ha ha ha|banana|cheese|happy birthday|
-    Happy birthday to you!|merry Christmas|Welcome!|How are you?|What is your name?|My name is Pico.|
-    my name is Pico|It is raining.|the sun is shining|the cat is on the table|I like pancakes|
-    The sky is blue.|red lorry, yellow lorry|no problem|well done|Well done!|see you tomorrow|
-    I do not know.|What a day!|come here|go home|I want some tea|be quiet|Oh no!|wow|Hooray!|once upon
-    a time|peanut butter|ice cream|up and down|yes or no?|good luck|apples and pears|ping|pong|beep""".replace("\n    ", "|")
-_SAYINGS = list(filter(None, re.sub(r"\s+", " ", _SAYINGS).split("|")))
+# %% ../../nbs/post/31a_words.ipynb #e8b202e5
+_SAYINGS = [text.strip() for text in """
+    hello|Hello|hi|hey|hello world|Hello, world!|good morning|Good night!|goodbye|bye|yes|no|
+    okay|thank you|Thank you very much.|please|sorry|I love you|I love you!|I like you|
+    I am a robot|I am happy|I am hungry.|You are great|You are my best friend.|test|testing|
+    this is a test|This is a test.|one two three|1 2 3|abc|a b c|la la la|ha ha ha|banana|
+    cheese|happy birthday|Happy birthday to you!|merry Christmas|Welcome!|How are you?|
+    What is your name?|My name is Pico.|my name is Pico|It is raining.|the sun is shining|
+    the cat is on the table|I like pancakes|The sky is blue.|red lorry, yellow lorry|no problem|
+    well done|Well done!|see you tomorrow|I do not know.|What a day!|come here|go home|
+    I want some tea|be quiet|Oh no!|wow|Hooray!|once upon a time|peanut butter|ice cream|
+    up and down|yes or no?|good luck|apples and pears|ping|pong|beep
+    """.split("|")]
 
 # %% ../../nbs/post/31a_words.ipynb #32cd14ed
 def _some_words(draw, world):
@@ -340,9 +342,10 @@ def _cased(text: str, draw) -> str:
     if draw.chance(0.05): text = text.upper()
     return text + draw.pick(".!?") if text[-1].isalnum() and draw.chance(0.1) else text
 
-# %% ../../nbs/post/31a_words.ipynb #bce3724a
+# %% ../../nbs/post/31a_words.ipynb #6dcd4d67
 _TEXTS = { # what to repeat: its probability
-    "saying": 0.2, _some_words: 0.26, _new_words: 0.08, _name: 0.08, _numbers: 0.06, _sentence: 0.32}
+    "saying": 0.2, _some_words: 0.26, _new_words: 0.08, _name: 0.08, _numbers: 0.06,
+    _sentence: 0.32}
 
 def _text_to_repeat(draw: Draw, world) -> str:
     "Draw a text of one to ten words."
@@ -350,10 +353,11 @@ def _text_to_repeat(draw: Draw, world) -> str:
     text = draw.pick(_SAYINGS) if kind == "saying" else kind(draw, world)
     return _cased(text, draw) if kind in ("saying", _some_words) else text
 
-# %% ../../nbs/post/31a_words.ipynb #2b7a29ec
+# %% ../../nbs/post/31a_words.ipynb #1c11aaa6
 _BEFORE = compile_templates([
     "[Say|Now say|Just say|Only say|Please say|Always say|Simply say] {x}",
-    "[Say|Please say|Now say]: {x}", "Say [the word|the words|this|exactly|after me|the following]: {x}",
+    "[Say|Please say|Now say]: {x}", "Say [this|exactly|after me|the following]: {x}",
+    "Say [the word|the words]: {x}",
     "[Repeat|Please repeat|Just repeat] {x}", "[Repeat|Repeat please|Now repeat]: {x}",
     "Repeat [after me|this|these words|the following|exactly|what I say|this sentence]: {x}",
     "[Echo|Copy|Type|Print|Write|Output|Answer|Reply]: {x}", "Echo {x}",
