@@ -153,7 +153,7 @@ def _part(draw: Draw) -> tuple[str, str]: # phrase, expression
     number = _number(x, draw, draw.chance(0.2))
     return expand_one([phrase], {"x": number}, draw), expression.format(x=x)
 
-# %% ../../nbs/post/31b_arithmetic.ipynb #57a8c398
+# %% ../../nbs/post/31b_arithmetic.ipynb #7eebcdcb
 _ASK_FIGURES = compile_templates([
     "{p}", "{p}", "{p}?", "{p}=", "{p} =", "{p} = ?", "{p}=?", "{p} is", "{p} equals"])
 _ASK = compile_templates([
@@ -165,7 +165,7 @@ _ASK = compile_templates([
     "[Calculate|Compute|Solve|Work out|Solve this|Now|Next|Quick|Maths|A sum for you]: {p}[|?]",
     "[Can|Could|Will|Would] you [calculate|compute|work out|solve|do|find] {p}[| for me]?",
     "[Can you tell me|Could you tell me|Do you know|Tell me] [what|how much] {p} is[?|.|]",
-    "I [need|want|would like|have] to [know|find out|calculate|work out] [|what ]{p}[.|]",
+    "I [need|want|would like|have] to [know|find out|calculate|work out] {p}[.|]",
     "I [need|want|would like] to know [what|how much] {p} is.", "Tell me {p}[.|]",
     "[Give me|Tell me|I need] the [result|answer] of {p}.", "What number is {p}?",
     "Help me with {p}.", "My homework is {p}. [What is the answer|Can you help me]?",

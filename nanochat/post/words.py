@@ -109,16 +109,17 @@ class Spelling(Task):
         def spelled(text): return re.findall(r"\b\w(?:-\w)+\b", text)
         return spelled(reference) == spelled(closing_text(completion))
 
-# %% ../../nbs/post/31a_words.ipynb #e522e850
+# %% ../../nbs/post/31a_words.ipynb #836048a7
 def _words_and_letters(
     messages: list[dict], # a conversation about the letters of a word
 ) -> list[str]:
     "Return the word of the answer, and each piece of the question that is a letter, as r or r's."
     question, answer = messages[0]["content"], visible_text(messages[-1])
     words = re.findall(r'(?:The word|in) "?(\w+)"?', closing_text(answer))
-    return words[:1] + re.findall(r"(?<![\w'])\w(?:'?s)?(?![\w'])", question)
+    pieces = re.findall(r"(?<![\w'])\w(?:'?s)?(?![\w'])", question)
+    return words[:1] + [piece for piece in pieces if piece.lower() not in ("is", "as")]
 
-# %% ../../nbs/post/31a_words.ipynb #9138191c
+# %% ../../nbs/post/31a_words.ipynb #26c36cf4
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 _COUNT = compile_templates([
     'How many times does the letter {c} occur in the word "{w}"?',
@@ -128,7 +129,8 @@ _ASK_COUNT = compile_templates([
     "How [many times|often] does [the letter |]{c} [occur|appear|come up] in {q}?",
     "How [many times|often] is [|the letter ]{c} in {q}?",
     "How many {c}'s are [|there ]in {q}?", "How many {cs} are [|there ]in {q}?",
-    "How many {c} are in {q}?", "How many [of the letter|letters] {c} [are in {q}|does {q} have]?",
+    "How many {c} are in {q}?", "How many [{c}|{c}'s|{cs}|times {c}] in {q}?",
+    "How many [of the letter|letters] {c} [are in {q}|does {q} have]?",
     "How many {c}'s does {q} have?", "How many times do you see [the letter |]{c} in {q}?",
     "[Count|Please count|Can you count] the [letter {c}|{c}'s|letters {c}] in {q}[.|?|]",
     "In {q}, how many [{c}'s|times {c}] are there?", "[The number|Number] of {c}'s in {q}[?|]",
@@ -353,11 +355,11 @@ def _text_to_repeat(draw: Draw, world) -> str:
     text = draw.pick(_SAYINGS) if kind == "saying" else kind(draw, world)
     return _cased(text, draw) if kind in ("saying", _some_words) else text
 
-# %% ../../nbs/post/31a_words.ipynb #1c11aaa6
+# %% ../../nbs/post/31a_words.ipynb #f09f981c
 _BEFORE = compile_templates([
     "[Say|Now say|Just say|Only say|Please say|Always say|Simply say] {x}",
     "[Say|Please say|Now say]: {x}", "Say [this|exactly|after me|the following]: {x}",
-    "Say [the word|the words]: {x}",
+    "Say the words: {x}",
     "[Repeat|Please repeat|Just repeat] {x}", "[Repeat|Repeat please|Now repeat]: {x}",
     "Repeat [after me|this|these words|the following|exactly|what I say|this sentence]: {x}",
     "[Echo|Copy|Type|Print|Write|Output|Answer|Reply]: {x}", "Echo {x}",
