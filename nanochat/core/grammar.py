@@ -6,7 +6,7 @@
 __all__ = ['DAYS', 'MONTHS', 'COLOURS', 'THINGS', 'NUMBER_WORDS', 'PLACES', 'GOODS', 'PLURALS', 'WEATHER', 'WORDS', 'SHE', 'HE',
            'FAMILIES', 'JOBS', 'PETS', 'ATTRIBUTES', 'STATEMENTS', 'QUESTIONS', 'ANSWERS', 'HOWTOS', 'Draw',
            'compile_template', 'compile_templates', 'compile_prose', 'add_rules', 'expand', 'expand_one', 'expansions',
-           'article', 'count', 'join_words', 'spell', 'past_tense', 'made_up']
+           'article', 'capital', 'count', 'join_words', 'spell', 'number_word', 'past_tense', 'made_up']
 
 # %% ../../nbs/core/04_grammar.ipynb #275f4037
 import math
@@ -166,6 +166,11 @@ def article(noun: str) -> str: # singular
     "Return a noun with its article: a cup, an egg."
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
+# %% ../../nbs/core/04_grammar.ipynb #5d1c07ac
+def capital(text: str) -> str: # such as "my sister"
+    "Return a text with a capital at its beginning, and the rest as it is."
+    return text[:1].upper() + text[1:]
+
 # %% ../../nbs/core/04_grammar.ipynb #6522ab2b
 def count(
     n: int, # the number
@@ -202,6 +207,18 @@ NUMBER_WORDS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen
     fourteen fifteen sixteen seventeen eighteen nineteen twenty
     """.split()
+
+# %% ../../nbs/core/04_grammar.ipynb #5d1c07aa
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+def number_word(
+    n: int, # from 0 to 999
+) -> str:
+    "Return a number in words: twelve, forty-two, three hundred and five."
+    if n < 20: return NUMBER_WORDS[n]
+    if n < 100: return _TENS[n // 10 - 2] + (f"-{NUMBER_WORDS[n % 10]}" if n % 10 else "")
+    hundreds = NUMBER_WORDS[n // 100] + " hundred"
+    return hundreds + (f" and {number_word(n % 100)}" if n % 100 else "")
 
 # %% ../../nbs/core/04_grammar.ipynb #cf7ec253
 PLACES = { # place (without "the"): what people do there

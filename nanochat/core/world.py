@@ -15,10 +15,11 @@ from fastcore.basics import patch
 
 # %% ../../nbs/core/05_world.ipynb #c5b44112
 from .grammar import (
-    ANSWERS, ATTRIBUTES, FAMILIES, GOODS, HE, HOWTOS, JOBS, MONTHS, NUMBER_WORDS, PETS, PLACES,
+    ANSWERS, ATTRIBUTES, FAMILIES, GOODS, HE, HOWTOS, JOBS, MONTHS, PETS, PLACES,
     PLURALS, QUESTIONS, SHE, STATEMENTS, WEATHER, WORDS, Draw, add_rules, article, compile_prose,
     compile_template, compile_templates, count, expand, expand_one, join_words,
-    made_up, past_tense, spell)
+    number_word, past_tense, spell)
+from .words import any_word
 
 # %% ../../nbs/core/05_world.ipynb #9d401452
 _TOWNS = ["Millbrook", "Ashford", "Stonebridge", "Fernhill", "Seaview"]
@@ -592,8 +593,24 @@ def _count_on(draw: Draw) -> str:
 def _sum_in_words(draw: Draw) -> str:
     "Write an addition of two small numbers in words."
     x, y = draw.number(1, 10), draw.number(1, 10)
-    a, b, c = (NUMBER_WORDS[n] for n in (x, y, x + y))
+    a, b, c = (number_word(n) for n in (x, y, x + y))
     return f"{a.capitalize()} plus {b} is {c}."
+
+# %% ../../nbs/core/05_world.ipynb #5d1c07b0
+def _plain_sum(draw: Draw) -> str:
+    "Write a sum in figures, as the tasks answer it, and its inverse: 7 × 8 = 56. 56 ÷ 7 = 8."
+    if draw.chance(0.5): x, y, there, back = draw.number(0, 99), draw.number(0, 99), "+", "-"
+    else: x, y, there, back = draw.number(1, 12), draw.number(2, 12), "×", "÷"
+    z = x + y if there == "+" else x * y
+    return draw.pick([
+        f"{x} {there} {y} = {z}.", f"{z} {back} {y} = {x}.",
+        f"{x} {there} {y} = {z}. {z} {back} {y} = {x}."])
+
+def _number_in_words(draw: Draw) -> str:
+    "Write a number in words and in figures."
+    n = draw.number(0, 100)
+    word = number_word(n)
+    return draw.pick([f"{word.capitalize()} is {n}.", f"The number {n} is called {word}."])
 
 # %% ../../nbs/core/05_world.ipynb #ae60c07b
 def _sum(
@@ -621,9 +638,11 @@ def _arithmetic(world: World, draw: Draw) -> str:
     slots = {"a": a.first, "b": b.first, "town": world.town}
     intro, sentences = expand_one(_SUMS_INTRO, slots, draw), []
     for _ in range(draw.number(3, 5)):
-        kind = draw.pick("+-*/0w")
+        kind = draw.pick("+-*/0w==n")
         if kind == "0": sentences.append(_count_on(draw))
         elif kind == "w": sentences.append(_sum_in_words(draw))
+        elif kind == "=": sentences.append(_plain_sum(draw))
+        elif kind == "n": sentences.append(_number_in_words(draw))
         else: sentences.append(_sum(kind, slots, draw))
     return intro + " ".join(sentences)
 
@@ -641,10 +660,10 @@ _SPELL = compile_templates([
 
 # %% ../../nbs/core/05_world.ipynb #fd2b51be
 def _spelling(world: World, draw: Draw) -> str:
-    "Spell four to eight words, some of them made up."
+    "Spell four to eight words, many of them invented."
     sentences = []
-    for word in draw.sample(WORDS, draw.number(4, 8)):
-        if draw.chance(0.15): word = made_up(draw)
+    for _ in range(draw.number(4, 8)):
+        word = any_word(draw)
         letter = draw.pick(word)
         slots = {"w": word, "l": spell(word), "k": str(len(word))}
         slots |= {"first": word[0], "end": word[-1]}
