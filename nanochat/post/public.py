@@ -26,7 +26,9 @@ from .tasks import (
     Task, assistant, check_task_split, choice_prompt, final_number, numbers_in, same_letter,
     spoken_text, user, visible_text)
 from .problems import Counting, Problems, Spelling, Sums
-from .town import Facts, Identity, Memory, SmallTalk, TownChoice, TwoFacts, Unknown
+from .town import Facts, TownChoice, TwoFacts, Unknown
+from .conversation import Identity, SmallTalk
+from .memory import Memory
 
 # %% ../../nbs/post/33_public.ipynb #1cc986ac
 class RealTask:
