@@ -23,9 +23,9 @@ def nbdev(code, cwd, **env):
 
 
 def test_every_notebook_runs(tmp_path):
-    "Through nbdev's own test runner, two at a time; what they write goes into a folder of its own."
+    "Through nbdev's own test runner, two at a time; what they write goes into a folder of its own. The lessons have a test of their own."
     before = contents(REPO/"nbs")
-    done = nbdev("from nbdev.test import nbdev_test; nbdev_test(n_workers=2, do_print=True, timing=True)", REPO, **environment(tmp_path))
+    done = nbdev(f"from nbdev.test import nbdev_test; nbdev_test({str(REPO/'nbs')!r}, n_workers=2, do_print=True, timing=True)", REPO, **environment(tmp_path))
     assert done.returncode == 0, done.stderr[-6000:]
     assert {str(path) for path in LIBRARY} <= set(re.findall(r"- Completed (\S+?\.ipynb)", done.stdout)) # the two may write into one line
     assert contents(REPO/"nbs") == before # nothing is left beside the notebooks
