@@ -210,7 +210,7 @@ def _ask_itself(
 # questions that can be answered without yes or no
 _OPEN = [text for text in IDENTITY_TRAIN if text.split()[0] not in ("Are", "Is", "Were")]
 
-# %% ../../nbs/post/32a_conversation.ipynb #a2946d63
+# %% ../../nbs/post/32a_conversation.ipynb #01619765
 class Identity(Task):
     "Questions about who the model is and who made it."
 
@@ -222,7 +222,7 @@ class Identity(Task):
     def messages(self, i, draw):
         if self.split == "test":
             return [user(IDENTITY_TEST[i]), assistant(draw.pick(IDENTITY_ANSWERS))]
-        if draw.chance(0.75): return _ask_itself(self.card, draw, _HELD_OUT)
+        if draw.chance(0.8): return _ask_itself(self.card, draw, _HELD_OUT)
         return [user(draw.pick(_OPEN)), assistant(draw.pick(IDENTITY_ANSWERS))]
 
     def is_right(self, reference, completion):
@@ -231,7 +231,7 @@ class Identity(Task):
         if all(text in told for text in who): return all(text in said for text in who)
         return normal(told) == normal(said)
 
-# %% ../../nbs/post/32a_conversation.ipynb #66be343b
+# %% ../../nbs/post/32a_conversation.ipynb #3b290638
 class CardIdentity(Task):
     "Questions about who the model is and who made it, from an identity card."
 
@@ -247,6 +247,7 @@ class CardIdentity(Task):
             self.exam += [(text, topic) for text in new]
         self.held_out = {normal(text) for text, _ in self.exam}
         if split == "test": self.size = len(self.exam)
+        else: self.model_name = card.name # also in a greeting before a question
 
     @staticmethod
     def _bare(text): # only letters and digits, in lower case

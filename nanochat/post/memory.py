@@ -77,7 +77,7 @@ def _add_kept(
     _KEPT[kind] = (*compile_templates([key, reply]), compile_broad(tells),
                    [tuple(compile_templates(pair)) for pair in asks])
 
-# %% ../../nbs/post/32b_memory.ipynb #1002ddcd
+# %% ../../nbs/post/32b_memory.ipynb #b5338e4e
 _OK = "I will remember that."
 
 _add_kept("name", "{a}", "Nice to meet you, {a}!", [
@@ -88,7 +88,7 @@ _add_kept("name", "{a}", "Nice to meet you, {a}!", [
     "I have the name {a}", "my [first |full ]name is {a}"], {
     "Your name is {a}.": [
         "What is my [first |]name[| again| now]?",
-        "[Do|Can] you [know|remember|recall|say] my name?",
+        "[Do you know|Do you remember|Can you say] my name?",
         "Who am I?", "[What|How] am I called?", "What did I say my name [is|was]?",
         "What was my name?",
         "[Tell me|Say] [my name|who I am].", "[Can|Could] you tell me [my name|who I am]?",
@@ -105,6 +105,8 @@ _add_kept("kin", "{a}", "{a} is a nice name.", [
         "Who is my {kin}?", "How is my {kin} called?", "[Tell me|Say] my {kin}'s name.",
         "What did I say my {kin} is called?"],
     "{a} is your {kin}.": ["Who is {a}?", "Do you know who {a} is?"]})
+
+# %% ../../nbs/post/32b_memory.ipynb #dad75498
 _add_kept("pet", "{a}", "{a} is a nice name.", [
     "I have a {pet} [called|named] {a}", "my {pet} is [called|named] {a}",
     "my {pet}'s name is {a}",
@@ -117,12 +119,12 @@ _add_kept("pet", "{a}", "{a} is a nice name.", [
         "What pet do I have?", "Which [animal|pet] do I have?", "What kind of pet do I have?",
         "What animal do I have?", "Do you know which pet I have?"]})
 
-# %% ../../nbs/post/32b_memory.ipynb #0d0ba14b
+# %% ../../nbs/post/32b_memory.ipynb #1900dab7
 _add_kept("age", "{k} years", _OK, [
-    "I am {k}[| years old]", "I am {k} years of age", "my age is {k}",
-    "I will be {k} soon, now I am {k}"], {
+    "I am {k}[| years old]", "I am {k} years of age", "my age is {k}"], {
     "You are {k} years old.": [
-        "How old am I?", "What is my age?", "[Do|Can] you [know|remember] how old I am?",
+        "How old am I?", "What is my age?",
+        "[Do you know|Do you remember|Can you say] how old I am?",
         "[Tell me|Say] my age.", "What did I say my age was?", "How many years old am I?"]})
 _add_kept("city", "{city}", _OK, [
     "I live in {city}", "I moved to {city}", "my home is in {city}", "my house is in {city}",
@@ -130,31 +132,34 @@ _add_kept("city", "{city}", _OK, [
     "You live in {city}.": [
         "Where do I live?", "[Which|What|In which] [city|town|place] do I live in?",
         "Where is my home?",
-        "[Do|Can] you [know|remember|say] where I live?", "Where is my house?",
+        "[Do you know|Do you remember|Can you say] where I live?", "Where is my house?",
         "Where did I say I live?"]})
 _add_kept("from", "{city}", _OK, [
     "I am from {city}", "I come from {city}", "I was born in {city}"], {
     "You are from {city}.": [
         "Where am I from?", "Where do I come from?",
-        "[Do|Can] you [know|remember] where I am from?",
+        "[Do you know|Do you remember|Can you say] where I am from?",
         "Which [city|place] am I from?", "What is my home town?"]})
 _add_kept("job", "{job}", _OK, [
     "I am {a_job}", "I work as {a_job}", "my job is that of {a_job}", "I became {a_job}"], {
     "You are {a_job}.": [
         "What is my job?", "What do I do[| for a living]?", "What do I work as?", "What am I?",
-        "[Do|Can] you [know|remember] [my job|what I do|what my job is]?"]})
+        "[Do you know|Do you remember|Can you say] [my job|what I do|what my job is]?"]})
+
+# %% ../../nbs/post/32b_memory.ipynb #bbc5fe34
 _add_kept("best", "{best} {value}", _OK, [
     "my favourite {best} is {value}", "{value} is my favourite {best}",
     "the {best} that I like best is {value}", "I like {value} best of every {best}"], {
     "Your favourite {best} is {value}.": [
         "What is my favourite {best}?", "Which {best} [do I like best|is my favourite]?",
-        "[Do|Can] you [know|remember] my favourite {best}?", "[Tell me|Say] my favourite {best}.",
+        "[Do you know|Do you remember|Can you say] my favourite {best}?",
+        "[Tell me|Say] my favourite {best}.",
         "What {best} do I like[| best| most]?", "What did I say my favourite {best} is?"]})
 _add_kept("like", "{like}", _OK, ["I [like|love|enjoy] {like}", "I [really|also] like {like}"], {
     "You like {like}.": ["What do I [like|love|enjoy]?", "Do you [know|remember] what I like?",
                          "What did I say I like?"]})
 
-# %% ../../nbs/post/32b_memory.ipynb #8ab801df
+# %% ../../nbs/post/32b_memory.ipynb #2037d638
 _add_kept("secret", "{w}", _OK, [
     "the [secret word|password|code word|magic word|secret] is {w}", "remember the word {w}",
     "[please |]remember this word: {w}", "here is a [secret ]word: {w}", "the word is {w}",
@@ -162,7 +167,8 @@ _add_kept("secret", "{w}", _OK, [
     "The word is {w}.": [
         "What is the [secret |magic |code |]word?", "What was the [secret |]word[| again]?",
         "Which word [did I tell you|should you remember]?", "What is the [secret|password]?",
-        "[Do|Can] you [remember|tell me|say|repeat] the [secret |]word?", "What word did I say?"]})
+        "[Do you remember|Can you tell me|Can you say] the [secret |]word?",
+        "What word did I say?"]})
 _add_kept("number", "{digits}", _OK, [
     "my {what} is {digits}", "{digits} is my {what}", "please remember my {what}: {digits}"], {
     "Your {what} is {digits}.": [
@@ -174,7 +180,7 @@ _add_kept("remember number", "{digits}", _OK, [
     "keep the number {digits} in mind"], {
     "The number is {digits}.": [
         "What is the number?", "Which number [did I tell you|did I say|should you remember]?",
-        "What was the number[| again]?", "[Do|Can] you [remember|repeat] the number?"]})
+        "What was the number[| again]?", "[Do you remember|Can you repeat] the number?"]})
 _add_kept("meeting", "{what_at} {hour}", _OK, [
     "[I have|there is] {a_what_at} at {hour} [o'clock|]",
     "my {what_at} [is|begins|starts] at {hour}[| o'clock]",
@@ -182,22 +188,24 @@ _add_kept("meeting", "{what_at} {hour}", _OK, [
     "Your {what_at} is at {hour} o'clock.": [
         "When is my {what_at}?", "[At what|What] time is my {what_at}?",
         "When does my {what_at} [begin|start]?",
-        "[Do|Can] you [remember|tell me] when my {what_at} is?"],
+        "[Do you remember|Can you tell me] when my {what_at} is?"],
     "You have {a_what_at}.": ["What do I have at {hour}[| o'clock]?"]})
+
+# %% ../../nbs/post/32b_memory.ipynb #a034767b
 _add_kept("birthday", "{month}", _OK, [
     "my birthday is in {month}", "I was born in {month}", "I have my birthday in {month}"], {
     "Your birthday is in {month}.": [
         "When is my birthday?", "[In which|Which] month is my birthday[| in]?", "When was I born?",
         "Do you [know|remember] when my birthday is?"]})
 
-# %% ../../nbs/post/32b_memory.ipynb #b5f7f518
+# %% ../../nbs/post/32b_memory.ipynb #6b6b29b1
 _add_kept("where", "{thing} {spot}", _OK, [
     "[I put|I left|I saw|I have put] my {thing} {spot}", "my {thing} is {spot}",
     "remember that my {thing} is {spot}"], {
     "Your {thing} is {spot}.": [
         "Where is my {thing}?", "Where did I [put|leave|see] my {thing}?",
         "What did I put {spot}?",
-        "[Do|Can] you [know|remember|tell me] where my {thing} is?",
+        "[Do you know|Do you remember|Can you tell me] where my {thing} is?",
         "Where can I find my {thing}?"]})
 _add_kept("where many", "{many} {spot}", _OK, [
     "[I put|I left|I saw|I have put] my {many} {spot}", "my {many} are {spot}",
@@ -205,7 +213,7 @@ _add_kept("where many", "{many} {spot}", _OK, [
     "Your {many} are {spot}.": [
         "Where are my {many}?", "Where did I [put|leave|see] my {many}?",
         "Where can I find my {many}?",
-        "[Do|Can] you [know|remember|tell me] where my {many} are?"]})
+        "[Do you know|Do you remember|Can you tell me] where my {many} are?"]})
 _add_kept("thing", "{thing} {colour}", _OK, [
     "my {thing} is {colour}", "I [have|bought|got|found] a [new |]{colour} {thing}"], {
     "Your {thing} is {colour}.": [
@@ -218,6 +226,8 @@ _add_kept("eaten", "{food} {meal}", "I hope you liked it.", [
     "You had {food} for {meal}.": [
         "What did I [eat|have|cook] for {meal}?", "What was my {meal}?", "What did I eat?",
         "Do you [know|remember] what I had for {meal}?"]})
+
+# %% ../../nbs/post/32b_memory.ipynb #39872f97
 _add_kept("need", "{n} {goods}", "I will remember that: {n} {goods}.", [
     "I [need|want to buy|must buy|have to buy|would like] {n} {goods}",
     "please remember: {n} {goods}",
@@ -232,13 +242,13 @@ _add_kept("list", "{list}", "I will remember that: {list}.", [
     "What should I buy?",
                          "What did I want to buy?", "[Can|Do] you remember my [shopping |]list?"]})
 
-# %% ../../nbs/post/32b_memory.ipynb #e8ddab98
+# %% ../../nbs/post/32b_memory.ipynb #e33c802f
 _add_kept("plan", "{place} {day}", _OK, [
     "[On {day} I will go|I will go|I want to go|I am going] to the {place}[| on {day}]",
     "on {day} I will [go to|be at|meet a friend at] the {place}"], {
     "You want to go to the {place}.": [
         "Where [will|do] I [go|want to go]?", "Where am I going?",
-        "[Do|Can] you [know|remember] where I want to go?"]})
+        "[Do you know|Do you remember|Can you say] where I want to go?"]})
 _add_kept("do", "{deed} {day}", _OK, [
     "[on {day}|tomorrow|tonight] I will {deed}",
     "I [want|have|am going] to {deed} [on {day}|tomorrow]"], {
@@ -246,7 +256,7 @@ _add_kept("do", "{deed} {day}", _OK, [
         "What will I do?", "What [are my plans|is my plan]?", "What do I want to do?",
         "Do you remember [what I want to do|my plan|my plans]?", "What am I going to do?"]})
 _add_kept("how many", "{n} {many_own}", _OK, [
-    "I have [got |]{n} {many_own}", "there are {n} {many_own} in my house"], {
+    "I have [got |]{n} {many_own}", "I own {n} {many_own}"], {
     "You have {n} {many_own}.": ["How many {many_own} do I have?",
     "How many {many_own} have I got?",
                                  "Do you remember how many {many_own} I have?"]})
@@ -255,7 +265,7 @@ _add_kept("friend has", "{a} {good}", _OK, [
     "It is {a_good}.": ["What does {a} have?", "What is it that {a} has?"],
     "It is {a}.": ["Who has {a_good}?", "Who is my friend?"]})
 
-# %% ../../nbs/post/32b_memory.ipynb #0c08c897
+# %% ../../nbs/post/32b_memory.ipynb #66afc58f
 _KIN = ("sister cousin brother mother father friend neighbour teacher boss uncle aunt daughter "
         "son "
         "wife husband grandmother grandfather girlfriend boyfriend doctor baby").split()
@@ -277,13 +287,13 @@ _BEST = { # what one can have a favourite of
     "season": "spring summer autumn winter".split(), "drink": "tea coffee milk water juice "
     "wine".split()}
 _MANY = "keys glasses shoes gloves books letters tickets socks".split()
-_OWN = "brothers sisters children cats dogs books friends cousins hats chairs".split()
+_OWN = "cats dogs books hats chairs hens plants tables coats bicycles".split()
 _LIKES = ("music|cats|dogs|books|tea|coffee|old maps|the sea|football|chess|snow|trains|flowers|"
           "birds|"
-          "films|long walks|stamps|apples|dancing|cooking|the rain|my work|this town").split("|")
-_DEEDS = ("visit my aunt|clean the house|write a letter|paint the door|meet a friend|"
+          "films|long walks|stamps|apples|dancing|cooking|the rain|this town|old songs").split("|")
+_DEEDS = ("visit an aunt|clean the house|write a letter|paint the door|meet a friend|"
           "read a book|bake a cake|"
-          "repair my bicycle|call my mother|buy a coat|learn French|plant a tree|see a film|"
+          "repair my bicycle|call a friend|buy a coat|learn French|plant a tree|see a film|"
           "wash the car").split("|")
 _WHATS = "phone number|house number|room number|lucky number|postcode|bus number|PIN".split("|")
 _DATES = "meeting appointment lesson train flight party dinner exam date concert".split()

@@ -22,7 +22,7 @@ def _add_kind(
     replies = [replies] if isinstance(replies, str) else replies
     _SAID[kind] = compile_broad(said), compile_templates(replies)
 
-# %% ../../nbs/post/31b_smalltalk.ipynb #27e92ec2
+# %% ../../nbs/post/31b_smalltalk.ipynb #a3f77711
 _NEXT = "What would you like to know?"
 
 _add_kind(
@@ -48,6 +48,8 @@ _add_kind(
     "How have you been[| lately]?", "How do you feel[| today]?", "[What is up|What is new]?",
     "How [was|is] your [day|week|weekend|morning|evening|night]?", "[And|How about] you?",
     "Is everything [all right|fine|ok]?", "[I hope|I trust] you are [well|fine|doing well].")
+
+# %% ../../nbs/post/31b_smalltalk.ipynb #8c1fbeab
 _add_kind(
     "thanks", ["You are welcome!", "You are welcome. Is there anything else?"],
     "[Thanks|Thank you|Many thanks|Thank you so much|Thanks so much|Thank you very much|Cheers]"
@@ -71,7 +73,7 @@ _add_kind(
     "[Talk|Speak] to you [later|soon].",
     "[Until|See you] [tomorrow|next time|next week|Monday].", "[Stop|Quit|Exit|The end][!|.|]")
 
-# %% ../../nbs/post/31b_smalltalk.ipynb #cfcdde19
+# %% ../../nbs/post/31b_smalltalk.ipynb #cde984ae
 _ADVERB = "[|so |very |really |a bit |quite |a little |too |pretty |rather ]"
 _TODAY = "[| today| now| again| this morning| tonight| these days| at the moment| right now]"
 _FEEL = "[I am|I feel|I am feeling|I was|Today I am|Today I feel|Right now I feel|Sometimes I am]"
@@ -85,6 +87,7 @@ _add_kind(
     f"miserable|confused|cold|hungry|thirsty|lost|heartbroken|ashamed|bad|down|alone]{_TODAY}.",
     f"[I am not|I am not feeling|I am no longer] {_ADVERB}[happy|well|good|fine]{_TODAY}.",
     f"I [do not|don't] feel {_ADVERB}[well|good|happy|great]{_TODAY}.", "I feel like crying.",
+    "[:(|:-(|:,(]",
     f"I [have|have got] [a headache|a cold|a fever|a toothache|the flu|a cough|pain|"
     f"back pain]{_TODAY}.",
     f"My [head|back|tooth|stomach|foot|leg|arm|throat|heart|knee] [hurts|aches|"
@@ -94,6 +97,8 @@ _add_kind(
     f"[I am|I feel] [in pain|in a bad mood|under stress|fed up|all alone|not so well]{_TODAY}.",
     "Why am I so [sad|tired|lonely|angry|unhappy|nervous]?",
     "I [cried|am crying|want to cry] today.")
+
+# %% ../../nbs/post/31b_smalltalk.ipynb #6fee68d8
 _add_kind(
     "bad", "I am sorry to hear that. I hope things get better soon.",
     "My [dog|cat|grandmother|grandfather|mother|father|friend|brother|sister|aunt|uncle|"
@@ -125,6 +130,8 @@ _add_kind(
     "going to fail].",
     "My [car|phone|computer|bike] [is broken|does not work|broke down].",
     "I missed my [train|bus|plane].")
+
+# %% ../../nbs/post/31b_smalltalk.ipynb #efbb0d1c
 _add_kind(
     "bored", "I am sorry to hear that. I can tell you a story, if you like.",
     f"{_FEEL} {_ADVERB}bored{_TODAY}.", "[I have|There is] nothing to do.",
@@ -138,7 +145,7 @@ _add_kind(
     "[Life has no meaning|I see no way out|I have no hope|Nothing makes sense any more].",
     "[Somebody|My father|My husband|He] [beats|hits|hurts] me.", "How can I kill myself?")
 
-# %% ../../nbs/post/31b_smalltalk.ipynb #ec437c5b
+# %% ../../nbs/post/31b_smalltalk.ipynb #a660fa5f
 _add_kind(
     "high", f"I am glad to hear that! {_NEXT}",
     f"{_FEEL} {_ADVERB}[happy|glad|excited|proud|fine|great|good|well|better|cheerful|relaxed|"
@@ -154,6 +161,8 @@ _add_kind(
     "[Very|Quite|Pretty] [well|good][, thanks|, thank you|]", "I slept [well|like a stone].",
     "[Life is|My day was|It was a|The world is] [good|great|nice|wonderful|beautiful].",
     "All is well.")
+
+# %% ../../nbs/post/31b_smalltalk.ipynb #ff0f94bc
 _add_kind(
     "good", "That is great! I am glad for you.",
     "I [passed|did well in|finished|got through] my [exam|test|driving test|homework|interview|"
@@ -181,7 +190,7 @@ _add_kind(
     "[I turned|I am now] [ten|twelve|twenty|thirty|forty|fifty][| today][.|!]",
     "I am one year older today.")
 
-# %% ../../nbs/post/31b_smalltalk.ipynb #b9733f90
+# %% ../../nbs/post/31b_smalltalk.ipynb #626e03f7
 _add_kind(
     "praise", "Thank you! That is kind of you.",
     "You are [|so |very |really ][nice|kind|great|clever|good|funny|cute|helpful|amazing|"
@@ -201,6 +210,8 @@ _add_kind(
     "I love you[| so much|, Pico].",
     "You [know a lot|are right|make me happy|are very fast|speak well].",
     "[That|You] made my day.")
+
+# %% ../../nbs/post/31b_smalltalk.ipynb #e5b6bf7d
 _add_kind(
     "insult", f"I am sorry. {_NEXT}",
     "You are [|so |very |really |just ][stupid|dumb|bad|useless|boring|silly|wrong|an idiot|"
@@ -226,6 +237,8 @@ _add_kind(
     "I [did not mean it|made a mistake|was wrong|was rude|was only joking|mean something else].",
     "Sorry [for that|for the mistake|that I was rude|to bother you|for being late].",
     "Just kidding.")
+
+# %% ../../nbs/post/31b_smalltalk.ipynb #b0dfd0ef
 _add_kind(
     "friend", "I am a small language model, but I am glad to talk with you.",
     "Are you my [|best |good ]friend?", "[Can|Could|Shall] we be friends?",
@@ -244,7 +257,7 @@ _add_kind(
     "[Ok|Okay|Ah|Oh|Wow|Yes], [good|cool|nice|I see|great|I understand|that is nice|"
     "interesting][!|.|]",
     "[That is|This is] [good|fine|okay|cool|news to me][.|!]",
-    "[Go on|Continue|More|Next][, please|][.|!|]")
+    "[Go on|Continue|More|Next][, please|][.|!|]", "[:)|:-)|:D|;)]")
 _add_kind(
     "no", "All right. What else would you like to know?",
     "[No|Nope|Nothing|Never mind|Not now|No thanks|No, thank you|Forget it|It does not matter|"
@@ -255,13 +268,15 @@ _add_kind(
     "why", "I do not know why. What else would you like to know?",
     "[Why|Why not|How come|And why|But why|What for|Why is that|Why that|How so|"
     "Why do you say that]?")
+
+# %% ../../nbs/post/31b_smalltalk.ipynb #26ca73bf
 _add_kind(
     "really", "I try to tell the truth, but I can be wrong.",
     "[Really|Is that so|Are you sure|Seriously|For real|Is that true|Truly|Honestly|Sure|"
     "Is that right]?",
     "[I doubt it|I do not think so|I do not believe that|That cannot be|Are you kidding][.|!|?]")
 
-# %% ../../nbs/post/31b_smalltalk.ipynb #74192c5c
+# %% ../../nbs/post/31b_smalltalk.ipynb #f4aa1c2e
 _HERE = "[| here| outside| today| again| now| in my town| this morning]"
 
 _add_kind(
@@ -281,6 +296,8 @@ _add_kind(
     "dinner|supper|pizza|soup|cake|pancakes|noodles|salad|an apple|ice cream|tea|some bread].",
     "[We|My family] [had|ate] [pizza|soup|fish|rice|cake|pasta] [today|yesterday|for lunch|"
     "for dinner].")
+
+# %% ../../nbs/post/31b_smalltalk.ipynb #31b21799
 _add_kind(
     "remark", f"I see. {_NEXT}",
     f"It is [|so |very |quite |really |too ][cold|hot|warm|cool|dark|late|early|quiet|loud|"
@@ -302,10 +319,9 @@ _add_kind(
     "It is [Monday|Friday|Sunday|winter|summer|spring|autumn|morning|evening|lunch time|"
     "nearly night][| here].",
     "[Look|Listen], a [bird|cat|dog|car|train]!",
-    "[The sky is|My coat is|Snow is|Grass is] [blue|grey|white|green|nice].",
-    "I have a [question|plan|idea].")
+    "[The sky is|My coat is|The sea is] [blue|grey|green|nice].", "I have a [question|plan|idea].")
 
-# %% ../../nbs/post/31b_smalltalk.ipynb #e9300ba6
+# %% ../../nbs/post/31b_smalltalk.ipynb #9d0172fc
 _CAN = ("I can tell you about the people of {town}, do sums, spell words, tell stories, "
         "write poems and remember what you say.")
 
@@ -329,6 +345,8 @@ _add_kind(
     "What are your [features|functions|strengths]?",
     "[Tell|Show] me [something|anything][| interesting| nice| new].", "What else can you do?",
     "[Say|Suggest] something[| to talk about].", "I do not know what to ask[| you].", "What now?")
+
+# %% ../../nbs/post/31b_smalltalk.ipynb #e2acd14a
 _add_kind(
     "refuse", "I am sorry, but I cannot help with that.",
     "[How [can|do|could] I|Tell me how to|Help me to|Can you help me|I want to|Explain how to|"

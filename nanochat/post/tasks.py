@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAIN_SIZE', 'user', 'assistant', 'with_tool', 'visible_text', 'spoken_text', 'closing_text', 'numbers_in',
-           'final_number', 'mentions', 'normal', 'part_of', 'check_task_split', 'Task', 'compile_pairs',
+           'final_number', 'mentions', 'normal', 'part_of', 'as_typed', 'check_task_split', 'Task', 'compile_pairs',
            'choice_prompt', 'same_letter']
 
 # %% ../../nbs/post/30_tasks.ipynb #76cfc06d
@@ -13,7 +13,7 @@ import zlib
 
 # %% ../../nbs/post/30_tasks.ipynb #c69e4874
 from ..core.files import UserError
-from ..core.grammar import Draw, compile_template
+from ..core.grammar import Draw, compile_template, expand
 from ..core.world import World, option_lines
 from ..core.identity import IDENTITY
 
@@ -118,6 +118,93 @@ def part_of(
     parts = ("test", "rl", "rl", *["train"] * 7)
     return parts[zlib.crc32(normal(key).encode()) % 10]
 
+# %% ../../nbs/post/30_tasks.ipynb #3797fea6
+_CONTRACTIONS = {
+    "What is": "What's", "Where is": "Where's", "Who is": "Who's", "How is": "How's",
+    "When is": "When's", "That is": "That's", "It is": "It's", "what is": "what's",
+    "where is": "where's", "who is": "who's", "I am": "I'm", "I would": "I'd", "I will": "I'll",
+    "do not": "don't", "does not": "doesn't", "is not": "isn't", "cannot": "can't",
+    "You are": "You're", "you are": "you're", "Do not": "Don't", "did not": "didn't",
+    "name is": "name's", "Let us": "Let's"}
+_CONTRACTED = re.compile("|".join(rf"\b{long}\b(?![?.!])" for long in _CONTRACTIONS))
+
+# %% ../../nbs/post/30_tasks.ipynb #6634a971
+def _contracted(text: str) -> str: # such as "What is it?"
+    "Contract what can be contracted: What's it?"
+    return _CONTRACTED.sub(lambda found: _CONTRACTIONS[found[0]], text)
+
+# %% ../../nbs/post/30_tasks.ipynb #96198936
+def _mistyped(text: str, draw: Draw) -> str:
+    "Swap, drop or double a letter of a word in lower case with at least five letters."
+    words = list(re.finditer(r"\b[a-z]{5,}\b", text))
+    if not words: return text
+    start, end = draw.pick(words).span()
+    at = draw.number(start + 1, end - 2)
+    two = draw.pick((text[at + 1] + text[at], text[at], 2 * text[at] + text[at + 1]))
+    return text[:at] + two + text[at + 2:]
+
+# %% ../../nbs/post/30_tasks.ipynb #8745f1ea
+_SHORT = {"you": "u", "are": "r", "please": "pls", "thanks": "thx", "because": "cuz", "your": "ur"}
+
+def _shortened(text: str) -> str: # in lower case
+    "Replace some words as in a chat on a telephone."
+    return re.sub(r"\w+", lambda word: _SHORT.get(word[0], word[0]), text)
+
+# %% ../../nbs/post/30_tasks.ipynb #7745a63b
+_STYLES = { # how a message is typed: probability
+    "careful": 0.42, "small": 0.12, "small and open": 0.20, "open": 0.07, "mistyped": 0.13,
+    "short": 0.03, "doubled": 0.03}
+_OPEN = ("small and open", "open", "short") # without a mark at the end
+
+def _styled(text: str, style: str, draw: Draw) -> str:
+    "Type a part of a message in a style of `_STYLES`."
+    if style == "mistyped": text = _mistyped(text, draw)
+    if style in ("small", "small and open", "short"): text = text.lower()
+    if style == "short": text = _shortened(text)
+    if style == "doubled" and text[-1:] in ("?", "!"): text += text[-1] * draw.number(1, 2)
+    return text
+
+# %% ../../nbs/post/30_tasks.ipynb #e8a6c179
+# before a message, and after a question
+_BEFORE = [compile_template(text) for text in (
+    "[Hi|Hello|Hey|Good morning|Good evening|Hi there|Hi Pico|Hey Pico|Hello Pico][! |, |. ]",
+    "[OK|Oh|Well|So|Now|Please|Sorry|Thanks|Great|Nice|Ah][, |, |! ]",
+    "[One question|I have a question|A quick question|Another question|Next question|Tell me"
+    "|By the way|Just curious][: |, |. ]",
+    "[I am new here|I am back|It is a nice day|I am a bit bored|I like this|You seem nice"
+    "|Let me try something|I hope you can help|I need your help][. |! |, ]")]
+_AFTER = compile_template("[ Please.| Thanks!| Thank you.| Please!| please| thanks|, please?]")
+
+# %% ../../nbs/post/30_tasks.ipynb #a4795d39
+_OPENERS = re.compile(
+    "(What|Who|Where|When|How|Which|Whose|Why|Do|Does|Did|Is|Are|Was|Were|Can|Could|Would|Will"
+    "|Has|Have|Please|Tell|Give|Say|Write|Spell|Count|Make|Show|Name|There|The|My|If)\\b")
+
+def _introduced(text: str, draw: Draw) -> str:
+    "Put a greeting or a remark in front of a message."
+    before = expand(draw.pick(_BEFORE), {}, draw)
+    if before.endswith((", ", ": ")) and _OPENERS.match(text): text = text[0].lower() + text[1:]
+    return before + text
+
+# %% ../../nbs/post/30_tasks.ipynb #6c805b07
+def as_typed(
+    text: str, # a message of the user in careful English
+    draw: Draw, # makes the choices
+    keep: list[str] = (), # parts that must not change
+) -> str:
+    "Return a message as somebody might type it. A text of several lines is not changed."
+    if "\n" in text: return text
+    kept = [re.escape(part) for part in sorted(keep, key=len, reverse=True)]
+    parts = re.split(f"({'|'.join(kept)})", text) if kept else [text]
+    if draw.chance(0.4): parts[::2] = map(_contracted, parts[::2])
+    if parts[-1].endswith("?") and draw.chance(0.06): parts[-1] += expand(_AFTER, {}, draw)
+    if draw.chance(0.12): parts[0] = _introduced(parts[0], draw)
+    # parts at odd places are to be kept
+    style = draw.weighted(_STYLES)
+    parts[::2] = [_styled(part, style, draw) for part in parts[::2]]
+    if style in _OPEN: parts[-1] = parts[-1].rstrip("?.!")
+    return "".join(parts)
+
 # %% ../../nbs/post/30_tasks.ipynb #71c16527
 def check_task_split(
     name: str, # of the task
@@ -158,7 +245,9 @@ class Task:
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < self.size:
             raise IndexError(f"{self.name} has {self.size} conversations: there is no index {i}.")
-        messages = self.messages(i, Draw(f"{self.name} {self.split} {self.seed} {i}"))
+        draw = Draw(f"{self.name} {self.split} {self.seed} {i}")
+        messages = self.messages(i, draw)
+        if self.split != "test": messages = self._typed(messages, draw)
         if self.model_name != IDENTITY["name"]:
             messages = [m | {"content": _rename(m["content"], self.model_name)} for m in messages]
         return {"messages": messages}
@@ -169,6 +258,18 @@ class Task:
     ) -> list[dict]:
         "Return the messages of conversation `i`."
         raise NotImplementedError
+
+    def keep(self,
+        messages: list[dict], # of a conversation
+    ) -> list[str]:
+        "Return the parts of the user's messages that must be typed exactly."
+        return []
+
+    def _typed(self, messages, draw):
+        "Return messages with those of the user as somebody might type them."
+        keep = self.keep(messages)
+        return [m | {"content": as_typed(m["content"], draw, keep)} if m["role"] == "user" else m
+                for m in messages]
 
     def is_right(self,
         reference: str, # visible text of the conversation's last message

@@ -72,7 +72,7 @@ def _add_relation(name: str, tells: list[str], pairs: dict[str, list[str]]):
             for answer, questions in pairs.items() for question in compile_templates(questions)]
     _RELATIONS[name] = compile_templates(tells), asks
 
-# %% ../../nbs/post/31a_told.ipynb #f119f4dc
+# %% ../../nbs/post/31a_told.ipynb #75aa5622
 _add_relation("colour", [
     "{n} [has|owns|bought|got|found|wants] a [|new |small |big |pretty ]{colour} {thing}",
     "{ns} [|new |little ]{thing} is {colour}", "the {thing} of {n} is {colour}",
@@ -94,6 +94,8 @@ _add_relation("thing", [
         "[Which person|Which of them] has the {thing}", "Who is the owner of the {thing}"],
     "Yes, {n} has a {thing}.": ["Does {n} have a {thing}", "Has {n} got a {thing}"],
     "No, {n} has a {thing}.": ["Does {n} have a {thing2}", "Has {n} got a {thing2}"]})
+
+# %% ../../nbs/post/31a_told.ipynb #d9045a08
 _add_relation("place", [
     "{n} is [|now |today ]at the {place}",
     "{n} [works|waits|sits|stands|is waiting] at the {place}",
@@ -220,15 +222,17 @@ def _compare(world: World, draw: Draw) -> tuple[str, str, str]: # told, question
             (f"is {last} {more} than {first}", f"no, {first} is {more}")])
     return _joined(told, draw), _sentence(asked, ""), _sentence(answer)
 
-# %% ../../nbs/post/31a_told.ipynb #55285229
+# %% ../../nbs/post/31a_told.ipynb #fdaa781e
 _AMOUNTS = { # what two people have a number of: (sentence, [(question, answer)]); {m} has more
     "goods": ("{n} [has|bought|needs] {k} {goods}", [
         ("Who has [more|the most] {goods}", "{m} has more {goods}."),
         ("Who has [fewer|less|the fewest] {goods}", "{l} has fewer {goods}."),
         ("[Which of them|Which one] has more[| {goods}]", "{m} has more {goods}.")]),
     "age": ("{n} is {k}[| years old]", [
-        ("Who is [older|the older one|the oldest]", "{m} is older."),
-        ("Who is [younger|the younger one|the youngest]", "{l} is younger."),
+        ("Who is [older|the older one]", "{m} is older."),
+        ("Who is the oldest", "{m} is the oldest."),
+        ("Who is [younger|the younger one]", "{l} is younger."),
+        ("Who is the youngest", "{l} is the youngest."),
         ("Which of them is older", "{m} is older.")]),
     "price": ("the {good} costs {k} coins", [
         ("[What|Which|Which one] [costs more|is more expensive]", "The {m} costs more."),
@@ -314,14 +318,10 @@ def told_exchange(
     if draw.chance(0.15): parts.reverse()
     return " ".join(parts), answer
 
-# %% ../../nbs/post/31a_told.ipynb #f02f598c
-_FRAME = "the and are has have not you your what who was for with can will would that this".split()
-
+# %% ../../nbs/post/31a_told.ipynb #afee49c4
 def copied(messages: list[dict]) -> list[str]:
-    "Return the words that an assistant's message shares with the user's messages."
+    "Return the long words in lower case that the assistant's messages share with the user's."
     words = {"user": set(), "assistant": set()}
     for message in messages:
-        words[message["role"]] |= set(re.findall(r"\w+", visible_text(message)))
-    shared = words["user"] & words["assistant"]
-    return sorted(word for word in shared if word.lower() not in _FRAME and
-                  (len(word) > 2 or word.isdigit()))
+        words[message["role"]] |= set(re.findall(r"\b[a-z]{5,}\b", visible_text(message)))
+    return sorted(words["user"] & words["assistant"])
