@@ -127,7 +127,7 @@ _add_itself(
     "Do you have a [home|house|flat|place to live]?", "Which [country|city] is your home?",
     "Where did you grow up?", "What is it like where you live?", "Are you at home?")
 
-# %% ../../nbs/core/06a_itself.ipynb #41a94f18
+# %% ../../nbs/core/06a_itself.ipynb #c0a7d597
 _add_itself(
     "body", "I am {kind}, so I have no body.",
     "Do you have a body?", "What do you look like?", "How [tall|heavy|strong|fast] are you?",
@@ -138,7 +138,10 @@ _add_itself(
     "[Show me|Send me] [your face|a photo of yourself|a picture of you].", "Are you ill?")
 _add_itself(
     "family", "I am {kind}, so I have no family.",
-    "Do you have [a|any] [family|relatives]?", "[Tell me about|Who is in|How big is] your family?",
+    "Do you have [a family|relatives|parents|children|brothers|sisters|a mother|a father|a son|"
+    "a wife|a "
+    "husband|a brother|a sister|a child|kids|a daughter|cousins|grandparents]?",
+    "[Tell me about|Who is in|How big is] your family?",
     "Who [is your|are your] [mother|father|brother|sister|wife|husband|parents|children|family]?",
     "[Are you married|Are you single|Do you live with your family]?",
     "How many [brothers|sisters|children|cousins] do you have?",
@@ -151,11 +154,13 @@ _add_itself(
     "[Tell me about|What is|Where is|What about] your {own}[|, {N}]?",
     "I [have|bought] {a_own}. Do you[| have one| have that| too]?")
 _OWN = (
-    "dog cat pet car house phone job child son daughter brother sister mother father girlfriend "
-    "boyfriend wife husband friend heart brain soul mind face head nose hand garden bicycle boat "
+    "dog cat pet car house phone job girlfriend "
+    "boyfriend friend heart brain soul mind face head nose hand garden bicycle boat "
     "bed room computer school country religion dream secret wish").split()
+
+# %% ../../nbs/core/06a_itself.ipynb #8f3374db
 _OWN_MANY = (
-    "parents children friends brothers sisters pets money eyes ears hands legs arms hair clothes "
+    "friends pets money eyes ears hands legs arms hair clothes "
     "books toys dreams secrets wishes plans enemies neighbours teeth shoes").split()
 
 # %% ../../nbs/core/06a_itself.ipynb #580ba411
@@ -240,7 +245,7 @@ _add_itself(
     "Do you [read|sing|dance]?",
     "How do you spend your [time|day|days]?", "Do you do [any |]sport[|s]?")
 
-# %% ../../nbs/core/06a_itself.ipynb #59323a12
+# %% ../../nbs/core/06a_itself.ipynb #89379de9
 _add_itself(
     "language", "I only understand English.",
     "[What|Which|How many] languages [do|can] you [speak|know|understand|write]?",
@@ -253,7 +258,7 @@ _add_itself(
     "[German|French|Spanish|Italian|Dutch]?", "Do you [speak|know] languages?")
 _add_itself(
     "how", "I am {kind}. I read your words and write the words that may follow.",
-    "How do you [work|function|answer|write|talk|know things|know that|find your answers|speak]?",
+    "How do you [work|function|answer|write|talk|know things|find your answers|speak]?",
     "How [were|are] you [trained|made|built|programmed]?", "How does [this|it|{N}|an AI] work?",
     "What is [a language model|an AI|artificial intelligence|a chatbot|a GPT]?",
     "[Explain|Tell me|Can you explain] how you [work|were made|answer|were trained|learned this].",

@@ -198,7 +198,7 @@ _add_kept("birthday", "{month}", _OK, [
         "When is my birthday?", "[In which|Which] month is my birthday[| in]?", "When was I born?",
         "Do you [know|remember] when my birthday is?"]})
 
-# %% ../../nbs/post/32b_memory.ipynb #6b6b29b1
+# %% ../../nbs/post/32b_memory.ipynb #1697d6ba
 _add_kept("where", "{thing} {spot}", _OK, [
     "[I put|I left|I saw|I have put] my {thing} {spot}", "my {thing} is {spot}",
     "remember that my {thing} is {spot}"], {
@@ -214,7 +214,7 @@ _add_kept("where many", "{many} {spot}", _OK, [
         "Where are my {many}?", "Where did I [put|leave|see] my {many}?",
         "Where can I find my {many}?",
         "[Do you know|Do you remember|Can you tell me] where my {many} are?"]})
-_add_kept("thing", "{thing} {colour}", _OK, [
+_add_kept("thing", "{thing} {colour}", "{colour} is a good colour for a {thing}.", [
     "my {thing} is {colour}", "I [have|bought|got|found] a [new |]{colour} {thing}"], {
     "Your {thing} is {colour}.": [
         "[What|Which] colour is my {thing}?", "What is the colour of my {thing}?",
@@ -242,13 +242,25 @@ _add_kept("list", "{list}", "I will remember that: {list}.", [
     "What should I buy?",
                          "What did I want to buy?", "[Can|Do] you remember my [shopping |]list?"]})
 
-# %% ../../nbs/post/32b_memory.ipynb #e33c802f
-_add_kept("plan", "{place} {day}", _OK, [
-    "[On {day} I will go|I will go|I want to go|I am going] to the {place}[| on {day}]",
-    "on {day} I will [go to|be at|meet a friend at] the {place}"], {
+# %% ../../nbs/post/32b_memory.ipynb #aee721dd
+_add_kept("plan", "{place} {day}", "Have a good time at the {place} on {day}!", [
+    "on {day} I [will|want to|have to] [go to|visit|be at] the {place}",
+    "I [will go|want to go|am going] to the {place} on {day}",
+    "{day} is the day for the {place}"], {
+    "You want to go to the {place}.": [
+        "Where [will|do] I [go|want to go] on {day}?", "Where am I going[| on {day}]?",
+        "[Do you know|Do you remember] where I want to go[| on {day}]?",
+        "What will I do on {day}?"],
+    "You want to go there on {day}.": [
+        "When [will|do] I [go|want to go] to the {place}?",
+        "On which day [will|do] I go to the {place}?",
+        "Which day [do I go|am I going] to the {place}?",
+        "Do you remember when I go to the {place}?"]})
+_add_kept("trip", "{place} trip", "Have a good time at the {place}!", [
+    "I [will go|want to go|am going] to the {place}", "today I [go|will go] to the {place}"], {
     "You want to go to the {place}.": [
         "Where [will|do] I [go|want to go]?", "Where am I going?",
-        "[Do you know|Do you remember|Can you say] where I want to go?"]})
+        "Do you remember where I want to go?"]})
 _add_kept("do", "{deed} {day}", _OK, [
     "[on {day}|tomorrow|tonight] I will {deed}",
     "I [want|have|am going] to {deed} [on {day}|tomorrow]"], {
@@ -260,6 +272,8 @@ _add_kept("how many", "{n} {many_own}", _OK, [
     "You have {n} {many_own}.": ["How many {many_own} do I have?",
     "How many {many_own} have I got?",
                                  "Do you remember how many {many_own} I have?"]})
+
+# %% ../../nbs/post/32b_memory.ipynb #c926bb30
 _add_kept("friend has", "{a} {good}", _OK, [
     "my friend {a} [has|bought|likes|wants] {a_good}", "I gave {a} {a_good}"], {
     "It is {a_good}.": ["What does {a} have?", "What is it that {a} has?"],
@@ -404,12 +418,12 @@ def _exam_fact(self: Memory, i):
     said = [expand_one(ANSWERS[first], slots, draw), expand_one(ANSWERS[second], later, draw)]
     return [user(expand_one(_WHO, slots, draw)), assistant(" ".join(said))]
 
-# %% ../../nbs/post/32b_memory.ipynb #7d94a411
+# %% ../../nbs/post/32b_memory.ipynb #f336df61
 def _sentence(text: str, end: str = ".") -> str:
-    "Return a text with a capital letter at its beginning and a full stop at its end."
+    "Return a text with a capital letter at its beginning and a mark at its end."
     return text[0].upper() + text[1:] + end
 
-# %% ../../nbs/post/32b_memory.ipynb #667ef099
+# %% ../../nbs/post/32b_memory.ipynb #b6e51428
 @patch
 def _tell(
     self: Memory,
@@ -422,7 +436,8 @@ def _tell(
         slots = _slots(self.known, draw)
         key, reply, tells, _ = _KEPT[kind]
         if part_of(expand(key, slots, draw)) != "test": break
-    return kind, slots, expand_one(tells, slots, draw), expand(reply, slots, draw)
+    reply = expand(reply, slots, draw)
+    return kind, slots, expand_one(tells, slots, draw), _sentence(reply, "")
 
 # %% ../../nbs/post/32b_memory.ipynb #b65e849d
 @patch
@@ -458,9 +473,9 @@ def _together(self: Memory, draw):
     question, answer = self._ask(kind, slots, draw)
     return [user(f"{_sentence(told)} {question['content']}"), answer]
 
-# %% ../../nbs/post/32b_memory.ipynb #2d8b3021
+# %% ../../nbs/post/32b_memory.ipynb #04be0224
 _ALIKE = [ # kinds that share questions
-    {"need", "list"}, {"plan", "do"}, {"kin", "friend has"}, {"number", "remember number"},
+    {"need", "list"}, {"plan", "do", "trip"}, {"kin", "friend has"}, {"number", "remember number"},
     {"city", "from"}, {"pet", "how many"}, {"age", "job", "name"}]
 
 @patch
@@ -484,7 +499,7 @@ def _two(self: Memory, draw):
         talk += self._ask(kind, slots, draw)
     return talk
 
-# %% ../../nbs/post/32b_memory.ipynb #61b61f9c
+# %% ../../nbs/post/32b_memory.ipynb #9e9b3f95
 _VALUES = { # kind: the slot that the user corrects
     "name": "a", "kin": "a", "pet": "a", "age": "k", "city": "city", "from": "city", "secret": "w",
     "number": "digits", "meeting": "hour", "birthday": "month", "where": "spot", "thing": "colour",
@@ -505,7 +520,7 @@ def _corrected(self: Memory, draw):
     corrected = expand_one(_CORRECT, {"told": expand_one(tells, new, draw)}, draw) + "."
     talk = [user(_sentence(told)), assistant(reply)]
     if draw.chance(0.4): talk += self._ask(kind, slots, draw)
-    talk += [user(corrected), assistant(expand(answer, new, draw))]
+    talk += [user(corrected), assistant(_sentence(expand(answer, new, draw), ""))]
     return talk + self._between(draw) + self._ask(kind, new, draw)
 
 # %% ../../nbs/post/32b_memory.ipynb #b385efb3
@@ -539,13 +554,13 @@ def _before(self: Memory, draw):
     answer = f"You {'asked' if asked else 'said'}: {said}"
     return talk + [user(expand_one(_WHAT_I, slots, draw)), assistant(answer)]
 
-# %% ../../nbs/post/32b_memory.ipynb #ab7c101f
-_UNTOLD = "I do not know that, because you did not tell me."
+# %% ../../nbs/post/32b_memory.ipynb #f0513142
+_UNTOLD = "I do not know that. You did not tell me."
 
 @patch
 def _untold(self: Memory, draw):
     "Ask for something that was not told."
-    talk, not_kinds = self._between(draw), {"friend has", "eaten", "where", "where many"}
+    talk, not_kinds = self._between(draw), {"friend has", "eaten", "where", "where many", "age"}
     if draw.chance(0.4):
         kind, _, told, reply = self._tell(draw)
         talk = [user(_sentence(told)), assistant(reply)]

@@ -297,7 +297,7 @@ _add_kind(
     "[We|My family] [had|ate] [pizza|soup|fish|rice|cake|pasta] [today|yesterday|for lunch|"
     "for dinner].")
 
-# %% ../../nbs/post/31b_smalltalk.ipynb #31b21799
+# %% ../../nbs/post/31b_smalltalk.ipynb #3a8300e1
 _add_kind(
     "remark", f"I see. {_NEXT}",
     f"It is [|so |very |quite |really |too ][cold|hot|warm|cool|dark|late|early|quiet|loud|"
@@ -311,24 +311,19 @@ _add_kind(
     "read a book|met a "
     "friend|watched a film|bought some bread|cleaned the house|had a shower|finished a book|"
     "had a coffee].",
-    "I [will|want to|have to|am going to] [cook|work|read|clean the house|go shopping|"
-    "visit my mother|go for "
-    "a walk|make dinner|learn|buy bread|write a letter|call a friend][| later| now| today|"
-    " tomorrow].",
     "[My|The] [train|bus|friend|tea|coffee|mother] is [late|here|cold|coming|ready|hot].",
     "It is [Monday|Friday|Sunday|winter|summer|spring|autumn|morning|evening|lunch time|"
     "nearly night][| here].",
     "[Look|Listen], a [bird|cat|dog|car|train]!",
     "[The sky is|My coat is|The sea is] [blue|grey|green|nice].", "I have a [question|plan|idea].")
 
-# %% ../../nbs/post/31b_smalltalk.ipynb #9d0172fc
+# %% ../../nbs/post/31b_smalltalk.ipynb #79b2ae98
 _CAN = ("I can tell you about the people of {town}, do sums, spell words, tell stories, "
         "write poems and remember what you say.")
 
 _add_kind(
     "can", _CAN,
-    "What [can|could|do|will] you [do|do for me|help with|help me with|tell me|answer|offer|"
-    "do best]?",
+    "What [can|could] you [do|do for me|help with|help me with|tell me|answer|offer|do best]?",
     "[What|Which] [things|questions|topics|kinds of questions] can [you answer|I ask|I ask you]?",
     "What [are you good at|are you able to do|are your abilities|are your skills|"
     "are your talents]?",
