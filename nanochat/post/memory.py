@@ -11,7 +11,7 @@ import re
 # %% ../../nbs/post/32b_memory.ipynb #f5b20930
 from fastcore.basics import patch
 
-# %% ../../nbs/post/32b_memory.ipynb #b4bc93fa
+# %% ../../nbs/post/32b_memory.ipynb #10dea031
 from ..core.grammar import (
     ANSWERS, ATTRIBUTES, COLOURS, DAYS, GOODS, HE, MONTHS, PETS, PLACES, PLURALS, SHE, THINGS,
     Draw, article, compile_templates, expand, expand_one, join_words, made_up)
@@ -19,7 +19,7 @@ from ..core.itself import compile_broad
 from ..core.world import question_and_answer
 from .tasks import (
     TRAIN_SIZE, Task, assistant, closing_text, mentions, normal, part_of, user, visible_text)
-from .told import SPOTS, any_names, copied, known_names
+from .told import SPOTS, any_names, copied, known_names, sentence
 from .town import Facts
 from .conversation import SmallTalk, greeting
 
@@ -418,12 +418,7 @@ def _exam_fact(self: Memory, i):
     said = [expand_one(ANSWERS[first], slots, draw), expand_one(ANSWERS[second], later, draw)]
     return [user(expand_one(_WHO, slots, draw)), assistant(" ".join(said))]
 
-# %% ../../nbs/post/32b_memory.ipynb #f336df61
-def _sentence(text: str, end: str = ".") -> str:
-    "Return a text with a capital letter at its beginning and a mark at its end."
-    return text[0].upper() + text[1:] + end
-
-# %% ../../nbs/post/32b_memory.ipynb #b6e51428
+# %% ../../nbs/post/32b_memory.ipynb #2b8b129d
 @patch
 def _tell(
     self: Memory,
@@ -437,7 +432,7 @@ def _tell(
         key, reply, tells, _ = _KEPT[kind]
         if part_of(expand(key, slots, draw)) != "test": break
     reply = expand(reply, slots, draw)
-    return kind, slots, expand_one(tells, slots, draw), _sentence(reply, "")
+    return kind, slots, expand_one(tells, slots, draw), sentence(reply, "")
 
 # %% ../../nbs/post/32b_memory.ipynb #b65e849d
 @patch
@@ -455,25 +450,25 @@ def _between(self: Memory, draw):
         turns += draw.pick((self.facts, self.talk)).messages(0, draw)[:2]
     return turns
 
-# %% ../../nbs/post/32b_memory.ipynb #93f4b077
+# %% ../../nbs/post/32b_memory.ipynb #5c945514
 @patch
 def _later(self: Memory, draw):
     "Tell something, and ask for it after some turns, sometimes twice."
     kind, slots, told, reply = self._tell(draw)
-    talk = [user(_sentence(told)), assistant(reply)]
+    talk = [user(sentence(told)), assistant(reply)]
     while len(talk) == 2 or draw.chance(0.2):
         talk += self._between(draw) + self._ask(kind, slots, draw)
     return talk
 
-# %% ../../nbs/post/32b_memory.ipynb #8af55488
+# %% ../../nbs/post/32b_memory.ipynb #4e360ec9
 @patch
 def _together(self: Memory, draw):
     "Tell something and ask for it in one message."
     kind, slots, told, _ = self._tell(draw)
     question, answer = self._ask(kind, slots, draw)
-    return [user(f"{_sentence(told)} {question['content']}"), answer]
+    return [user(f"{sentence(told)} {question['content']}"), answer]
 
-# %% ../../nbs/post/32b_memory.ipynb #04be0224
+# %% ../../nbs/post/32b_memory.ipynb #9be3bd6d
 _ALIKE = [ # kinds that share questions
     {"need", "list"}, {"plan", "do", "trip"}, {"kin", "friend has"}, {"number", "remember number"},
     {"city", "from"}, {"pet", "how many"}, {"age", "job", "name"}]
@@ -488,18 +483,18 @@ def _two(self: Memory, draw):
     if draw.chance(0.5):
         told = draw.pick((" and ", ", and ", ". "))
         texts = [text for _, _, text, _ in both]
-        if told == ". ": said = " ".join(map(_sentence, texts))
-        else: said = _sentence(told.join(texts))
+        if told == ". ": said = " ".join(map(sentence, texts))
+        else: said = sentence(told.join(texts))
         talk = [user(said), assistant(_OK)]
     else:
         talk = []
-        for _, _, text, reply in both: talk += [user(_sentence(text)), assistant(reply)]
+        for _, _, text, reply in both: talk += [user(sentence(text)), assistant(reply)]
     talk += self._between(draw)
     for kind, slots, _, _ in draw.sample(both, draw.number(1, 2)):
         talk += self._ask(kind, slots, draw)
     return talk
 
-# %% ../../nbs/post/32b_memory.ipynb #9e9b3f95
+# %% ../../nbs/post/32b_memory.ipynb #ba529f8e
 _VALUES = { # kind: the slot that the user corrects
     "name": "a", "kin": "a", "pet": "a", "age": "k", "city": "city", "from": "city", "secret": "w",
     "number": "digits", "meeting": "hour", "birthday": "month", "where": "spot", "thing": "colour",
@@ -518,12 +513,12 @@ def _corrected(self: Memory, draw):
         new = slots | {_VALUES[kind]: _slots(self.known, draw)[_VALUES[kind]]}
         if new != slots and part_of(expand(key, new, draw)) != "test": break
     corrected = expand_one(_CORRECT, {"told": expand_one(tells, new, draw)}, draw) + "."
-    talk = [user(_sentence(told)), assistant(reply)]
+    talk = [user(sentence(told)), assistant(reply)]
     if draw.chance(0.4): talk += self._ask(kind, slots, draw)
-    talk += [user(corrected), assistant(_sentence(expand(answer, new, draw), ""))]
+    talk += [user(corrected), assistant(sentence(expand(answer, new, draw), ""))]
     return talk + self._between(draw) + self._ask(kind, new, draw)
 
-# %% ../../nbs/post/32b_memory.ipynb #b385efb3
+# %% ../../nbs/post/32b_memory.ipynb #090dcb4e
 _WHAT_I = compile_templates([
     "What did I [|just ]{verb}[| before| a moment ago| you| just now]?",
     "What was my last {noun}?",
@@ -544,7 +539,7 @@ def _before(self: Memory, draw):
         said, reply = (m["content"] for m in turn)
         if draw.chance(0.4):
             _, _, told, reply = self._tell(draw)
-            said = _sentence(told)
+            said = sentence(told)
         if len(said) + len(reply) < 110: break
     talk = [user(said), assistant(reply)]
     if draw.chance(0.4):
@@ -554,7 +549,7 @@ def _before(self: Memory, draw):
     answer = f"You {'asked' if asked else 'said'}: {said}"
     return talk + [user(expand_one(_WHAT_I, slots, draw)), assistant(answer)]
 
-# %% ../../nbs/post/32b_memory.ipynb #f0513142
+# %% ../../nbs/post/32b_memory.ipynb #d77b5eda
 _UNTOLD = "I do not know that. You did not tell me."
 
 @patch
@@ -563,7 +558,7 @@ def _untold(self: Memory, draw):
     talk, not_kinds = self._between(draw), {"friend has", "eaten", "where", "where many", "age"}
     if draw.chance(0.4):
         kind, _, told, reply = self._tell(draw)
-        talk = [user(_sentence(told)), assistant(reply)]
+        talk = [user(sentence(told)), assistant(reply)]
         not_kinds = not_kinds.union({kind}, *(group for group in _ALIKE if kind in group))
     while True: # no question about a person, whom the model may know
         kind, slots, _, _ = self._tell(draw, not_kinds)
