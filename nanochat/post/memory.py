@@ -5,9 +5,6 @@
 # %% auto #0
 __all__ = ['Memory']
 
-# %% ../../nbs/post/32b_memory.ipynb #1592db06
-import re
-
 # %% ../../nbs/post/32b_memory.ipynb #f5b20930
 from fastcore.basics import patch
 

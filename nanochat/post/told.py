@@ -8,10 +8,10 @@ __all__ = ['SPOTS', 'known_names', 'any_names', 'sentence', 'told_exchange', 'co
 # %% ../../nbs/post/31a_told.ipynb #1592db06
 import re
 
-# %% ../../nbs/post/31a_told.ipynb #413446c7
+# %% ../../nbs/post/31a_told.ipynb #568c2fec
 from ..core.grammar import (
     ATTRIBUTES, COLOURS, DAYS, GOODS, HE, JOBS, PETS, PLACES, PLURALS, SHE, THINGS, Draw, article,
-    compile_template, compile_templates, expand, expand_one, made_up)
+    compile_template, compile_templates, expand, made_up)
 from ..core.world import World
 from .tasks import visible_text
 

@@ -12,10 +12,9 @@ import re
 from fastcore.basics import patch
 
 # %% ../../nbs/post/32_town.ipynb #96f9a95b
-from nanochat.core.grammar import (
-    ANSWERS, ATTRIBUTES, COLOURS, DAYS, FAMILIES, GOODS, HE, JOBS, PETS, PLACES, PLURALS,
-    QUESTIONS, SHE, THINGS, WEATHER, Draw, compile_template, compile_templates, expand,
-    expansions)
+from ..core.grammar import (
+    ANSWERS, ATTRIBUTES, COLOURS, DAYS, FAMILIES, HE, JOBS, PETS, PLACES, QUESTIONS, SHE,
+    THINGS, Draw, compile_template, compile_templates, expand, expansions)
 from ..core.world import question_and_answer, wrong_values
 from .tasks import (
     Task, assistant, choice_prompt, closing_text, compile_pairs, part_of, user)
