@@ -24,7 +24,7 @@ from ..core.identity import read_card
 from ..core.dataset import conversation_files, conversations
 from ..train.settings import SET_SIZES, TASK_SIZE, check_split, read_weight
 from .tasks import Task
-from .town import CardIdentity
+from .conversation import CardIdentity
 from .public import REAL_TASKS, TASKS, RealTask, make_task
 
 # %% ../../nbs/post/34_mixture.ipynb #0950ad1c

@@ -25,7 +25,9 @@ from ..model.sandbox import calculator, judge_many, sandbox_kind
 from .tasks import (
     Task, assistant, check_task_split, choice_prompt, final_number, numbers_in, same_letter,
     spoken_text, user, visible_text)
-from .problems import Counting, Problems, Spelling, Sums
+from .arithmetic import Arithmetic
+from .problems import Problems, Sums
+from .words import Counting, Letters, Repeat, Spelling
 from .town import Facts, Identity, Memory, SmallTalk, TownChoice, TwoFacts, Unknown
 from .people import People
 from .general import General
@@ -239,7 +241,8 @@ TASKS = { # generated, most of them about the embedded world
     "identity": Identity, "facts": Facts, "twofacts": TwoFacts, "memory": Memory,
     "unknown": Unknown, "sums": Sums, "problems": Problems, "spelling": Spelling,
     "counting": Counting, "choice": TownChoice, "smalltalk": SmallTalk,
-    "people": People, "general": General}
+    "people": People, "general": General, "arithmetic": Arithmetic, "letters": Letters,
+    "repeat": Repeat}
 REAL_TASKS = { # read from public sets
     "arc-easy": _Arc, "arc-challenge": _Arc, "mmlu": _Mmlu, "gsm8k": _Gsm8k,
     "humaneval": HumanEval, "smoltalk": SmolTalk}
