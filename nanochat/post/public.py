@@ -28,9 +28,11 @@ from .tasks import (
 from .arithmetic import Arithmetic
 from .problems import Problems, Sums
 from .words import Counting, Letters, Repeat, Spelling
-from .town import Facts, Identity, Memory, SmallTalk, TownChoice, TwoFacts, Unknown
+from .town import Facts, TownChoice, TwoFacts, Unknown
 from .people import People
 from .general import General
+from .conversation import Identity, SmallTalk
+from .memory import Memory
 
 # %% ../../nbs/post/33_public.ipynb #1cc986ac
 class RealTask:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAIN_SIZE', 'user', 'assistant', 'with_tool', 'visible_text', 'spoken_text', 'closing_text', 'numbers_in',
-           'final_number', 'normal', 'part_of', 'as_typed', 'wild_messages', 'shape_of', 'wild_shapes',
+           'final_number', 'mentions', 'normal', 'part_of', 'as_typed', 'wild_messages', 'shape_of', 'wild_shapes',
            'check_task_split', 'Task', 'compile_pairs', 'choice_prompt', 'same_letter']
 
 # %% ../../nbs/post/30_tasks.ipynb #76cfc06d
@@ -100,6 +100,15 @@ def final_number(
 ) -> float | None:
     "Return the last number in a text, or None."
     return (numbers_in(text) or [None])[-1]
+
+# %% ../../nbs/post/30_tasks.ipynb #0a922ca5
+def mentions(
+    text: str, # an answer
+    groups: list, # lists of words
+) -> list[set[str]]:
+    "Return the words of each group that a text contains as whole words."
+    def contains(word): return re.search(rf"\b{re.escape(word)}\b", text)
+    return [set(filter(contains, words)) for words in groups]
 
 # %% ../../nbs/post/30_tasks.ipynb #42803ac8
 TRAIN_SIZE = 20000 # conversations of a generated task, unless a mixture requests more
