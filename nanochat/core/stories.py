@@ -49,7 +49,7 @@ def _add_plots(text: str): # paragraphs that begin with a name, such as "lost th
         name, plot = paragraph.split(": ", 1)
         _PLOTS[name] = compile_prose(plot)[0]
 
-# %% ../../nbs/core/04a_stories.ipynb #95f19d5b
+# %% ../../nbs/core/04a_stories.ipynb #c79b0c13
 _add_plots("""
 lost thing: {s_who}{s_when}, {a} could not find {a.her} {thing}. {a} looked [under the bed|behind
 the door|in the kitchen], but the {thing} was not there. [Then {a} looked [in the garden|under the
@@ -65,14 +65,14 @@ cry|did not know what to do]. {a} [tried some glue|tried a piece of string|asked
 [it did not help|nothing helped]. Then {b} came to visit. {b} is {b.a_job}, but {b} can also repair
 things. "Give me the {thing}," said {b}. {b} worked [all evening|for two hours|until midnight]. [At
 last|In the end], the {thing} was whole again. "How can I thank you?" asked {a}. "I like {b.food},"
-said {b}. So {a} made {b.food} for {b}. [{b} ate it all and wanted more.|They ate it together and
-laughed.|It was the best {b.food} in {town}.]
+said {b}. So {a} made {b.food} for {b}. [{b} ate everything and wanted more.|They ate together and
+laughed.|Nobody in {town} makes better {b.food}.]
 
 found thing: {s_who}{s_when}, {a} was walking to the {place}. {s_sky}There was {a_thing} in the grass.
 [Nobody was near it.|Nobody else was there.] "Whose {thing} is this?" asked {a}. {a} asked
 [everyone|a child|an old man] at the {place}, but nobody knew. [So {a} took the {thing} home to {a.street}.|So {a}
 waited next to the {thing} for an hour.] Then {b} came. {b} looked very sad. "I lost my {thing},"
-said {b}. "[What does it look like|Is it this one|Here it is]," said {a}. [{b} jumped for
+said {b}. "[Do you mean this one?|Is it this one?|Here it is!]" said {a}. [{b} jumped for
 joy.|{b} laughed and danced.] "[You are a true friend|You are so kind|Thank you, {a}]!" said {b}.
 {s_end}
 
@@ -85,13 +85,13 @@ last. [The people clapped.|The mayor laughed.] "You both win," said the mayor. N
 {thing} on [Monday|Tuesday|Wednesday], and {b} has it on [Friday|Saturday|Sunday].
 """)
 
-# %% ../../nbs/core/04a_stories.ipynb #b5282597
+# %% ../../nbs/core/04a_stories.ipynb #8887d2ba
 _add_plots("""
 wrong bag: {s_who}{s_when}, {a} met {b} at the {place}. Both had a {colour} bag. They talked about
 [the weather|{b.hobby}|old times]. Then {a} went home to {a.street} and opened the bag. There was
 {a_thing} in it. "This is not my bag!" said {a}. [At the same time|At home], {b} opened the other
-bag. There was {a.food} in it. {b} was hungry and ate it all. Soon {a} came to {b}. "Here is your
-{thing}," said {a}. "Where is my {a.food}?" {b} became red. "[It was very good|I am sorry, it is
+bag and found {a.food}. {b} was hungry and ate everything. Soon {a} came to {b}. "Here is your
+{thing}," said {a}. "Where is my dinner?" {b} became red. "[It was very good|I am sorry, it is
 gone|I thought it was a present]," said {b}. [Then they both laughed.|{a} had to laugh.] The next
 day, {b} made {a.food} for {a}.
 
@@ -100,10 +100,10 @@ wanted the {thing}, too. "[I saw it first|It is mine|I need it]!" said {a}. "No,
 {b}. They [did not speak for three days|went home and were angry]. {a} was alone and sad. "A friend
 is better than {a_thing}," thought {a}. So {a} went to {b.street}. On the way, {a} met {b}. {b} had
 the {thing} under one arm. "[It is for you|We can share it|Take it, please]," said {b}. [{a}
-laughed.|{a} gave {b} a hand.] Now the {thing} is [one week with {a} and one week with {b}|in the
+laughed.|{a} gave {b} a hand.] Now the {thing} is [one week with {a} and one week with {b}|at the
 {place}, and everyone can use it].
 
-empty purse: {s_who}{s_when}, {a} went to the {place} to buy {a_thing}. But the purse was empty.
+empty purse: {s_who}{s_when}, {a} went to the market to buy {a_thing}. But the purse was empty.
 There was a hole in it! [All the coins were gone.|Not one coin was left.] {a} walked back and looked
 at the ground. [There was nothing on the road.|There was one coin near a tree.] Then {a} saw {b}.
 {s_b}{b} was walking slowly and picked something up. "I am so lucky," said {b}. "I find a coin at
@@ -114,12 +114,12 @@ the hole in the purse. {s_end}
 birthday: {s_who}{a} has a birthday in {a.birthday}. [Last year|This year], nobody said a word about
 it. {a} met {b} on {b.street}. "I have no time," said {b}, and went away. {a} was sad. Everyone had
 forgotten the birthday. In the evening, {a} walked to the {place}. It was dark and quiet there. Then
-the lights went on. {b} was there with [ten|all the] friends. "Happy birthday, {a}!" they called.
-There was {a.food} for everyone. {b} gave {a} {a_thing}. "I thought you had forgotten," said {a}.
+the lights went on. {b} was there with [ten|all {a.ns}] friends. "Happy birthday, {a}!" they called.
+They all ate {a.food}. {b} gave {a} {a_thing}. "I thought you had forgotten," said {a}.
 "Never," said {b}. [They danced until midnight.|They sang until late.] {a} still has the {thing}.
 """)
 
-# %% ../../nbs/core/04a_stories.ipynb #e2f647a9
+# %% ../../nbs/core/04a_stories.ipynb #8ff8c8cb
 _add_plots("""
 runaway: {s_who}{a} has {a_pet} called {a.petname}. {s_when}, the door was open, and {a.petname} ran
 away. {a} called and called, but {a.petname} did not come. {a} looked [in the garden|on the
@@ -132,8 +132,8 @@ pet at work: {a.petname} is the {pet} of {a.full}. {a} is {a.a_job}. {s_when}, {
 {a} to the {place}. {s_sky}Nobody saw {a.petname} come in. Then there was a [loud|strange] noise.
 {a.petname} [was sitting in a basket of eggs|was eating a hat|had fallen into a pot of soup|was
 standing on a table]. "Whose {pet} is that?" called {b}. "That is {a.petname}," said {a}. "I am so
-sorry." {b} wanted to be angry, but {b} had to laugh. [The {pet} looked so funny.|The whole {place}
-laughed.] {a} cleaned everything, and {b} helped. Now {a.petname} comes to the {place} every {day}.
+sorry." {b} wanted to be angry, but {b} had to laugh. [The {pet} looked so funny.|Everyone at the
+{place} laughed.] {a} cleaned everything, and {b} helped. Now {a.petname} comes to the {place} every {day}.
 [Everyone waits for the {pet}.|People come from far away to see it.]
 
 pet contest: {s_when}, there was a contest for pets at the {place}. {a} came with {a.petname}, a
@@ -147,13 +147,13 @@ loudest]. {a.petname} slept all the way home.
 brave pet: {s_who}{a} has {a_pet} called {a.petname}. {a.petname} likes {likes}. One night,
 {a.petname} woke {a} up. "[Be quiet|Go to sleep|Not now], {a.petname}," said {a}. But {a.petname}
 was not quiet. [So {a} got up and opened the door.|In the end, {a} had to get up.] {a.petname} ran to
-the house of {b}, and {a} ran, too. There was smoke in the window! {b} had fallen asleep, and {b.food}
+the house of {b}, and {a} ran, too. There was smoke in the window! {b} had fallen asleep, and the dinner
 was burning on the stove. "Wake up, {b}!" called {a}. {b} woke up and [put out the fire|opened all
 the windows]. "Who saw the smoke?" asked {b}. "It was {a.petname}," said {a}. {b} gave the brave
 {pet} {eats}. [The whole town talked about {a.petname}.|{a.petname} is a hero now.]
 """)
 
-# %% ../../nbs/core/04a_stories.ipynb #baf7b6bf
+# %% ../../nbs/core/04a_stories.ipynb #50ab4152
 _add_plots("""
 picture of a pet: {s_who}{a} wanted a picture of {a.petname}. {a.petname} is a {pet}. {b} can paint
 well, so {b} came to {a.street}. [It was {day}.|{b} brought paint and paper.] "Sit still, {a.petname},"
@@ -161,7 +161,7 @@ said {b}. But {a.petname} did not sit still. {a.petname} [ran around the room|hi
 table|sat on the paint]. {a} [sang a song|held up a {colour} ball|told a joke]. It did not help.
 Then {a} brought {eats}. Now {a.petname} was very still. {b} painted as fast as {b.she} could. At
 last the picture was ready. It shows [only the tail of a {pet}|a {pet} with a full mouth|a
-{pet} with many {colour2} feet]. It hangs in the {place}, and everyone likes it.
+{pet} with many {colour2} feet]. It hangs at the {place}, and everyone likes it.
 
 noise at night: {s_who}One night, {a} heard a noise. It came from [under the stairs|the roof|the
 kitchen]. "Is that a ghost?" thought {a}. {a} was afraid and called {b}. {s_b}{b} came at once with a
@@ -180,14 +180,14 @@ a puddle, and both were wet. [First they were angry.|First nobody said a word.] 
 the puddle, too. At the {place}, [they were the wettest people of all|nobody was as wet as they were].
 """)
 
-# %% ../../nbs/core/04a_stories.ipynb #906b043a
+# %% ../../nbs/core/04a_stories.ipynb #5b1e92cf
 _add_plots("""
 storm: {s_who}{s_when}, a storm came over {town}. {a} was on the way home from the {place}. The wind
 [took {a.her} hat|was very strong|broke {a.her} umbrella]. [The rain was cold.|It became dark.] {a}
 [ran to a house|ran under a roof|could not go on]. A door opened. "Come in!" called {b}. {s_b}They
 sat in the warm kitchen and drank [tea|hot milk|cocoa]. {b} [told a story|sang a song|made {b.food}].
 Outside, the storm was loud. [After an hour|In the evening], it was quiet again. {a} and {b} went to
-the door. There was [a rainbow|a big {colour} rainbow|the first star] over the {place}. "[I like
+the door. There was [a rainbow|a big rainbow|the first star] over the {place}. "[I like
 storms now|Storms are not so bad|I will come again]," said {a}. {s_end}
 
 fog: {s_who}One foggy {daytime}, {a} wanted to go to the {place}. {a} could not see {a.her} own feet.
@@ -215,11 +215,11 @@ the door.] In spring, the snowman was gone. Only the hat and the carrot were the
 carrot.|{b.petname} the {b.pet} took the carrot.]
 """)
 
-# %% ../../nbs/core/04a_stories.ipynb #bf6b2b0e
+# %% ../../nbs/core/04a_stories.ipynb #0c032941
 _add_plots("""
 lost child: {s_who}{s_when}, a child stood at the {place} and cried. "[I am lost|I cannot find my
 mother|Where is my father]," said the child. {a} [gave the child a roll|sat down next to the child|took
-the child by the hand]. "We will find them," said {a}. {a} asked {b} for help. {s_b}{b} [climbed on a
+the child by the hand]. "We will help you," said {a}. {a} asked {b} for help. {s_b}{b} [climbed on a
 bench|climbed on a wall|rang a bell] and looked around. "There is a woman with a {colour} hat," said
 {b}. "She is looking for a child!" [They ran to the woman.|{a} and the child ran to her.] The woman
 laughed and cried at the same time. The child gave {a} [a button|a flower|a little stone]. {a} has kept
@@ -239,7 +239,7 @@ burnt cake: {s_who}{s_when}, {a} wanted to bake a cake for {b}. {a} put the cake
 black and hard as a stone. {a} was very sad. Then {b} came to the door. "[What smells so
 strange|Is there a fire|Is this for me]?" asked {b}. {a} showed {b} the black cake. {b} smiled. "I like
 {b.food} better than cake," said {b}. So they made {b.food} together. And the cake? It now [holds the
-door open|stands in the {place} as art]. It is the strongest cake in {town}.
+door open|stands at the {place} as art]. It is the strongest cake in {town}.
 
 too much food: {s_who}{a} loves {a.food}. {s_when}, {a} made {a.food} in a very big pot. It was too
 much for one person. "[What can I do with it all|Who can eat all this]?" said {a}. {a} asked {b}.
@@ -249,7 +249,7 @@ called everyone. [The mayor came first.|All the neighbours came.] Soon the pot w
 will make less," said {a}. "No!" said everyone. "Make more!" {s_end}
 """)
 
-# %% ../../nbs/core/04a_stories.ipynb #cbcfc8f2
+# %% ../../nbs/core/04a_stories.ipynb #9c800187
 _add_plots("""
 missed train: {s_who}{s_when}, {a} wanted to visit {a.her} [sister|brother|aunt]. The train left at
 ten. But {a.petname} the {a.pet} was sitting on the ticket and did not get up. {a} ran to the
@@ -268,8 +268,8 @@ tree," said {b}. They looked and looked. It was [an onion|a potato|a very big ca
 were quiet.|{a} did not know what to say.] Then they made soup and asked everyone to come. {s_end}
 
 strange letter: {s_who}{s_when}, {a} got a letter in a {colour} envelope. There was no name on it.
-"Come to the {place} at five," said the letter. {a} showed it to {b}. "[I know nothing about it|How
-strange|Who can that be]," said {b} and smiled. {a} could not work all day. [Was it good news?|What
+"Come to the {place} at five," said the letter. {a} showed it to {b}. "[I know nothing about it,|How
+strange,|Who can that be?]" said {b} and smiled. {a} could not work all day. [Was it good news?|What
 was going on?] At five, {a} went to the {place}. {s_sky}There was a table with [flowers|two
 plates|a {colour2} lamp]. Next to the table stood {b} with {a.food}. "Is it my birthday?" asked {a}.
 "No," said {b}. "It is [only {day}|a good day for {a.food}]. I wanted to see you happy." {s_end}
@@ -283,13 +283,13 @@ the box. The bird flew away. {a} was happy and sad at the same time. [The next m
 the window and sang.|Now the bird sings on {a.street} every morning.] {s_end}
 """)
 
-# %% ../../nbs/core/04a_stories.ipynb #d36ed231
+# %% ../../nbs/core/04a_stories.ipynb #85963b57
 _SUBJECT_PLOTS = compile_prose("""
 {s_who}{s_when}, {a} wanted to draw a picture of {x}. {a} worked [all morning|for hours|very slowly].
-Then {a} showed the picture to {b}. {s_b}"[What a nice potato|Is that a cloud|Is that my aunt]?"
-asked {b}. "No!" said {a}. "It is a picture of {x}." {a} was sad. {b} looked at the picture again. "[We
+Then {a} showed the picture to {b}. {s_b}"[What a nice potato!|Is that a cloud?|Is that my aunt?]"
+said {b}. "No!" said {a}. "It is a picture of {x}." {a} was sad. {b} looked at the picture again. "[We
 can do it together|Take more colours|Let me help you]," said {b}. So {a} and {b} worked until [it was
-dark|midnight]. The new picture was [big and bright|full of colours]. Now it hangs in the {place}.
+dark|midnight]. The new picture was [big and bright|full of colours]. Now it hangs at the {place}.
 Everyone who sees it thinks of {x}. {s_end}
 
 {s_who}One night, {a} had a strange dream. It was a dream about {x}. In the morning, {a} [had to
@@ -328,7 +328,7 @@ along. [Soon the whole street was singing.|Even {a.petname} came out and listene
 knows the song about {x}. {s_end}
 """)
 
-# %% ../../nbs/core/04a_stories.ipynb #e5735917
+# %% ../../nbs/core/04a_stories.ipynb #9039db1a
 _VISITOR_PLOTS = compile_prose("""
 {s_when}, {x} came to {town} by train. {x} had a {colour} bag and a map. But the map was [very old|wet
 from the rain|upside down], and {x} got lost. {s_sky}At the {place}, {x} met {a}. {a} is {a.a_job} and
@@ -337,7 +337,7 @@ lives on {a.street}. "[Can I help you|Are you lost]?" asked {a}. "Yes, please," 
 go home. "[Come back soon|You must come again]," said {a}. {x} came back in {month} and brought [a
 present|a better map|flowers]. Now {x} and {a} are good friends.
 
-{x} wanted to learn {a.hobby}. But nobody could teach {x}. Then {x} heard about {a} in {town}. {a} is very
+{x} wanted to be good at {a.hobby}. But nobody could teach {x}. Then {x} heard about {a} in {town}. {a} is very
 good at {a.hobby}. {s_when}, {x} knocked at the door of {a}. "Can you teach me?" asked {x}. "[Of
 course|With pleasure]," said {a}. They met at the {place} every {day2}. At first it was hard, and {x} made
 many mistakes. [{a.petname} the {a.pet} watched and looked worried.|Once {x} fell into a puddle.] But {x}
@@ -368,45 +368,53 @@ _TOPICS = { # noun: plot
     "friend": "quarrel", "coin": "empty purse"}
 _QUALITIES = [*COLOURS, "old", "little", "big", "small", "new", "young", "brave", "funny", "clever"]
 
-# %% ../../nbs/core/04a_stories.ipynb #1cf2de4b
+# %% ../../nbs/core/04a_stories.ipynb #08f0e9ff
 def _understood(
-    about: str, # such as "Olga", "a dog", "the old bridge" or "dragons"
-    world, # with `residents`
-) -> tuple[str, str]: # kind: resident, pet, thing, place, topic, visitor or subject; and the words
+    about: str, # such as "a dog", "the old bridge", "Jim" or "dragons"
+) -> tuple[str, str]: # kind: pet, thing, place, topic, visitor or subject; and the words
     "Classify the subject of a request."
-    for person in world.residents:
-        if about in (person.first, person.full): return "resident", person.first
-    bare = re.sub(r"^(an?|the) ", "", about)
-    quality, _, noun = bare.partition(" ")
-    if quality not in _QUALITIES: quality, noun = "", bare
+    bare, noun = re.sub(r"^(an?|the) ", "", about), about
+    while (parts := noun.split(" ", 1))[0] in {"a", "an", "the", *_QUALITIES} and parts[1:]:
+        noun = parts[1]
     kinds = {"pet": PETS, "thing": STORY_THINGS, "place": PLACES}
     for kind, nouns in kinds.items():
         if noun in nouns: return kind, bare
     if bare in _TOPICS: return "topic", bare
-    if about[:1].isupper(): return "visitor", about
+    if about[:1].isupper() and " and " not in about: return "visitor", about
     return "subject", re.sub(r"\bmy\b", "your", about)
 
-# %% ../../nbs/core/04a_stories.ipynb #0aa14298
+# %% ../../nbs/core/04a_stories.ipynb #e738db3d
+def _split_residents(
+    about: str, # such as "Olga and a dog"
+    world, # with `residents`
+) -> tuple[list, str]: # residents, the rest
+    "Separate the residents of a request from its other subject."
+    people, rest = [], []
+    for part in about.split(" and "):
+        named = [person for person in world.residents if part in (person.first, person.full)]
+        if named: people += named
+        else: rest.append(part)
+    return people[:2], " and ".join(rest)
+
+# %% ../../nbs/core/04a_stories.ipynb #6f79a4d4
 def _choose_people(
     world, # with `residents`
-    kind: str, # from `_understood`
-    words: str, # what the request names
+    named: list, # residents that the request names
+    animal: str, # that the hero has as a pet; "": any
     draw: Draw,
 ) -> list: # of two residents
-    "Choose a hero and a helper whose jobs and pets differ."
-    heroes = world.residents
-    if kind == "resident": heroes = [person for person in heroes if person.first == words]
-    if kind == "pet":
-        animal = words.split()[-1]
-        heroes = [person for person in heroes if person.pet == animal] or heroes
-    hero = draw.pick(heroes)
+    "Choose a hero and a helper, who differ in job and pet unless both are named."
+    if len(named) == 2: return named
+    owners = [person for person in world.residents if person.pet == animal]
+    hero = draw.pick(named or owners or world.residents)
     helpers = [p for p in world.residents if p.job != hero.job and p.pet != hero.pet]
     return [hero, draw.pick(helpers)]
 
-# %% ../../nbs/core/04a_stories.ipynb #ab316a1c
+# %% ../../nbs/core/04a_stories.ipynb #92d39cf6
 def _choose_plot(
     kind: str, # from `_understood`, or "" for a story about anything
     words: str, # what the request names
+    people: list, # hero and helper
     draw: Draw,
 ) -> tuple: # compiled template
     "Choose a plot that the words of a request fit into."
@@ -414,14 +422,16 @@ def _choose_plot(
     if kind == "visitor": return draw.pick(_VISITOR_PLOTS)
     if kind == "topic": return _PLOTS[_TOPICS[words]]
     names = {"pet": _PET_PLOTS, "thing": _THING_PLOTS, "place": _PLACE_PLOTS}.get(kind, _PLOTS)
-    if kind == "thing" and words.split()[-1] in _HEAVY: names = names - {"lost thing", "wrong bag"}
-    return _PLOTS[draw.pick(sorted(names))]
+    unfit = set()
+    if _HEAVY & set(words.split()): unfit |= {"lost thing", "wrong bag"}
+    if people[0].job == people[1].job: unfit |= {"change of work"}
+    return _PLOTS[draw.pick(sorted(set(names) - unfit))]
 
-# %% ../../nbs/core/04a_stories.ipynb #3411f559
+# %% ../../nbs/core/04a_stories.ipynb #42fa769c
 def _drawn_thing(draw: Draw) -> str:
     "Return a thing with an adjective: a red kite, an old clock."
-    thing = draw.pick([thing for thing in THINGS if thing not in _HEAVY])
-    return f"{draw.pick(_QUALITIES[:len(COLOURS) + 3])} {thing}"
+    things = [thing for thing in THINGS if thing not in _HEAVY | {"letter"}]
+    return f"{draw.pick(_QUALITIES[:len(COLOURS) + 3])} {draw.pick(things)}"
 
 def _slots(
     world, # with `town`
@@ -432,29 +442,30 @@ def _slots(
 ) -> dict:
     "Return the slots of a story."
     hero, helper = people
-    slots = hero.role("a") | helper.role("b") | {"town": world.town}
+    slots = hero.role("a") | helper.role("b") | {"town": world.town, "x": words}
     slots["pet"] = words if kind == "pet" else hero.pet
     slots["thing"] = words if kind == "thing" else _drawn_thing(draw)
     slots["place"] = words if kind == "place" else draw.pick(list(PLACES))
     slots["a_pet"], slots["a_thing"] = article(slots["pet"]), article(slots["thing"])
-    slots["x"] = words
     slots["eats"], slots["likes"] = PETS[hero.pet]
-    slots["Eats"] = slots["eats"].capitalize()
-    return slots
+    return slots | {"Eats": slots["eats"].capitalize()}
 
-# %% ../../nbs/core/04a_stories.ipynb #1ebbc025
+# %% ../../nbs/core/04a_stories.ipynb #13281817
 def story(
     world, # with `residents` and `town`
     draw: Draw,
-    about=None, # a resident, or words such as "a dog", "the old bridge", "dragons"; None: anything
+    about=None, # a resident, or words such as "Olga and a dog", "the bridge"; None: anything
 ) -> str:
     "Write a story about two residents, in which what was asked for occurs."
-    about = getattr(about, "first", about)
-    kind, words = _understood(about, world) if about else ("", "")
-    plot = _choose_plot(kind, words, draw)
-    people = _choose_people(world, kind, words, draw)
-    text = expand(plot, _slots(world, people, kind, words, draw), draw)
-    return re.sub(r"(^|[.?!]\"? )([a-z])", lambda m: m[1] + m[2].upper(), text)
+    about = getattr(about, "first", about) or ""
+    named, about = _split_residents(about, world)
+    kind, words = _understood(about) if about else ("", "")
+    animal = words.split()[-1] if kind == "pet" else ""
+    # somebody whose pet is another animal can only talk about this one
+    if animal and named and named[0].pet != animal: kind, words = "subject", about
+    people = _choose_people(world, named, animal, draw)
+    plot = _choose_plot(kind, words, people, draw)
+    return expand(plot, _slots(world, people, kind, words, draw), draw)
 
 # %% ../../nbs/core/04a_stories.ipynb #eeee8658
 def words_of(text: str) -> list[str]:
@@ -556,13 +567,13 @@ def repeated(text: str) -> list[str]:
     pieces = re.split(r"(?<=[.?!])\"? |\n", text.strip())
     return [piece for piece, n in Counter(pieces).items() if n > 1 and len(piece.split()) > 2]
 
-# %% ../../nbs/core/04a_stories.ipynb #ebac0d22
+# %% ../../nbs/core/04a_stories.ipynb #e24b2832
 def missing_words(
     text: str,
     about: str, # the subject of a request, such as "my red kite"
 ) -> list[str]:
     "Return the words of a request that a text does not contain."
-    small = {"a", "an", "the", "my", "your", "some"}
+    small = {"a", "an", "the", "my", "your", "some", "and"}
     words = {word.lower() for word in words_of(text)}
     return [word for word in words_of(about) if word.lower() not in words | small]
 
