@@ -17,14 +17,14 @@ from nanochat.core.grammar import (
 from .stories import (
     STORY_THINGS, missing_words, repeated, table_words, template_words, words_of)
 
-# %% ../../nbs/core/04b_verses.ipynb #e7ce36a7
+# %% ../../nbs/core/04b_verses.ipynb #60dd0785
 _COUNTS = { # syllables: words for which the rule is wrong
     2: """
         theatre every evening lonely something somewhere wednesday lion lions science diet poet create
         someone spaceship homework someday cupcake cupcakes pancake pancakes cheesecake lifeboat lovely
         fireman firemen racecar baseball business chocolate homesick snowflake snowflakes grapefruit
         naked wicked maybe""",
-    3: "idea area everything everywhere firefighter banana camera hamburger", 4: "january february"}
+    3: "idea area everything everywhere firefighter banana camera hamburger", 4: "everybody january february"}
 _COUNTS = {word: n for n, words in _COUNTS.items() for word in words.split()}
 _TWO = re.compile("[aeo]ing|ying|(?<![cts])ia|io(?![nu])|eo(?!p)|eum|oem|uiet|ayor|oah")
 
@@ -145,7 +145,7 @@ The sun comes out after the rain, / and all the birds will sing again.
 Above the roofs there is a star, / it shines for all, both near and far.
 """)
 
-# %% ../../nbs/core/04b_verses.ipynb #3ab4a874
+# %% ../../nbs/core/04b_verses.ipynb #39eab73b
 _PERSON = _couplets("""
 Good morning, {a}, how are you? / The [sky is wide, the sky is blue|day is young, the day is new].
 There goes our {a} down the street, / with {a.petname} running round the feet.
@@ -156,7 +156,7 @@ I met {a} on {a.street} today, / [and there was so much left to say|and we went 
 {a} likes {a.hobby} in the sun, / [and does not stop till day is done|and says that nothing is more fun].
 {a} and {a.petname}, side by side, / [they like to walk, the world is wide|they are the town's delight and pride].
 If you see {a}, say hello, / for {a} is so nice to know.
-In {a.birthday}, {a} bakes a pie, / [the cake was gone, I wonder why|and if you ask, you get a try].
+In {a.birthday}, {a} bakes a pie, / [the pie was gone, I wonder why|it is so good, it is so high].
 """)
 
 # %% ../../nbs/core/04b_verses.ipynb #820df8d7
@@ -370,12 +370,12 @@ def poem_faults(
     faults += [f"missing: {word}" for word in missing_words(text, about)]
     return faults + _broken_words(text, about)
 
-# %% ../../nbs/core/04b_verses.ipynb #7c775272
+# %% ../../nbs/core/04b_verses.ipynb #7d0305c8
 _HAIKU_FIRST = compile_templates([
     "{x}", "look, {x}", "oh, {x}", "I see {x}", "look at {x}", "I think of {x}", "I dream of {x}",
     "the name of {x}", "a poem for {x}", "today I see {x}", "now I think of {x}"])
 _HAIKU_MIDDLE = compile_templates([
-    "the wind carries it away", "and the whole town is quiet", "a small light in the window",
+    "the wind carries leaves away", "and the whole town is quiet", "a small light in the window",
     "the old bridge waits in the rain", "one leaf falls into the lake", "somewhere a bell is ringing",
     "the river goes on singing", "my tea is already cold", "a bird looks in and is gone",
     "the street lamps begin to glow", "all the clouds have gone to bed", "the garden smells of the rain",
