@@ -467,16 +467,15 @@ def story(
     plot = _choose_plot(kind, words, people, draw)
     return expand(plot, _slots(world, people, kind, words, draw), draw)
 
-# %% ../../nbs/core/04a_stories.ipynb #4b833717
-SUBJECTS = """
-a horse| a sheep| a worm| a cow| a fish| a frog| a bee| a duck| a mouse| an owl| a fox| a bear| a
-spider| a ship| a tower| a ladder| an engine| a shoe| a glove| a pencil| a stone| a button| a
-mirror| a table| a window| a pillow| a cloud| the moon| the sun| the stars| the sea| the wind| the
-mayor| the king| the queen| a visitor| a sister| a brother| a carrot| an onion| a potato| a lemon|
-an egg| soup| cheese| honey| butter| bread| tea| milk| salt| snowflakes| flowers| tulips|
-butterflies| bees| mountains| islands| dreams| music| gold| silver| time| happiness
-""".replace("\n", " ").split("| ")
-SUBJECTS = [about.strip() for about in SUBJECTS]
+# %% ../../nbs/core/04a_stories.ipynb #821b779e
+SUBJECTS = [
+    *map(article, """
+        horse sheep worm cow fish frog bee duck mouse owl fox bear spider ship tower ladder engine
+        shoe glove pencil stone button mirror table window pillow cloud visitor sister brother
+        carrot onion potato lemon egg""".split()),
+    *("the " + noun for noun in "moon sun stars sea mayor king queen".split()),
+    *"""soup cheese honey butter bread tea milk salt snowflakes flowers tulips butterflies bees
+        mountains islands dreams music gold silver time happiness""".split()]
 
 # %% ../../nbs/core/04a_stories.ipynb #eeee8658
 def words_of(text: str) -> list[str]:
