@@ -544,19 +544,23 @@ def _claims(person) -> list[tuple[str, str]]: # pairs: what is true, regular exp
         (person.pet, rf"\b{animal},? (?:is )?(?:the|an?) (?:\w+ )?{_PET}"),
         (person.birthday, rf"{name} has a birthday in {_MONTH}")]
 
-# %% ../../nbs/core/04a_stories.ipynb #a92c8901
+# %% ../../nbs/core/04a_stories.ipynb #0ef83158
 def false_facts(
     text: str,
     world, # with `residents`
 ) -> list[str]: # one message each
     "Return what a text says about residents that is not true."
-    people, faults = people_in(text, world), []
-    for person in people:
+    people, words, faults = people_in(text, world), set(words_of(text)), []
+    for person in world.residents:
+        if person not in people and person.petname not in words: continue
         for true, pattern in _claims(person):
             said = set(re.findall(pattern, text)) - {true}
             faults += [f"{person.first}: {value} instead of {true}" for value in sorted(said)]
+    if not people: return faults # a text about a pet alone
     for name in ("petname", "street", "food", "hobby"):
-        said = set(re.findall(r"\b" + _one_of(ATTRIBUTES[name]), text))
+        # "dancing" alone need not be a hobby
+        before = r"\b(?:likes|about|at) " if name == "hobby" else r"\b"
+        said = set(re.findall(before + _one_of(ATTRIBUTES[name]), text))
         wrong = said - {getattr(person, name) for person in people}
         faults += [f"nobody here has the {name} {value}" for value in sorted(wrong)]
     return faults
