@@ -85,7 +85,7 @@ last. [The people clapped.|The mayor laughed.] "You both win," said the mayor. N
 {thing} on [Monday|Tuesday|Wednesday], and {b} has it on [Friday|Saturday|Sunday].
 """)
 
-# %% ../../nbs/core/04a_stories.ipynb #8887d2ba
+# %% ../../nbs/core/04a_stories.ipynb #2234fe88
 _add_plots("""
 wrong bag: {s_who}{s_when}, {a} met {b} at the {place}. Both had a {colour} bag. They talked about
 [the weather|{b.hobby}|old times]. Then {a} went home to {a.street} and opened the bag. There was
@@ -97,7 +97,7 @@ day, {b} made {a.food} for {a}.
 
 quarrel: {s_who}{s_when}, {a} saw {a_thing} at the {place}. {a} wanted to buy the {thing}. But {b}
 wanted the {thing}, too. "[I saw it first|It is mine|I need it]!" said {a}. "No, it is mine!" said
-{b}. They [did not speak for three days|went home and were angry]. {a} was alone and sad. "A friend
+{b}. It was a bad quarrel. They [did not speak for three days|went home and were angry]. {a} was alone and sad. "A friend
 is better than {a_thing}," thought {a}. So {a} went to {b.street}. On the way, {a} met {b}. {b} had
 the {thing} under one arm. "[It is for you|We can share it|Take it, please]," said {b}. [{a}
 laughed.|{a} gave {b} a hand.] Now the {thing} is [one week with {a} and one week with {b}|at the
@@ -215,9 +215,9 @@ the door.] In spring, the snowman was gone. Only the hat and the carrot were the
 carrot.|{b.petname} the {b.pet} took the carrot.]
 """)
 
-# %% ../../nbs/core/04a_stories.ipynb #0c032941
+# %% ../../nbs/core/04a_stories.ipynb #ca7cc53a
 _add_plots("""
-lost child: {s_who}{s_when}, a child stood at the {place} and cried. "[I am lost|I cannot find my
+lost child: {s_who}{s_when}, a lost child stood at the {place} and cried. "[I am alone|I cannot find my
 mother|Where is my father]," said the child. {a} [gave the child a roll|sat down next to the child|took
 the child by the hand]. "We will help you," said {a}. {a} asked {b} for help. {s_b}{b} [climbed on a
 bench|climbed on a wall|rang a bell] and looked around. "There is a woman with a {colour} hat," said
@@ -358,12 +358,12 @@ _PLACE_PLOTS = {
     "lost thing", "found thing", "race", "pet at work", "pet in the rain", "storm", "fog",
     "dark evening", "strange letter", "little bird"} # name the place twice or more
 
-# %% ../../nbs/core/04a_stories.ipynb #9e8166a2
+# %% ../../nbs/core/04a_stories.ipynb #543c4412
 _TOPICS = { # noun: plot
     "race": "race", "quarrel": "quarrel", "birthday": "birthday", "storm": "storm", "fog": "fog",
     "night": "noise at night", "ghost": "noise at night", "snow": "snow", "snowman": "snow",
     "lost child": "lost child", "cake": "burnt cake", "train": "missed train",
-    "seed": "strange seed", "garden": "strange seed", "bird": "little bird",
+    "seed": "strange seed", "garden": "strange seed", "bird": "little bird", "little bird": "little bird",
     "rain": "pet in the rain", "wind": "storm", "contest": "pet contest", "work": "change of work",
     "friend": "quarrel", "coin": "empty purse"}
 _QUALITIES = [*COLOURS, "old", "little", "big", "small", "new", "young", "brave", "funny", "clever"]

@@ -12,7 +12,7 @@ from functools import cache
 # %% ../../nbs/post/32b_writing.ipynb #f5b20930
 from fastcore.basics import patch
 
-# %% ../../nbs/post/32b_writing.ipynb #c2a03149
+# %% ../../nbs/post/32b_writing.ipynb #0ccffc66
 from ..core.grammar import (
     COLOURS, FAMILIES, HE, HOWTOS, JOBS, PETS, PLACES, SHE, Draw, article, compile_template,
     compile_templates, expand, expand_one, made_up)
@@ -21,11 +21,12 @@ from ..core.stories import (
     template_words, words_of)
 from ..core.verses import (
     RIDDLES, haiku, haiku_faults, joke, joke_faults, poem, poem_faults, riddle)
+from ..core.world import World
 from .tasks import Task, assistant, closing_text, normal, part_of, user
 
-# %% ../../nbs/post/32b_writing.ipynb #99738d5d
+# %% ../../nbs/post/32b_writing.ipynb #baf40336
 _FRAMES = compile_templates([
-    "[{V}|Please {v}] {it}[.|.|!|, please.]",
+    "[{V}|Please {v}] {it}[.|!]", "{V} {it}, please.",
     "[Can|Could|Will|Would] you [please |]{v} {it}?",
     "[Can|Could|May] [I|we] [hear|have|get|read] {it}[|, please]?",
     "I [want|would like|would love|wish] to [hear|have|read] {it}[.|, please.|!]",
@@ -50,25 +51,25 @@ _VERBS = {
     "riddle": "[tell me|ask me|give me|ask us|give us|tell us|make up|think of]"}
 _VERBS = {kind: compile_template(verbs) for kind, verbs in _VERBS.items()}
 
-# %% ../../nbs/post/32b_writing.ipynb #b35913c2
+# %% ../../nbs/post/32b_writing.ipynb #767518a9
 _NOUNS = {
     "story": [
         "[a|a|a short|a little|a nice|a good|a funny|a sweet|a quick|a new|one] [story|story|tale]",
         "[a|a short] [bedtime story|fairy tale|story for children|story for the night]",
         "[a story|a short story|a tale] for [my daughter|my son|my children|the evening|little ones]"],
     "poem": [
-        "[a|a|a nice|a little|a good|a beautiful|a funny|one] poem", "[a poem|some verses] that rhyme",
+        "[a|a|a nice|a little|a good|a beautiful|a funny|one] poem", "[a poem that rhymes|some verses that rhyme]",
         "[a|a little] rhyming poem", "a poem [of|with] four [lines|rhyming lines]"],
     "couplet": [
         "[a|a little|a nice] [short poem|rhyme|verse|couplet]", "[two lines|a couple of lines] that rhyme",
         "a [very short|tiny|small] poem", "a poem [of|with] two lines"],
     "haiku": ["[a|a|a short|a nice|a little|one] haiku", "a haiku poem", "a poem in haiku form"],
     "joke": [
-        "[a|a|a good|a funny|a short|a nice|a silly] joke", "[a joke|something] to laugh about",
-        "[one of your jokes|your best joke|one joke]", "something funny"],
+        "[a|a|a good|a funny|a short|a nice|a silly] joke", "[a|a] joke for [me|my friend|a party]",
+        "[one of your jokes|your best joke|one joke]"],
     "riddle": [
-        "[a|a|a good|an easy|a short|a nice] riddle", "[a riddle|something] to guess",
-        "[one of your riddles|one riddle|a little puzzle]"]}
+        "[a|a|a good|an easy|a short|a nice] riddle", "a riddle for [me|us|my son|children]",
+        "[one of your riddles|one riddle|a little puzzle|something to guess]"]}
 _NOUNS = {kind: compile_templates(nouns) for kind, nouns in _NOUNS.items()}
 
 # %% ../../nbs/post/32b_writing.ipynb #e66fcf8c
@@ -89,17 +90,19 @@ _FIXED = { # requests that the frames do not make
         "Let's play a guessing game[.|!]", "[Let me guess something|Test me with a riddle]."]}
 _FIXED = {kind: compile_templates(texts) for kind, texts in _FIXED.items()}
 
-# %% ../../nbs/post/32b_writing.ipynb #87161afb
+# %% ../../nbs/post/32b_writing.ipynb #f5789779
 _ABOUT = compile_templates([
     "{it} about {x}", "{it} about {x}", "{it} about {x}", "{it} on {x}", "{it} with {x}",
     "{it} in which {x} [appears|plays a part]", "{it} that has {x} in it", "{it} on the subject of {x}"])
 _ABOUT_VERSE = compile_templates([
     "{it} about {x}", "{it} about {x}", "{it} about {x}", "{it} on {x}", "{it} for {x}", "{it} to {x}"])
+_ABOUT_JOKE = compile_templates(["{it} about {x}"])
+_ABOUT_OF = {"story": _ABOUT, "joke": _ABOUT_JOKE, "riddle": _ABOUT_JOKE} # verses: _ABOUT_VERSE
 _AFTER = compile_templates([ # a second sentence that names the subject
     "[It should be|Make it|It must be|Let it be] about {x}.", "[The subject is|The topic is|Topic:] {x}.",
     "I like {x}.", "About {x}, please."])
 
-# %% ../../nbs/post/32b_writing.ipynb #54802490
+# %% ../../nbs/post/32b_writing.ipynb #743848de
 def _capital(text: str) -> str:
     "Return a text with a capital letter at its beginning."
     return text[0].upper() + text[1:]
@@ -114,7 +117,7 @@ def _request(
     verbs = _VERBS.get("poem" if kind in ("couplet", "haiku") else kind)
     verb, it, after = expand(verbs, {}, draw), expand_one(_NOUNS[kind], {}, draw), ""
     if x and draw.chance(0.1): after = " " + expand_one(_AFTER, {"x": x}, draw)
-    elif x: it = expand_one(_ABOUT if kind == "story" else _ABOUT_VERSE, {"it": it, "x": x}, draw)
+    elif x: it = expand_one(_ABOUT_OF.get(kind, _ABOUT_VERSE), {"it": it, "x": x}, draw)
     slots = {"v": verb, "V": _capital(verb), "it": it, "It": _capital(it)}
     return expand_one(_FRAMES, slots, draw) + after
 
