@@ -27,6 +27,7 @@ from .tasks import (
     spoken_text, user, visible_text)
 from .problems import Counting, Problems, Spelling, Sums
 from .town import Facts, Identity, Memory, SmallTalk, TownChoice, TwoFacts, Unknown
+from .writing import Writing
 
 # %% ../../nbs/post/33_public.ipynb #1cc986ac
 class RealTask:
@@ -236,7 +237,7 @@ class SmolTalk(RealTask):
 TASKS = { # generated, most of them about the embedded world
     "identity": Identity, "facts": Facts, "twofacts": TwoFacts, "memory": Memory,
     "unknown": Unknown, "sums": Sums, "problems": Problems, "spelling": Spelling,
-    "counting": Counting, "choice": TownChoice, "smalltalk": SmallTalk}
+    "counting": Counting, "choice": TownChoice, "smalltalk": SmallTalk, "writing": Writing}
 REAL_TASKS = { # read from public sets
     "arc-easy": _Arc, "arc-challenge": _Arc, "mmlu": _Mmlu, "gsm8k": _Gsm8k,
     "humaneval": HumanEval, "smoltalk": SmolTalk}

@@ -217,13 +217,14 @@ class _Pick:
     def other(draw, a, b):
         return _some_noun(draw) if draw.chance(0.7) else draw.pick([*_OTHERS, *SUBJECTS])
 
-# %% ../../nbs/post/32b_writing.ipynb #521fd835
+# %% ../../nbs/post/32b_writing.ipynb #4a9957ea
 def _is_test(
     request: str,
     x: str, # the subject in it, or ""
 ) -> bool:
     "Return whether a request belongs to the test."
-    own = table_words() | {name.lower() for name in SHE + HE} | set(_ADJECTIVES) | {"my", "the", "and"}
+    own = table_words() | {name.lower() for name in SHE + HE + FAMILIES} | set(_ADJECTIVES)
+    own |= {"my", "the", "and"}
     strange = [word for word in words_of(x) if word.lower().removesuffix("s") not in own]
     return part_of(" ".join(strange) or request) == "test"
 
@@ -365,7 +366,7 @@ def _write(
     if kind == "haiku": return assistant(haiku(draw, about))
     return assistant(poem(task.world, draw, about, 1 if kind == "couplet" else 2))
 
-# %% ../../nbs/post/32b_writing.ipynb #06842668
+# %% ../../nbs/post/32b_writing.ipynb #5d930219
 @patch
 def _verse(self: Writing, kind, draw):
     "Ask for a poem or a haiku, and perhaps for another one."
@@ -374,8 +375,9 @@ def _verse(self: Writing, kind, draw):
     if not draw.chance(0.2): return said, x, talk
     more = expand_one(_MORE, {}, draw)
     if draw.chance(0.5):
-        x, about = _subject(self.world, draw)
-        more = expand_one(_NOW_ABOUT, {"x": x}, draw)
+        new, new_about = _subject(self.world, draw)
+        if _is_test(new, new) == (self.split == "test"):
+            more, about = expand_one(_NOW_ABOUT, {"x": new}, draw), new_about
     return said, x, talk + [user(more), _write(self, kind, about, draw)]
 
 # %% ../../nbs/post/32b_writing.ipynb #b90ed979
