@@ -17,14 +17,17 @@ from nanochat.core.grammar import (
 from .stories import (
     STORY_THINGS, missing_words, repeated, table_words, template_words, words_of)
 
-# %% ../../nbs/core/04b_verses.ipynb #60dd0785
+# %% ../../nbs/core/04b_verses.ipynb #865a3f51
 _COUNTS = { # syllables: words for which the rule is wrong
     2: """
-        theatre every evening lonely something somewhere wednesday lion lions science diet poet create
-        someone spaceship homework someday cupcake cupcakes pancake pancakes cheesecake lifeboat lovely
-        fireman firemen racecar baseball business chocolate homesick snowflake snowflakes grapefruit
+        theatre every evening lonely something somewhere wednesday lion lions science diet poet
+        create
+        someone spaceship homework someday cupcake cupcakes pancake pancakes cheesecake lifeboat
+        lovely
+        fireman firemen racecar baseball business chocolate homesick snowflake snowflakes
+        grapefruit
         naked wicked maybe""",
-    3: "idea area everything everywhere firefighter banana camera hamburger", 4: "everybody january february"}
+    3: "idea area everything everywhere firefighter", 4: "everybody january february"}
 _COUNTS = {word: n for n, words in _COUNTS.items() for word in words.split()}
 _TWO = re.compile("[aeo]ing|ying|(?<![cts])ia|io(?![nu])|eo(?!p)|eum|oem|uiet|ayor|oah")
 
@@ -93,25 +96,33 @@ def rhymes(
     ends = [re.search(r"[aeiouy]+[^aeiouy]*e?$", word) for word in (a, b)]
     return a != b and all(ends) and ends[0][0] == ends[1][0]
 
-# %% ../../nbs/core/04b_verses.ipynb #1215fa0f
-def _couplets(text: str) -> list[tuple]: # one couplet a line, its lines separated by " / "
+# %% ../../nbs/core/04b_verses.ipynb #c6312a61
+def _couplets(text: str) -> list[tuple]: # one couplet a row, its lines separated by " / "
     "Compile a table of couplets."
-    return compile_templates(line.replace(" / ", "\n") for line in text.strip().splitlines())
+    lines = text.strip().replace("\n   ", "").splitlines() # an indented line continues the last
+    return compile_templates(line.replace(" / ", "\n") for line in lines)
 
 _ANY = _couplets("""
-I dreamed of {x} last night, / [and woke up in the morning light|the moon was round, the stars were bright].
+I dreamed of {x} last night, /
+    [and woke up in the morning light|the moon was round, the stars were bright].
 I thought of {x} today, / [and all my troubles went away|and smiled and smiled along the way].
-I wrote of {x} in my book, / [come here, my friend, and have a look|and read it to you by the brook].
+I wrote of {x} in my book, /
+    [come here, my friend, and have a look|and read it to you by the brook].
 A song of {x}, sung for you, / [beneath a sky of white and blue|and every word of it is true].
-I painted {x} on the wall, / [the paint was wet, the brush was small|and then I showed it to you all].
+I painted {x} on the wall, /
+    [the paint was wet, the brush was small|and then I showed it to you all].
 The tale of {x} is so long, / [we have to put it in a song|and that is why I sing this song].
-If I had {x} by my side, / [then we could take a train and ride|my heart would be so full of pride].
-For {x} I would cross the sea, / [and then come home in time for tea|so far, so blue, so wild and free].
+If I had {x} by my side, /
+    [then we could take a train and ride|my heart would be so full of pride].
+For {x} I would cross the sea, /
+    [and then come home in time for tea|so far, so blue, so wild and free].
 With {x} in the morning sun, / [the day is bright and full of fun|a walk can turn into a run].
-They talk of {x} in our town, / [while all the yellow leaves fall down|from morning till the sun goes down].
+They talk of {x} in our town, /
+    [while all the yellow leaves fall down|from morning till the sun goes down].
 I still have {x} in my head, / [when I lie warm and soft in bed|before I eat my piece of bread].
 Without {x}, the world is grey, / [and I have nothing left to say|the clouds would never go away].
-I told my friend of {x} once more, / [my friend was laughing at the door|and we sat laughing on the floor].
+I told my friend of {x} once more, /
+    [my friend was laughing at the door|and we sat laughing on the floor].
 """)
 
 # %% ../../nbs/core/04b_verses.ipynb #e6a8d3a5
@@ -145,36 +156,47 @@ The sun comes out after the rain, / and all the birds will sing again.
 Above the roofs there is a star, / it shines for all, both near and far.
 """)
 
-# %% ../../nbs/core/04b_verses.ipynb #39eab73b
+# %% ../../nbs/core/04b_verses.ipynb #42ee64f0
 _PERSON = _couplets("""
 Good morning, {a}, how are you? / The [sky is wide, the sky is blue|day is young, the day is new].
 There goes our {a} down the street, / with {a.petname} running round the feet.
 {a} eats {a.food} from a plate, / and wants some more, but it is late.
 Our {a} is {a.a_job}, you know, / in summer sun and winter snow.
-{a.petname} is waiting at {a.ns} door, / [and wants to have a little more|and looks for crumbs upon the floor].
-I met {a} on {a.street} today, / [and there was so much left to say|and we went laughing all the way].
-{a} likes {a.hobby} in the sun, / [and does not stop till day is done|and says that nothing is more fun].
-{a} and {a.petname}, side by side, / [they like to walk, the world is wide|they are the town's delight and pride].
+{a.petname} is waiting at {a.ns} door, /
+    [and wants to have a little more|and looks for crumbs upon the floor].
+I met {a} on {a.street} today, /
+    [and there was so much left to say|and we went laughing all the way].
+{a} likes {a.hobby} in the sun, /
+    [and does not stop till day is done|and says that nothing is more fun].
+{a} and {a.petname}, side by side, /
+    [they like to walk, the world is wide|they are the town's delight and pride].
 If you see {a}, say hello, / for {a} is so nice to know.
 In {a.birthday}, {a} bakes a pie, / [the pie was gone, I wonder why|it is so good, it is so high].
 """)
 
-# %% ../../nbs/core/04b_verses.ipynb #820df8d7
+# %% ../../nbs/core/04b_verses.ipynb #c1976f0f
 _KINDS = {"pet": _couplets("""
-My {x} is neither big nor small, / [it likes the garden best of all|it hides a hat behind the wall].
-The {x} sits underneath a tree, / [and shares its dinner there with me|and does not want to come to me].
+My {x} is neither big nor small, /
+    [it likes the garden best of all|it hides a hat behind the wall].
+The {x} sits underneath a tree, /
+    [and shares its dinner there with me|and does not want to come to me].
 {A_x} was lying in the sun, / [it did not want to walk or run|and so its daily work was done].
 The {x} can neither read nor write, / but it sleeps very well at night.
 I gave the {x} a piece of bread, / "I wanted cake," is what it said.
-Oh tell me, {x}, where do you go? / [I go to see the falling snow|The {x} just smiled and said, "Hello"].
-The {x} came softly through the door, / [ate all the cake and asked for more|and left its footprints on the floor].
+Oh tell me, {x}, where do you go? /
+    [I go to see the falling snow|The {x} just smiled and said, "Hello"].
+The {x} came softly through the door, /
+    [ate all the cake and asked for more|and left its footprints on the floor].
 """), "place": _couplets("""
 Come to the {x}, come with me, / [there are so many things to see|and later we can have some tea].
-The {x} is quiet in the night, / [the moon looks down, so round and white|and only stars give it their light].
+The {x} is quiet in the night, /
+    [the moon looks down, so round and white|and only stars give it their light].
 I know the {x} in our town, / [it is a place where I sit down|I go there when the sun goes down].
-Down at the {x}, every day, / [the old ones talk, the children play|some people go, some people stay].
+Down at the {x}, every day, /
+    [the old ones talk, the children play|some people go, some people stay].
 Let us go to the {x} today, / it is a short and pretty way.
-The {x} is where I met a friend, / [we talked and talked without an end|our walk was long, it had no end].
+The {x} is where I met a friend, /
+    [we talked and talked without an end|our walk was long, it had no end].
 """), "thing": _couplets("""
 I have {a_x}, it is not new, / [but it is good, and so are you|I got it as a gift from you].
 I bought {a_x} in our town, / [and it is neither red nor brown|I turned it round and upside down].
@@ -186,7 +208,8 @@ The {x} is lying on the floor, / who put it there behind the door?
 {X} is the flower near my door, / could anybody ask for more?
 My coat is {x}, my hat is, too, / and {x} looks very good on you.
 I love the colour {x}, I do, / my cup is {x}, my spoon is, too.
-My house is {x}, my door is, too, / [the mayor thinks it is not true|but if you ask, the sky is blue].
+My house is {x}, my door is, too, /
+    [the mayor thinks it is not true|but if you ask, the sky is blue].
 """)}
 
 # %% ../../nbs/core/04b_verses.ipynb #15d8032f
@@ -228,7 +251,7 @@ stars: The stars are many, I am one, / I count them all when day is done.
 morning: The morning comes on quiet feet, / and puts some gold upon the street.
 """
 
-# %% ../../nbs/core/04b_verses.ipynb #4e4c19a0
+# %% ../../nbs/core/04b_verses.ipynb #4ffb51f1
 _TOPICS += """
 sea: The sea is big, the sea is blue, / I hear it sing, and so do you.
 sea: I wrote a letter to the sea, / it sent a little wave to me.
@@ -241,7 +264,7 @@ flowers: The flowers do not need to sing, / to be the queens of all the spring.
 flower: A flower does not need to sing, / to be the queen of all the spring.
 tree: I told my secrets to a tree, / it kept them very well for me.
 trees: The trees are standing on the hill, / they wave at me, they are not still.
-birds: The birds are early, I am slow, / they tell me all they saw below so.
+birds: The birds are up, and I am slow, / they know the news before I know.
 bird: A bird came in and sat on me, / I think it thought I was a tree.
 friend: A friend is someone at the door / who comes for cake and comes for more.
 friend: I have a friend, my friend is you, / for one is lonely, we are two.
@@ -261,27 +284,31 @@ home: My home is where the lamp is lit, / there is a chair, and there I sit.
 music: I hear some music in the air, / it comes from here, it comes from there.
 birthday: A birthday comes but once a year, / so bring the cake, your friends are here.
 """
-_TOPICS = _TOPICS.replace("birds: The birds are early, I am slow, / they tell me all they saw below so.",
-    "birds: The birds are early, I am slow, / they know the news before I know.")
 _KINDS |= {"topic": {}}
 for line in filter(None, _TOPICS.splitlines()):
     subject, couplet = line.split(": ", 1)
     _KINDS["topic"].setdefault(subject, []).extend(_couplets(couplet))
 
-# %% ../../nbs/core/04b_verses.ipynb #2155571c
+# %% ../../nbs/core/04b_verses.ipynb #1746c756
+def _all_within(text: str, shortest: int, longest: int) -> bool:
+    "Return whether the syllables of every line are in a range."
+    return all(shortest <= line_syllables(line) <= longest for line in text.split("\n"))
+
+# %% ../../nbs/core/04b_verses.ipynb #18dae624
 def _fitting(
     couplets: list[tuple], # compiled
     slots: dict, # slot → text
 ) -> list[str]:
     "Return the couplets, with their slots filled, whose lines have a good length."
     texts = [text for couplet in couplets for text in expansions(couplet, slots)]
-    for longest in (9, 11, 30):
-        good = [t for t in texts if all(7 <= line_syllables(line) <= longest for line in t.split("\n"))]
+    for longest in range(9, 31):
+        good = [text for text in texts if _all_within(text, 7, longest)]
         if good: return good
     return texts
 
-# %% ../../nbs/core/04b_verses.ipynb #2d23d477
-_QUALITIES = {*COLOURS, "old", "little", "big", "small", "new", "young", "brave", "funny", "clever"}
+# %% ../../nbs/core/04b_verses.ipynb #87d6b682
+_QUALITIES = {*COLOURS, "old", "little", "big", "small", "new", "young", "brave", "funny",
+    "clever"}
 
 def _kind_of(
     about: str, # such as "a dog", "the sea", "red", "dragons"
@@ -296,11 +323,12 @@ def _kind_of(
             if noun in nouns: return kind, bare
     return "any", re.sub(r"\bmy\b", "your", about)
 
-# %% ../../nbs/core/04b_verses.ipynb #abaf08fb
+# %% ../../nbs/core/04b_verses.ipynb #f29af309
 def _subjects() -> list[str]:
     "Return subjects that a poem may have if nobody asks for one."
     nouns = [*PETS, *THINGS]
-    return [*_KINDS["topic"], *COLOURS, *map(article, nouns), *(f"the {place}" for place in PLACES)]
+    return [*_KINDS["topic"], *COLOURS, *map(article, nouns), *(f"the {place}"
+    for place in PLACES)]
 
 def _first_couplets(
     world, # with `residents`
@@ -337,12 +365,13 @@ def _end_word(text: str) -> str:
     "Return the last word of a text."
     return words_of(text)[-1]
 
-# %% ../../nbs/core/04b_verses.ipynb #61e7961a
+# %% ../../nbs/core/04b_verses.ipynb #07db9887
 @cache
 def _verse_words() -> frozenset[str]:
     "Return every word that a poem or haiku can contain, except words of the request."
-    tables = [_ANY, _SECOND, _PERSON, *(_KINDS[kind] for kind in ("pet", "place", "thing", "colour"))]
-    tables += [*_KINDS["topic"].values(), _HAIKU_FIRST, _HAIKU_MIDDLE, _HAIKU_END]
+    tables = [_ANY, _SECOND, _PERSON, _HAIKU_FIRST, _HAIKU_MIDDLE, _HAIKU_END]
+    tables += [_KINDS[kind] for kind in ("pet", "place", "thing", "colour")]
+    tables += _KINDS["topic"].values()
     names = {name.lower() for name in SHE + HE}
     return frozenset(template_words(tables) | table_words() | names)
 
@@ -352,7 +381,7 @@ def _broken_words(text: str, about: str) -> list[str]:
     words = dict.fromkeys(words_of(text))
     return [f"unknown word: {word}" for word in words if word.lower() not in known]
 
-# %% ../../nbs/core/04b_verses.ipynb #de87b9e0
+# %% ../../nbs/core/04b_verses.ipynb #aaac008e
 def poem_faults(
     text: str,
     about: str = "", # what was asked for
@@ -364,21 +393,23 @@ def poem_faults(
     ends = [_end_word(line) for line in lines]
     pairs = zip(ends[::2], ends[1::2])
     faults = [f"no rhyme: {a}, {b}" for a, b in pairs if not rhymes(a, b)]
-    long = 9 + max(0, line_syllables(about) - 3)
-    faults += [f"length: {line}" for line in lines if not 6 <= line_syllables(line) <= max(11, long)]
+    longest = max(11, 6 + line_syllables(about))
+    faults += [f"length: {line}" for line in lines if not 6 <= line_syllables(line) <= longest]
     faults += [f"twice: {line}" for line in repeated(text)]
     faults += [f"missing: {word}" for word in missing_words(text, about)]
     return faults + _broken_words(text, about)
 
-# %% ../../nbs/core/04b_verses.ipynb #7d0305c8
+# %% ../../nbs/core/04b_verses.ipynb #1ec6276a
 _HAIKU_FIRST = compile_templates([
     "{x}", "look, {x}", "oh, {x}", "I see {x}", "look at {x}", "I think of {x}", "I dream of {x}",
     "the name of {x}", "a poem for {x}", "today I see {x}", "now I think of {x}"])
 _HAIKU_MIDDLE = compile_templates([
     "the wind carries leaves away", "and the whole town is quiet", "a small light in the window",
-    "the old bridge waits in the rain", "one leaf falls into the lake", "somewhere a bell is ringing",
+    "the old bridge waits in the rain", "one leaf falls into the lake",
+    "somewhere a bell is ringing",
     "the river goes on singing", "my tea is already cold", "a bird looks in and is gone",
-    "the street lamps begin to glow", "all the clouds have gone to bed", "the garden smells of the rain",
+    "the street lamps begin to glow", "all the clouds have gone to bed",
+    "the garden smells of the rain",
     "I forget what I came for", "a cat sleeps on the warm stone", "the baker lights the oven",
     "far away a train is heard"])
 _HAIKU_END = compile_templates([
@@ -462,7 +493,7 @@ Why do bees hum? / Because they do not know the words.
 What has four wheels and flies? / A cart full of old fish.
 """
 
-# %% ../../nbs/core/04b_verses.ipynb #a5039086
+# %% ../../nbs/core/04b_verses.ipynb #32083982
 _JOKES += """
 Why does {a} take {a.petname} the {a.pet} to the {a.work}? / Because somebody has to do the work.
 Why did {a} throw the clock out of the window? / To see time fly.
@@ -471,7 +502,8 @@ Why did {a.petname} the {a.pet} sit on the clock? / To be on time.
 Why does {a} eat {a.food} in front of the mirror? / Because then there are two plates.
 Why did {a} take a ladder to the {a.work}? / To get a higher job.
 Why does {a} always run on {a.street}? / Because the street does not run on its own.
-{a}: My {a.pet} can count! I asked what ten minus ten is. / {b}: And what did it say? / {a}: Nothing.
+{a}: My {a.pet} can count! I asked what ten minus ten is. /
+    {b}: And what did it say? / {a}: Nothing.
 {b}: Is that your {a.pet}? / {a}: No, I am its {a.job}.
 {a}: I have not slept for three days! / {b}: Are you not tired? / {a}: No, I sleep at night.
 {b}: {a}, your {a.pet} ate my hat! / {a}: Oh no! It has had its dinner already.
@@ -480,7 +512,7 @@ Why does {a} always run on {a.street}? / Because the street does not run on its 
 {b}: What do you do in the evening, {a}? / {a}: I talk to {a.petname}. It never says no.
 {a}: I lost my {a.pet}. / {b}: Write a letter to the town hall! / {a}: But my {a.pet} cannot read.
 """
-_JOKES = _couplets("\n".join(filter(None, _JOKES.splitlines())))
+_JOKES = _couplets(re.sub("\n+", "\n", _JOKES))
 
 # %% ../../nbs/core/04b_verses.ipynb #4247782c
 def _two(world, draw: Draw) -> dict:
@@ -518,10 +550,10 @@ def joke_faults(
     if not any(re.fullmatch(_pattern(joke), text) for joke in _JOKES): faults += ["no known joke"]
     return faults
 
-# %% ../../nbs/core/04b_verses.ipynb #eb029493
+# %% ../../nbs/core/04b_verses.ipynb #2ae92236
 def _first_person(does: str) -> str: # such as "grows corn and keeps cows"
     "Return what people of a job do, as one of them would say it."
-    verbs = {"helps", "cares", "grows", "keeps", "sells", "cuts", "bakes", "makes", "sorts", "looks"}
+    verbs = {"grows", "keeps", "sells", "cuts", "makes", "sorts"} # after "and"
     words = does.split(" ")
     first = words[0].removesuffix("s")
     rest = [word.removesuffix("s") if word in verbs else word for word in words[1:]]
@@ -552,10 +584,12 @@ _THING_RIDDLES = { # answer: what it says
     "the fog": ["I hide the town, but I have no hands."],
     "the moon": ["I am bright at night, and I am never in the same shape."]}
 
-# %% ../../nbs/core/04b_verses.ipynb #92ce88fa
+# %% ../../nbs/core/04b_verses.ipynb #fb7da85e
 def _all_riddles() -> dict[str, str]: # question → answer
     "Return all riddles."
-    riddles = {f"{text} What am I?": answer for answer, texts in _THING_RIDDLES.items() for text in texts}
+    riddles = {}
+    for answer, texts in _THING_RIDDLES.items():
+        riddles |= {f"{text} What am I?": answer for text in texts}
     for job, (work, does) in JOBS.items():
         riddles[f"{_first_person(does)}. Who am I?"] = f"the {job}"
         riddles[f"I work at the {work}, and {_first_person(does)}. Who am I?"] = f"the {job}"
