@@ -41,9 +41,10 @@ _SHARED = dict(
         "That was a good day in {town}.", "\"What a day!\" said {b}."])
 add_rules(**_SHARED)
 
-# %% ../../nbs/core/04a_stories.ipynb #204a5009
+# %% ../../nbs/core/04a_stories.ipynb #bd32c3ee
 _PLOTS: dict[str, tuple] = {} # name → compiled template
 
+# %% ../../nbs/core/04a_stories.ipynb #199f1079
 def _add_plots(text: str): # paragraphs that begin with a name, such as "lost thing: {s_who} ..."
     "Compile plots and add them to the table."
     for paragraph in text.strip().split("\n\n"):
@@ -435,12 +436,13 @@ def _choose_plot(
     if people[0].job == people[1].job: unfit |= {"change of work"}
     return _PLOTS[draw.pick(sorted(set(names) - unfit))]
 
-# %% ../../nbs/core/04a_stories.ipynb #42fa769c
+# %% ../../nbs/core/04a_stories.ipynb #788230a4
 def _drawn_thing(draw: Draw) -> str:
     "Return a thing with an adjective: a red kite, an old clock."
     things = [thing for thing in THINGS if thing not in _HEAVY | {"letter"}]
     return f"{draw.pick(_QUALITIES[:len(COLOURS) + 3])} {draw.pick(things)}"
 
+# %% ../../nbs/core/04a_stories.ipynb #38459e2b
 def _slots(
     world, # with `town`
     people: list, # hero and helper
@@ -535,14 +537,16 @@ def _people_in(
     words = set(words_of(text))
     return [person for person in world.residents if person.first in words]
 
-# %% ../../nbs/core/04a_stories.ipynb #74cd7e17
+# %% ../../nbs/core/04a_stories.ipynb #6983cb76
 def _one_of(words) -> str: # iterable of words
     "Return a regular expression that matches one of the words."
     return "(" + "|".join(map(re.escape, sorted(words, key=len, reverse=True))) + r")\b"
 
+# %% ../../nbs/core/04a_stories.ipynb #1b0a7ad6
 _JOB, _PET, _STREET, _MONTH = (
     _one_of(ATTRIBUTES[name]) for name in ("job", "pet", "street", "birthday"))
 
+# %% ../../nbs/core/04a_stories.ipynb #797b3a8c
 def _claims(person) -> list[tuple[str, str]]: # pairs: what is true, regular expression
     "Return what a text may claim about a resident, with the value in group 1."
     name, animal = rf"\b{person.first}(?: [A-Z][a-z]+)?", person.petname

@@ -96,12 +96,13 @@ def rhymes(
     ends = [re.search(r"[aeiouy]+[^aeiouy]*e?$", word) for word in (a, b)]
     return a != b and all(ends) and ends[0][0] == ends[1][0]
 
-# %% ../../nbs/core/04b_verses.ipynb #c6312a61
+# %% ../../nbs/core/04b_verses.ipynb #f74c3295
 def _couplets(text: str) -> list[tuple]: # one couplet a row, its lines separated by " / "
     "Compile a table of couplets."
     lines = text.strip().replace("\n   ", "").splitlines() # an indented line continues the last
     return compile_templates(line.replace(" / ", "\n") for line in lines)
 
+# %% ../../nbs/core/04b_verses.ipynb #f4135492
 _ANY = _couplets("""
 I dreamed of {x} last night, /
     [and woke up in the morning light|the moon was round, the stars were bright].
@@ -306,10 +307,11 @@ def _fitting(
         if good: return good
     return texts
 
-# %% ../../nbs/core/04b_verses.ipynb #87d6b682
+# %% ../../nbs/core/04b_verses.ipynb #210adf5d
 _QUALITIES = {*COLOURS, "old", "little", "big", "small", "new", "young", "brave", "funny",
     "clever"}
 
+# %% ../../nbs/core/04b_verses.ipynb #2cd0a5c2
 def _kind_of(
     about: str, # such as "a dog", "the sea", "red", "dragons"
 ) -> tuple[str, str]: # kind: pet, place, thing, colour, topic or any; and the words for its slot
@@ -323,13 +325,14 @@ def _kind_of(
             if noun in nouns: return kind, bare
     return "any", re.sub(r"\bmy\b", "your", about)
 
-# %% ../../nbs/core/04b_verses.ipynb #f29af309
+# %% ../../nbs/core/04b_verses.ipynb #22ff3bf0
 def _subjects() -> list[str]:
     "Return subjects that a poem may have if nobody asks for one."
     nouns = [*PETS, *THINGS]
     return [*_KINDS["topic"], *COLOURS, *map(article, nouns), *(f"the {place}"
     for place in PLACES)]
 
+# %% ../../nbs/core/04b_verses.ipynb #5b909046
 def _first_couplets(
     world, # with `residents`
     about: str,
@@ -365,7 +368,7 @@ def _end_word(text: str) -> str:
     "Return the last word of a text."
     return words_of(text)[-1]
 
-# %% ../../nbs/core/04b_verses.ipynb #07db9887
+# %% ../../nbs/core/04b_verses.ipynb #fd5b9331
 @cache
 def _verse_words() -> frozenset[str]:
     "Return every word that a poem or haiku can contain, except words of the request."
@@ -375,6 +378,7 @@ def _verse_words() -> frozenset[str]:
     names = {name.lower() for name in SHE + HE}
     return frozenset(template_words(tables) | table_words() | names)
 
+# %% ../../nbs/core/04b_verses.ipynb #a0e19cdb
 def _broken_words(text: str, about: str) -> list[str]:
     "Return a message for each word that no poem can contain."
     known = _verse_words() | {word.lower() for word in words_of(about)} | {"your"}

@@ -114,11 +114,12 @@ _AFTER = compile_templates([ # a second sentence that names the subject
     "[The subject is|The topic is|Topic:] {x}.",
     "I like {x}.", "About {x}, please."])
 
-# %% ../../nbs/post/32b_writing.ipynb #743848de
+# %% ../../nbs/post/32b_writing.ipynb #8bbeb621
 def _capital(text: str) -> str:
     "Return a text with a capital letter at its beginning."
     return text[0].upper() + text[1:]
 
+# %% ../../nbs/post/32b_writing.ipynb #b63a8c30
 def _request(
     kind: str, # key of _NOUNS
     x: str, # the subject, such as "a dog"; "": none
@@ -179,16 +180,18 @@ _TOPICS = [
     "a storm", "the rain", "the snow", "a ghost", "a birthday", "a race", "a quarrel", "the night",
     "a train", "a cake", "a garden", "a little bird", "the wind", "a lost child", "a friend"]
 
-# %% ../../nbs/post/32b_writing.ipynb #e0810466
+# %% ../../nbs/post/32b_writing.ipynb #269e11b8
 _ADJECTIVES = """
     little big old small funny brave clever young tiny sad happy green blue lazy
     """.split()
 
+# %% ../../nbs/post/32b_writing.ipynb #def34c59
 def _plural(noun: str) -> str:
     "Return the plural of a regular noun."
     if re.search(r"[^aeiou]y$", noun): return noun[:-1] + "ies"
     return noun + ("es" if re.search(r"(s|x|ch|sh)$", noun) else "s")
 
+# %% ../../nbs/post/32b_writing.ipynb #10248eda
 def _some_noun(draw: Draw) -> str:
     "Return a noun that a subject may have, with an article, an adjective or in the plural."
     noun = made_up(draw) if draw.chance(0.25) else draw.pick(_COUNTABLE)
@@ -196,11 +199,12 @@ def _some_noun(draw: Draw) -> str:
     if form == "plural": return _plural(noun)
     return article(f"{draw.pick(_ADJECTIVES)} {noun}" if form == "adjective" else noun)
 
-# %% ../../nbs/post/32b_writing.ipynb #d4761f99
+# %% ../../nbs/post/32b_writing.ipynb #0f4e78f6
 _KINDS = { # kind of subject: its share among requests that name one
     "resident": 0.27, "two": 0.05, "pet": 0.15, "place": 0.12, "thing": 0.12, "topic": 0.06,
     "mine": 0.04, "visitor": 0.03, "other": 0.16}
 
+# %% ../../nbs/post/32b_writing.ipynb #e93169e0
 def _subject(
     world: World,
     draw: Draw,
@@ -326,7 +330,7 @@ def _howto(
     if task in _SAME_WORK: task = expand(_SAME_WORK[task], {}, draw)
     return expand_one(_HOW, {"do": task}, draw), answer
 
-# %% ../../nbs/post/32b_writing.ipynb #3ede5b20
+# %% ../../nbs/post/32b_writing.ipynb #00439a68
 @cache
 def _howto_words() -> list[set[str]]: # one set for each of HOWTOS
     "Return the words that each of the instructions can have, found by writing them often."
@@ -336,6 +340,7 @@ def _howto_words() -> list[set[str]]: # one set for each of HOWTOS
         found.append({word.lower() for word in words_of(" ".join(texts))})
     return found
 
+# %% ../../nbs/post/32b_writing.ipynb #8b5306be
 def _howto_faults(
     said: str,
     reference: str, # the instructions that were asked for
@@ -347,7 +352,7 @@ def _howto_faults(
     faults = [f"unknown word: {word}" for word in words if word not in known] + repeated(said)
     return faults + ([] if len(words) > 0.6 * len(words_of(reference)) else ["too short"])
 
-# %% ../../nbs/post/32b_writing.ipynb #8ac02187
+# %% ../../nbs/post/32b_writing.ipynb #e07a1bcb
 def _joke_subject(text: str, world: World) -> str: # "" if there is none
     "Return what a joke is about: a person, a job or an animal in it, as a request would say it."
     names = {person.first for person in world.residents}
@@ -356,6 +361,7 @@ def _joke_subject(text: str, world: World) -> str: # "" if there is none
         if word in {*JOBS, *PETS}: return article(word)
     return ""
 
+# %% ../../nbs/post/32b_writing.ipynb #b0e61fae
 def _riddle_subject(answer: str) -> str: # such as "a clock"
     "Return what a riddle is about, in general terms."
     noun = answer.split(" ", 1)[1]
@@ -436,7 +442,7 @@ def _riddle(self: Writing, kind, draw):
     if draw.chance(0.1): talk += [user(expand_one(_MORE, {}, draw)), assistant(riddle(draw)[0])]
     return said, "", talk
 
-# %% ../../nbs/post/32b_writing.ipynb #f68f619b
+# %% ../../nbs/post/32b_writing.ipynb #ee6cff38
 @cache
 def _asking_words() -> frozenset[str]:
     "Return the words of requests, without their subjects."
@@ -444,6 +450,7 @@ def _asking_words() -> frozenset[str]:
     for table in (_VERBS, _NOUNS, _FIXED): tables += table.values()
     return frozenset(template_words(tables) | {name.lower() for name in FAMILIES} | {"an"})
 
+# %% ../../nbs/post/32b_writing.ipynb #ee2b43ca
 def _asked_for(
     request: str,
     reference: str, # an answer to it
