@@ -26,6 +26,8 @@ from .settings import (
 # mean tokens of a conversation in a public set, with a vocabulary of 32,768
 _SET_TOKENS = {"smoltalk": 800, "mmlu": 350, "gsm8k": 182, "arc-easy": 72, "arc-challenge": 81}
 _TASK_TOKENS = 40 # mean of a conversation in a generated task, with a vocabulary of 2,048
+_LONG_TASK_TOKENS = {"writing": 100} # the same, for tasks with longer conversations
+_LONG_ANSWERS = {"writing": 200} # most tokens of an answer, where it is more than the usual limit
 # rough mean of the pretraining documents that `mid.replay` and `sft.replay` mix in
 _DOCUMENT_TOKENS = {"world": 115, "web": 1000}
 
@@ -63,7 +65,7 @@ def _task_size(
     vocab_size: int, # tokens in the vocabulary
 ) -> tuple[int, float]: # count of conversations, mean tokens of one
     "Estimate how many conversations a task has, and how long they are."
-    if task in WORLD_TASKS: return TASK_SIZE, _TASK_TOKENS
+    if task in WORLD_TASKS: return TASK_SIZE, _LONG_TASK_TOKENS.get(task, _TASK_TOKENS)
     per_token = bytes_per_token(vocab_size)
     if task in SET_SIZES:
         return SET_SIZES[task][split], _SET_TOKENS[task] * bytes_per_token(32768) / per_token
@@ -330,7 +332,7 @@ def _written_seconds(
     questions: int, # count over all tasks
 ) -> float:
     "Estimate the time to generate answers for an evaluation, in float32."
-    limits = (ANSWER_TOKENS.get(task, 0) for task in tasks)
+    limits = ((ANSWER_TOKENS | _LONG_ANSWERS).get(task, 0) for task in tasks)
     prompt, *answer = _answers(tasks, max([c["eval.max_new_tokens"], *limits]))
     lengths = (prompt, *(_GREEDY * length for length in answer))
     batch = c["eval.batch"] * _devices(c, hw)
