@@ -15,11 +15,13 @@ from fastcore.basics import patch
 
 # %% ../../nbs/core/05_world.ipynb #c5b44112
 from .grammar import (
-    ANSWERS, ATTRIBUTES, FAMILIES, GOODS, HE, HOWTOS, JOBS, MONTHS, PETS, PLACES,
-    PLURALS, QUESTIONS, SHE, STATEMENTS, WEATHER, WORDS, Draw, add_rules, article, compile_prose,
-    compile_template, compile_templates, count, expand, expand_one, join_words,
-    number_word, past_tense, spell)
+    ANSWERS, ATTRIBUTES, COLOURS, FAMILIES, GOODS, HE, HOWTOS, JOBS, MONTHS, PETS,
+    PLACES, PLURALS, QUESTIONS, SHE, STATEMENTS, THINGS, WEATHER, WORDS, Draw,
+    article, compile_template, compile_templates, count, expand, expand_one,
+    join_words, made_up, number_word, past_tense, spell)
 from .words import any_word
+from .stories import SUBJECTS, story
+from .verses import haiku, joke, poem, riddle
 
 # %% ../../nbs/core/05_world.ipynb #9d401452
 _TOWNS = ["Millbrook", "Ashford", "Stonebridge", "Fernhill", "Seaview"]
@@ -136,169 +138,67 @@ def _biography(world: World, draw: Draw) -> str:
     slots = {**person.subject("pronoun"), "town": world.town}
     return intro + " ".join(sentences) + expand_one(_LAST, slots, draw)
 
-# %% ../../nbs/core/05_world.ipynb #936bcb3d
-add_rules(
-    moral=[
-        "From that day on, {a} and {b} were good friends.",
-        "That {daytime2}, {a} told everyone in {town} about it.",
-        "{a} never forgot how kind {b} was.", "It was a good day after all.",
-        "So everything ended well.", "In the end, both of them laughed about it.",
-        "{b} was {glad2}, too.", "Later they met {c}, who also wanted to hear the story.",
-        "And so the day ended with tea and cake.",
-        "At home, {a} wrote about it in a {colour3} book.",
-        "{c} heard about it and told it to everyone at the {place3}.",
-        "In the evening, they ate {b.food} together.", "{a} slept well that night.",
-        "\"What a day!\" {said2} {b}."],
-    aside=[
-        "", "It was a {weather2} day. ", "{b} lives on {b.street}, not far away. ",
-        "The bells of the church were ringing. ", "{a} thought of {a.food} and became hungry. ",
-        "{c} was there, too. ", "A {colour2} bird was singing. ",
-        "{a} had just come from the {place2}. ",
-        "{b} was on the way to the {b.work}, for {b.she} is {b.a_job}. ",
-        "{c} from {c.street} walked past and said hello. ",
-        "There were many people on {a.street}. ",
-        "{b.petname}, {b.ns} {b.pet}, was there as well. "],
-    more=[
-        "", "It was not easy. ", "{c} only watched. ", "That took a long time. ",
-        "Nobody said a word. ", "Suddenly {c} had to laugh. ", "It was already late. ",
-        "{a} looked at {b} and smiled. ", "Some children came and watched. ",
-        "{a} counted to {ten}. "])
+# %% ../../nbs/core/05_world.ipynb #655ef806
+_TITLES = compile_templates([
+    "A story about {x}.", "A story about {x}.", "Story: {X}.", "Tell me a story about {x}.",
+    "This story is about {x}.", "A short story about {x}."])
+_BARE_TITLES = compile_templates(["A story.", "Tell me a story.", "A short story."])
 
-# %% ../../nbs/core/05_world.ipynb #149ad3f2
-_STORIES = compile_prose("""
-{open}, {a.petname} was [gone|not in the house|nowhere to be seen]. {a.petname} is the {a.pet} of
-{a.full}, so {a} was {sad}. {aside}{a} looked {hide} and {hide2}, but {a.she} found [nothing|only a
-{colour} {thing}|nobody]. [Then|At last|An hour later], {b} {helped}. "I [saw|heard] a little
-{a.pet} {hide3}," {said} {b}. They ran there {slowly}, and there {a.petname} was. {a} gave {b}
-{gift} [to say thank you|as a thank-you]. {more}{moral}
+def _titled(
+    titles: list[tuple], # compiled templates
+    about: str, # the subject of the text
+    text: str,
+    draw: Draw,
+) -> str:
+    "Put a title above a text."
+    if not about: return text
+    slots = {"x": about, "X": about[0].upper() + about[1:]}
+    return expand_one(titles, slots, draw) + "\n" + text
 
-{b.full} has {b.her} birthday in {b.birthday}, and {a} wanted to make {b.him} {glad}. Because {b}
-loves {b.food}, {a} [made|cooked|ordered] {b.food} and hid a {colour} {thing} {hide}. {aside}When
-{b} came home to {b.street}, [everyone|half the town|{a}] was waiting. "[What a surprise|How
-lovely|Is this for me]!" {said} {b}. {b.She} [ate|smiled|sang] and was {glad2} [all evening|until
-midnight|for days]. {more}{moral}
+# %% ../../nbs/core/05_world.ipynb #55b191f0
+def _subject(world: World, draw: Draw) -> str:
+    "Choose what a story or a poem is about: a resident, an animal, a place, a thing or another word."
+    kind = draw.weighted({"resident": 0.35, "pet": 0.2, "place": 0.15, "thing": 0.15, "other": 0.15})
+    if kind == "resident": return draw.pick(world.residents).first
+    if kind == "pet": return article(draw.pick(list(PETS)))
+    if kind == "place": return "the " + draw.pick(list(PLACES))
+    if kind == "thing": return article(f"{draw.pick(COLOURS)} {draw.pick(THINGS)}")
+    return article(made_up(draw)) if draw.chance(0.3) else draw.pick(SUBJECTS)
 
-{open}, {a} dropped {a.her} {colour} {fragile}, and it broke. {a.She} was {sad}, because it was a
-gift from {a.her} [mother|father|sister|brother]. {aside}{a} took it to {b}, who works as
-{b.a_job}. "[Do not worry|Leave it here|Give me some time]," {said} {b}. {b.She} worked {slowly}
-and [used some glue|used a little wood|took new screws]. [In the evening|After two days|An hour
-later], the {fragile} was as good as new. {a} paid with {gift}. {more}{moral}
-""")
-
-# %% ../../nbs/core/05_world.ipynb #cf7e1ee4
-_STORIES += compile_prose("""
-{open}, {a.full} [lost|could not find] {a.her} {colour} {thing}. First {a.she} looked {hide}, then
-{hide2}. {a} asked {b}, but {b} had not seen it. {aside}Then {a} remembered: {a.she} had been at
-the {place}! {a.She} went back {slowly}. {aside}There, {hide3}, lay the {colour} {thing}. "[I am so
-glad|What luck|There it is]!" {said} {a}. [The {thing} was wet, because it had rained|The {thing}
-was dirty but not broken|A {colour2} bird was sitting on it]. {more}{moral}
-
-It was a windy {daytime} in {town}. {a} walked to the {place} with {a.her} {colour}
-[hat|scarf|umbrella|kite]. Because the wind was so strong, it flew [over the roofs|into a
-tree|across the river|onto the church]. {aside}{a} was {sad}. [Luckily|Just then], {b} came by with
-[a long stick|a ladder|a little boat]. {b} is {b.a_job} and [very strong|not afraid of wind|good
-with such things]. {b.She} brought it back {slowly}. "[Hold it tight|Be careful|Here it is],"
-{said} {b}. {more}{moral}
-
-{open}, {a} wanted to go to the {place}, but it began to rain. {a.She} had no umbrella, so {a.her}
-coat became wet. {b} [opened the door|waved from the window|saw {a.him}] and {said}, "[Come in|Come
-inside|Wait here with me]!" {aside}They drank [hot tea|warm milk|hot cocoa] and talked about [the
-weather|{a.hobby}|{b.hobby}|old times]. {a} likes {a.hobby}, and {b} likes {b.hobby}. [When the
-rain stopped|After an hour|Before dinner], {a} went home to {a.street}. {more}{moral}
-""")
-
-# %% ../../nbs/core/05_world.ipynb #e921cb66
-_STORIES += compile_prose("""
-{a.full} is {a.a_job}. {open}, {a.she} went to the {a.work} [as always|early|by bicycle]. [There
-was much to do|It was a long day|Many people came], because [it was {day2}|everyone needed
-something|a visitor from {month2} came back|the {place} was closed]. {aside}{b} came too and asked
-for [help|advice|a {colour} {thing}]. {a} {said}, "[Of course|With pleasure|One moment, please]."
-At the end of the day, {a} was [tired|hungry|tired but {glad}]. At home on {a.street}, {a.she} ate
-{a.food} and fed {a.petname}, {a.her} {a.pet}. {more}{moral}
-
-{open}, {a} had [a free day|no work|some time]. {aside}{a} likes {a.hobby}, so {a.she}
-[called|asked|visited] {b}. "[Shall we go to the {place}|Will you come along|Would you like to try
-{a.hobby}]?" {said} {a}. {b} likes {b.hobby} [better|more], but {b.she} came along. [It was hard at
-first|They tried it for hours|They stayed until dark]. Then {b} [laughed|was hungry|was tired], and
-they ate {b.food}, which {b} likes best. {more}{moral}
-
-{a.petname}, the {a.pet} of {a.full}, likes adventures. {aside}{open}, {a.petname} ran into the
-{place} and [took a roll|broke a {colour} cup|sat on a {colour} {thing}|hid {hide}]. {b}, who was
-there, {said}, "[Stop|Oh no|Catch that {a.pet}]!" [Everyone ran|People laughed|A {thing2} fell
-down]. {a} came {slowly} and was {sad}. {a.She} gave {b} {gift} and [said sorry|cleaned
-everything|paid for it]. {a.petname} only wanted [to play|something to eat|to be with people].
-{more}{moral}
-""")
-
-# %% ../../nbs/core/05_world.ipynb #fdd548b9
-_STORIES += compile_prose("""
-In {month}, {a} planted [three seeds|a little tree|some seeds] {hide}. {aside}Every {daytime},
-{a.she} gave them water. [At first nothing happened|For weeks nothing grew|It was too cold], and
-{a} was {sad}. {b} {said}, "[Be patient|Wait a little|Plants need time]." [Then the sun came
-out|After some rain|In {month2}], [a green leaf|a small plant] grew, and later it had {colour}
-flowers. {a} was {glad} and gave {b} [one of them|some of them|a bunch]. {more}{moral}
-
-{open}, {a} got a letter in a {colour} envelope. {aside}It came from [{a.her} sister|{a.her}
-brother|an old friend|{a.her} aunt], who lives far away. "[Come and visit me|I miss you|I have good
-news]," it said. {a} was {glad} and showed it to {b}. {b}, who lives on {b.street}, [offered to
-feed|promised to look after] {a.petname}, because nobody can leave a {a.pet} alone. So {a} packed a
-{colour2} bag and took the train on {day2}. [The journey was long|{a} slept all the way|{a} looked
-out of the window]. {more}{moral}
-
-On {day}, there was a [race|contest|game] at the {place}. {a} and {b} both wanted to win a {colour}
-{thing}. {aside}{a}, who is {a.a_job}, was [fast|strong|clever], but {b} had practised [for
-weeks|every {daytime}|since {month}]. [In the middle|Near the end|Just before the end], {a} fell.
-{b} stopped and gave {a.him} a hand, so [both came last|neither of them won|they finished
-together]. [The people clapped|The mayor gave both a prize|Everyone was {glad}]. {more}{moral}
-""")
-
-# %% ../../nbs/core/05_world.ipynb #d64b84e6
-_STORIES += compile_prose("""
-{open}, {a} did not come to the {a.work}. {a.She} was ill and had [a cold|a fever|a sore throat].
-{aside}{b} heard about it and was {sad}. {b.She} made {a.food}, because it is {a.her} favourite
-food, and brought it to {a.street}. {b} also fed {a.petname} the {a.pet}. "[Thank you|You are so
-kind|That helps a lot]," {said} {a}. After [two|three|four] days in bed, {a} was well again.
-{moral}
-
-{open}, {a} found a little bird {hide}. It could not fly, because [its wing was hurt|it was too
-young|it was cold]. {aside}{a} put it into a {colour} {container} and gave it [water|bread|seeds].
-{b} {said}, "[Let it rest|Keep it warm|Do not wake it]." After [two|three|four] days, the bird
-[flew around the room|sang in the morning|was well again]. They took it to the {place} and let it
-go. {a} was {sad} and {glad} at the same time. {more}{moral}
-
-{open}, all the lights in {town} went out. {a} was [reading|cooking {a.food}|talking to
-{a.petname}] and could not see anything. {aside}{a} was {sad}, but then {b} came with [a candle|a
-lamp|two candles] from the {b.work}. "[Here is some light|Do not be afraid|Take this]," {said} {b}.
-They sat together and told stories about the {place}. When the light came back, {a} gave {b}
-{gift}. {more}{moral}
-""")
-
-# %% ../../nbs/core/05_world.ipynb #fc676524
-_STORIES += compile_prose("""
-At the {place}, {a} and {b} both had a {colour} bag. {aside}When {a} came home to {a.street} and
-opened it, there was a {thing} in it. "[That is not mine|What is this|Whose is that]?" {said} {a}.
-{a.She} had taken the wrong bag! {a.She} ran back {slowly}. {b} was {sad}, because {b.her} {thing}
-was gone. They changed the bags, and {b} got {b.her} {thing} back. {more}{moral}
-
-{open}, a child came to the {a.work} and cried. "[I am lost|I cannot find my mother|Where is my
-father]!" {aside}{a}, who is {a.a_job}, gave the child {gift} and asked {b} for help. {b} had seen
-[a woman|a man|somebody] at the {place}, who was looking for a child in a {colour} coat. They went
-there {slowly}. The child [laughed|jumped|waved], and everyone was {glad}. {more}{moral}
-
-{a} wanted to have a picture of {a.petname}, {a.her} {a.pet}. {b} [likes to paint|has a camera|can
-draw well], so {b.she} came to {a.street} on {day}. {aside}But the {a.pet} did not want to sit
-still. It [ran around|hid {hide}|looked away]. {a} held up [some food|a {colour} {thing}|a ball],
-and then it was quiet for a moment. The picture was finished in the {daytime} and now hangs in the
-{place}. {more}{moral}
-""")
-
-# %% ../../nbs/core/05_world.ipynb #f2c26c31
+# %% ../../nbs/core/05_world.ipynb #618da8e9
 def _story(world: World, draw: Draw) -> str:
-    "Write a story about two residents, in which a third may appear."
-    a, b, c = draw.sample(world.residents, 3)
-    slots = a.role("a") | b.role("b") | c.role("c") | {"town": world.town}
-    return expand_one(_STORIES, slots, draw)
+    "Write a story, in most cases with a title that says what it is about."
+    about = _subject(world, draw) if draw.chance(0.6) else ""
+    text = story(world, draw, about)
+    if about: return _titled(_TITLES, about, text, draw)
+    return _titled(_BARE_TITLES, "a story", text, draw) if draw.chance(0.3) else text
 
+# %% ../../nbs/core/05_world.ipynb #b2eee28f
+_POEM_TITLES = compile_templates([
+    "A poem about {x}.", "A poem about {x}.", "Write a poem about {x}.", "{X}. A poem."])
+_HAIKU_TITLES = compile_templates([
+    "A haiku about {x}.", "{X}. A haiku of five, seven and five syllables."])
+
+def _verses(world: World, draw: Draw) -> str:
+    "Write two or three poems or haiku, each with a title."
+    parts = []
+    for _ in range(draw.number(2, 3)):
+        about = _subject(world, draw)
+        if draw.chance(0.3): text, titles = haiku(draw, about), _HAIKU_TITLES
+        else: text, titles = poem(world, draw, about, draw.number(1, 2)), _POEM_TITLES
+        parts.append(_titled(titles, about, text, draw))
+    return "\n\n".join(parts)
+
+# %% ../../nbs/core/05_world.ipynb #c89b7f9e
+def _jokes(world: World, draw: Draw) -> str:
+    "Tell three to five jokes and riddles."
+    parts = []
+    for _ in range(draw.number(3, 5)):
+        if draw.chance(0.5): parts.append(draw.pick(["A joke.", "Joke:"]) + "\n" + joke(world, draw))
+        else: parts.append("\n".join([draw.pick(["A riddle.", "Riddle:"]), *riddle(draw)]))
+    return "\n\n".join(parts)
+
+# %% ../../nbs/core/05_world.ipynb #43833d52
 def _howto(world: World, draw: Draw) -> str:
     "Write step-by-step instructions."
     return expand_one(HOWTOS, {"town": world.town}, draw)
@@ -675,10 +575,12 @@ def _spelling(world: World, draw: Draw) -> str:
 _KINDS = {
     "biography": _biography, "story": _story, "dialogue": _dialogue, "encyclopedia": _encyclopedia,
     "arithmetic": _arithmetic, "weather report": _weather_report, "price report": _price_report,
-    "howto": _howto, "quiz": _quiz, "spelling": _spelling}
+    "howto": _howto, "quiz": _quiz, "spelling": _spelling,
+    "verses": _verses, "jokes": _jokes}
 _SHARES = { # kind of document: its probability
-    "biography": 0.25, "story": 0.15, "dialogue": 0.12, "encyclopedia": 0.09, "arithmetic": 0.06,
-    "weather report": 0.05, "price report": 0.03, "howto": 0.03, "quiz": 0.09, "spelling": 0.13}
+    "biography": 0.24, "story": 0.15, "dialogue": 0.11, "encyclopedia": 0.08, "arithmetic": 0.06,
+    "weather report": 0.05, "price report": 0.02, "howto": 0.03, "quiz": 0.08, "spelling": 0.13,
+    "verses": 0.03, "jokes": 0.02}
 
 # %% ../../nbs/core/05_world.ipynb #6d0bc36c
 @patch

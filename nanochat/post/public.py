@@ -33,6 +33,7 @@ from .people import People
 from .general import General
 from .conversation import Identity, SmallTalk
 from .memory import Memory
+from .writing import Writing
 
 # %% ../../nbs/post/33_public.ipynb #1cc986ac
 class RealTask:
@@ -244,7 +245,7 @@ TASKS = { # generated, most of them about the embedded world
     "unknown": Unknown, "sums": Sums, "problems": Problems, "spelling": Spelling,
     "counting": Counting, "choice": TownChoice, "smalltalk": SmallTalk,
     "people": People, "general": General, "arithmetic": Arithmetic, "letters": Letters,
-    "repeat": Repeat}
+    "repeat": Repeat, "writing": Writing}
 REAL_TASKS = { # read from public sets
     "arc-easy": _Arc, "arc-challenge": _Arc, "mmlu": _Mmlu, "gsm8k": _Gsm8k,
     "humaneval": HumanEval, "smoltalk": SmolTalk}

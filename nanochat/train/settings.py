@@ -62,7 +62,7 @@ def read_weight(
 # %% ../../nbs/train/21_settings.ipynb #6b991025
 WORLD_TASKS = ("identity", "facts", "twofacts", "memory", "unknown", "sums", "problems", "spelling",
                "counting", "choice", "smalltalk", "people", "general", "arithmetic", "letters",
-               "repeat")
+               "repeat", "writing")
 
 SET_SIZES = { # set: {split to train on: conversations}
     "smoltalk": {"train": 460_341},
