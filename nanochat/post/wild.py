@@ -536,13 +536,12 @@ def _draw_scene(world: World, needs: dict, j: int, draw: Draw) -> Scene:
         others = [p for p in everybody if equal(p) == wanted] or everybody
     return Scene(world, first, draw.pick(others), draw.pick(_strangers(world)), draw.pick("ABCD"))
 
-# %% ../../nbs/post/32c_wild.ipynb #729617c5
-def _slots(scene: Scene, needs: dict, name: str, draw: Draw) -> dict:
+# %% ../../nbs/post/32c_wild.ipynb #6555dd0c
+def _slots(scene: Scene, needs: dict, draw: Draw) -> dict:
     "Return the slots of a message."
     a, b = scene.a, scene.b
     slots = {"N": a.first, "NN": a.full, "M": b.first, "MM": b.full, "S": scene.stranger}
     slots |= {"N_last": a.first[-1], "length": str(len(scene.stranger)), "town": scene.world.town}
-    slots |= {"name": name, "maker": IDENTITY["maker"]}
     if "option" in needs:
         attribute = needs["option"]
         options = wrong_values(scene.world, attribute, _value(a, attribute), draw)
@@ -594,11 +593,12 @@ def _entries() -> list[tuple]: # (kind, number within the kind, turns, needs, ri
             rows.append((place, (kind, j, _listed(entry["say"]), needs, entry.get("right", content["right"]))))
     return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
-# %% ../../nbs/post/32c_wild.ipynb #dd9a7fa8
+# %% ../../nbs/post/32c_wild.ipynb #cf5b1058
 class Wild(Task):
     "Messages as newcomers type them, with a judge of each answer."
     splits = ("test",)
     max_new_tokens = 200 # for stories
+    model_maker = IDENTITY["maker"]
 
     def __init__(self, name: str, split: str, seed: int, world: World):
         super().__init__(name, split, seed, world)
@@ -611,7 +611,8 @@ class Wild(Task):
         kind, j, turns, needs, right = self._entries[i]
         draw = Draw(f"{self.name} {self.seed} {kind} {j}")
         scene = _draw_scene(self.world, needs, j, draw)
-        slots = _slots(scene, needs, self.model_name, draw)
+        slots = _slots(scene, needs, draw) | {
+            "name": _Slot(self.model_name), "maker": _Slot(self.model_maker)}
         needs = _filled(needs, slots)
         said = [turn.format_map(slots) for turn in turns]
         messages = [assistant(text) if n % 2 else user(text) for n, text in enumerate(said)]
