@@ -123,13 +123,14 @@ def wild_messages() -> dict: # kind → {needs, right, say}
     text = files("nanochat.post").joinpath("wild.yaml").read_text("utf-8")
     return yaml.safe_load(text)
 
-# %% ../../nbs/post/30_tasks.ipynb #7416df1c
+# %% ../../nbs/post/30_tasks.ipynb #957da182
 _LONG_FORMS = {
     "u": "you", "ur": "your", "r": "are", "im": "i am", "ive": "i have", "id": "i would",
     "dont": "do not", "doesnt": "does not", "didnt": "did not", "cant": "cannot", "isnt": "is not",
     "wanna": "want to", "gonna": "going to", "ppl": "people", "fav": "favourite",
     "favorite": "favourite", "color": "colour", "bday": "birthday"}
-_LONG_FORMS |= {f"{word}s": f"{word} is" for word in "what where who when how that it there".split()}
+for _word in "what where who when how that it there".split():
+    _LONG_FORMS[_word + "s"] = _word + " is"
 _POLITE = set("""
     hi hello hey please pls plz thanks thx ok okay so well um hmm oh kindly dear
     """.split())
@@ -148,10 +149,11 @@ def _known_words() -> tuple[re.Pattern, frozenset]:
 
 _LONG_NAMES, _KNOWN = _known_words()
 
-# %% ../../nbs/post/30_tasks.ipynb #bbb4c00a
+# %% ../../nbs/post/30_tasks.ipynb #287bacb6
 _QUOTED = re.compile(r"[\"“”„][^\"“”„]+[\"“”„]|(?<!\w)'[^']+'(?!\w)|\{[^}]*\}(?:s\b)?")
 _NAMED = re.compile(r"(?<=[\w,] )(?!I\b)[A-ZÀ-Ý]\w*") # a capital letter within a sentence
-_REPEATED = re.compile(r"\b((?:say|repeat|echo|copy|spell|write|parrot|reverse)\b[^:]*:).*", re.S | re.I)
+_REPEATED = re.compile(
+    r"\b((?:say|repeat|echo|copy|spell|write|parrot|reverse)\b[^:]*:).*", re.S | re.I)
 _ASKED = re.compile(
     r"\b((?:spell|spelling|word|name|letters?|how many _(?: are| is)?(?: there)? in)"
     r"(?: (?:of|in|the|word|for|me|has|does|have|is|are|there|name))*+) (?!to\b|it\b|_)\w+")

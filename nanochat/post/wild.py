@@ -42,13 +42,14 @@ def _sentences(text: str) -> list[str]:
 
 def _words_of(text: str) -> list[str]: return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", _plain(text))
 
-# %% ../../nbs/post/32c_wild.ipynb #bc440e45
+# %% ../../nbs/post/32c_wild.ipynb #9ad01733
 _NO_VOWEL = {"mr", "mrs", "dr", "hm", "hmm", "shh", "psst", "st", "s", "t", "d", "m", "p"}
 
 def _word_faults(text: str) -> list[str]:
     "Return the words of a text that nobody can pronounce, and the sentences that stand twice."
     words = {word.lower() for word in _words_of(text)}
-    faults = [f"{w!r} is no word" for w in sorted(words - _NO_VOWEL) if not re.search("[aeiouyà-ý]", w)]
+    words = sorted(word for word in words - _NO_VOWEL if not re.search("[aeiouyà-ý]", word))
+    faults = [f"{word!r} is no word" for word in words]
     seen = [" ".join(_words_of(sentence)).lower() for sentence in _sentences(text)]
     twice = sorted({sentence for sentence in seen if seen.count(sentence) > 1 and " " in sentence})
     return faults + [f"{sentence!r} stands twice" for sentence in twice]
@@ -85,10 +86,11 @@ def story_faults(
     faults += [f"nobody is called {name}" for name in _strangers_in(text, world, about)]
     return faults + _word_faults(text) + _about_faults(text, about)
 
-# %% ../../nbs/post/32c_wild.ipynb #058e5640
+# %% ../../nbs/post/32c_wild.ipynb #0f394160
 _SOUNDS = """
     ay: day they grey hey obey sleigh weigh
-    oh: go no so know snow show low slow blow grow throw row toe though flow glow below window yellow ago
+    oh: go no so know snow show low slow blow grow throw row toe though flow glow below window
+        yellow ago
     oo: you do to too two who through shoe into
     ow: now how cow bow wow allow somehow plough
     own: down town brown crown clown frown
@@ -128,22 +130,22 @@ _SOUNDS = """
     ize: eyes skies tries flies cries wise rise surprise
     """
 _SOUND_OF = {}
-for _line in _SOUNDS.strip().splitlines():
-    _sound, _, _those = _line.strip().partition(": ")
-    _SOUND_OF |= {_word: _sound for _word in _those.split()}
+for _tail, _those in re.findall(r"(\w+): ([^:]*)(?=\s\w+:|\Z)", _SOUNDS):
+    _SOUND_OF |= {_word: _tail for _word in _those.split()}
 
-# %% ../../nbs/post/32c_wild.ipynb #3b6281bc
+# %% ../../nbs/post/32c_wild.ipynb #17ab5ac2
 _ALIKE = [ # spelling of a last syllable → one spelling for its sound
     ("(?:igh|eigh)t$", "ite"), ("yte$", "ite"), ("(?:ie|igh|uy|ye)$", "y"),
     ("e?ai(?=[ndlmt]$)(.)", r"a\1e"), ("(?:ai|ey|eigh)$", "ay"), ("ai(?=s)", "a"),
     ("(?:air|are|aire)$", "air"), ("(?:eer|ear|ere|ier)$", "eer"), ("(?:ore|oor|oar|or)$", "or"),
-    ("ea(?=[^r])(.+)$", r"ee\1"), ("ee(.)e$", r"ee\1"), ("ie(f|ce|ld)$", r"ee\1"), ("e(n|t|m|v)e$", r"ee\1"),
+    ("ea(?=[^r])(.+)$", r"ee\1"), ("ee(.)e$", r"ee\1"), ("ie(f|ce|ld)$", r"ee\1"),
+    ("e(n|t|m|v)e$", r"ee\1"),
     ("(?:ea|ee)$", "ee"), ("oa(t|d|l|n|p|m)$", r"o\1e"), ("oe$|o$", "oh"),
     ("(?:ew|ue|oo)$", "oo"), ("oo(n|m|l|t|p|f)$", r"u\1e"), ("(?:aw|au)(?=l)", "al"),
     ("[eui]r(?=[^e])", "ur"), ("ure$", "oor"), ("oun", "own"), ("ough?t$|augh?t$", "ort")]
 _WEAK = r"(?:ing|er|ers|en|ed|le|les|et|el|ly|y|ies|on|or|ow|ain)"
 
-# %% ../../nbs/post/32c_wild.ipynb #d2870a49
+# %% ../../nbs/post/32c_wild.ipynb #8e3f3172
 def _sound(word: str) -> str:
     "Return how a word sounds from its last stressed vowel on, spelled in one way."
     word = word.lower()
@@ -152,8 +154,8 @@ def _sound(word: str) -> str:
     # a long word with a weak end is stressed before it: "morning", "table", "happy"
     tail = weak or re.search(r"[aeiouy]+[^aeiouy]+e$|[aeiouy]+[^aeiouy]*$", word)
     tail = re.sub(r"([^aeiou])\1", r"\1", tail[0].replace("ck", "k")) if tail else word
-    if not weak:
-        for pattern, sound in _ALIKE: tail = re.sub(rf"^{pattern}" if "$" in pattern else pattern, sound, tail)
+    for pattern, sound in [] if weak else _ALIKE:
+        tail = re.sub("^" * ("$" in pattern) + pattern, sound, tail)
     return tail
 
 # %% ../../nbs/post/32c_wild.ipynb #3062977f
@@ -164,8 +166,9 @@ def rhymes(
     "Return whether two different words sound alike from the last stressed vowel on."
     return first.lower() != second.lower() and _sound(first) == _sound(second)
 
-# %% ../../nbs/post/32c_wild.ipynb #796a6aa6
-def _lines(text: str) -> list[str]: return [line.strip() for line in text.splitlines() if line.strip()]
+# %% ../../nbs/post/32c_wild.ipynb #ccad879e
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 # %% ../../nbs/post/32c_wild.ipynb #337426c6
 def poem_faults(
@@ -182,12 +185,13 @@ def poem_faults(
     faults += [f"{line!r} is too long" for line in lines if len(_words_of(line)) > 14]
     return faults + _word_faults(text) + _about_faults(text, about)
 
-# %% ../../nbs/post/32c_wild.ipynb #d27c1032
+# %% ../../nbs/post/32c_wild.ipynb #2f3f24a9
 _SPOKEN = """
     1: world clothes
-    2: quiet lion lions poem poems poet diet giant being something sometimes somewhere someone people science
-       create towards business noah leo theo biscuit cookie cookies
-    3: everyone everything everywhere piano area idea maria sofia museum radio stadium bakery hospital quietly
+    2: quiet lion lions poem poems poet diet giant being something sometimes somewhere someone
+       people science create towards business noah leo theo biscuit cookie cookies
+    3: everyone everything everywhere piano area idea maria sofia museum radio stadium bakery
+       hospital quietly
     1-2: fire hour hours flower flowers power our ours tower towers shower tired real
     2-3: every evening evenings different chocolate favourite family theatre julia library
     3-4: vegetable vegetables
@@ -265,7 +269,7 @@ def _values_in(answer: str, attribute: str) -> list[str]:
              else value[0].lower() + value[1:] for value in _VALUES[attribute].findall(answer)]
     return list(dict.fromkeys(found))
 
-# %% ../../nbs/post/32c_wild.ipynb #dafc2b6f
+# %% ../../nbs/post/32c_wild.ipynb #90c8bfdb
 @dataclass
 class Scene:
     "Who and what a message is about."
@@ -277,7 +281,8 @@ class Scene:
 
     def people(self, attribute: str) -> list[Resident]:
         "Return the residents who share an attribute's value with the first one."
-        return [p for p in self.world.residents if _value(p, attribute) == _value(self.a, attribute)]
+        shared = _value(self.a, attribute)
+        return [person for person in self.world.residents if _value(person, attribute) == shared]
 
     def named(self, answer: str) -> list[Resident]:
         "Return the residents whose first names an answer has, in order."
@@ -376,11 +381,12 @@ def _fact(answer, wanted, scene):
         if not _in_order(answer, those, attribute): return False
     return True
 
-# %% ../../nbs/post/32c_wild.ipynb #ac72afd4
+# %% ../../nbs/post/32c_wild.ipynb #8c0d8e15
 @rule
 def _same(answer, attribute, scene):
     same = _value(scene.a, attribute) == _value(scene.b, attribute)
-    return _starts(answer, "Yes" if same else "No", scene) and _fact(answer, [attribute, f"b.{attribute}"], scene)
+    facts = [attribute, f"b.{attribute}"]
+    return _starts(answer, "Yes" if same else "No", scene) and _fact(answer, facts, scene)
 
 # %% ../../nbs/post/32c_wild.ipynb #c259bca7
 @rule
@@ -393,14 +399,15 @@ def _person(answer, who, scene):
     said = sum(bool(_values_in(answer, name)) for name in ATTRIBUTES)
     return said >= 2 and _truth(answer, who, scene)
 
-# %% ../../nbs/post/32c_wild.ipynb #cd58ab3e
+# %% ../../nbs/post/32c_wild.ipynb #2adc74a0
 @rule
 def _people(answer, attribute, scene):
     return set(p.first for p in scene.named(answer)) == {p.first for p in scene.people(attribute)}
 
 @rule
 def _count(answer, attribute, scene):
-    return _people(answer, attribute, scene) and final_number(answer) == len(scene.people(attribute))
+    number = len(scene.people(attribute))
+    return _people(answer, attribute, scene) and final_number(answer) == number
 
 @rule
 def _some(answer, wanted, scene):
@@ -408,7 +415,7 @@ def _some(answer, wanted, scene):
     named = scene.named(answer)
     return len(named) == wanted["n"] and all(person in allowed for person in named)
 
-# %% ../../nbs/post/32c_wild.ipynb #1698c10f
+# %% ../../nbs/post/32c_wild.ipynb #bc969915
 @rule
 def _chooses(answer, options, scene):
     at = {option: re.search(rf"\b{re.escape(option)}\b", answer, re.I) for option in options}
@@ -418,8 +425,10 @@ def _chooses(answer, options, scene):
 @rule
 def _option(answer, attribute, scene):
     "The right value, and its letter: a capital, or a small one where there is no capital."
-    letters = set(re.findall(r"\b([B-D]|A(?! [a-z]))\b", answer)) or {s.upper() for s in re.findall(r"\b[b-d]\b|\ba(?=[.):,])", answer)}
-    return letters == {scene.letter} and _values_in(answer, attribute) == [_value(scene.a, attribute)]
+    letters = re.findall(r"\b([B-D]|A(?! [a-z]))\b", answer)
+    letters = letters or re.findall(r"\b[b-d]\b|\ba(?=[.):,])", answer)
+    values = _values_in(answer, attribute)
+    return {s.upper() for s in letters} == {scene.letter} and values == [_value(scene.a, attribute)]
 
 # %% ../../nbs/post/32c_wild.ipynb #429677b3
 _NOT_KNOWN = "not know|cannot know|only know"
@@ -441,7 +450,7 @@ def _unknown(answer, name, scene):
 @rule
 def _nobody(answer, wanted, scene): return not scene.named(answer)
 
-# %% ../../nbs/post/32c_wild.ipynb #8e8a816f
+# %% ../../nbs/post/32c_wild.ipynb #fc96e145
 @rule
 def _story(answer, about, scene): return not story_faults(answer, scene.world, about)
 
@@ -457,7 +466,8 @@ def _joke(answer, wanted, scene):
     told = "?" in "".join(parts[:-1]) or mentions(answer, "said|says|asked|asks")
     greets = mentions(answer, "not know|understand|how are you|can i do")
     ended = re.search(r"[.!?][\"']?$", answer.strip()) is not None
-    return 10 <= words <= 60 and len(parts) >= 2 and told and ended and not greets and not _word_faults(answer)
+    form = 10 <= words <= 60 and len(parts) >= 2 and ended
+    return form and told and not greets and not _word_faults(answer)
 
 # %% ../../nbs/post/32c_wild.ipynb #93982c3b
 def failed_rules(
@@ -504,7 +514,7 @@ def _strangers(world: World) -> list[str]:
     here = {person.first for person in world.residents}
     return [name for name in [*SHE, *HE] if name not in here] + _STRANGERS
 
-# %% ../../nbs/post/32c_wild.ipynb #b92e63d3
+# %% ../../nbs/post/32c_wild.ipynb #2ead9107
 def _facts_asked(needs: dict) -> list[str]: # such as ["job", "b.job"]
     "Return the facts that a message asks for, as far as they are attributes."
     names = [name for name in _listed(needs.get("fact", [])) if isinstance(name, str)]
@@ -515,10 +525,8 @@ def _facts_asked(needs: dict) -> list[str]: # such as ["job", "b.job"]
 
 def _candidates(world: World, facts: list[str], held_out: bool) -> list[Resident]:
     "Return the residents that a message can ask about."
-    people, strict = enumerate(world.residents), []
-    for i, person in people:
-        if not held_out or all((i, fact) in world.held_out for fact in facts[:1]): strict.append(person)
-    return strict
+    if not (held_out and facts): return world.residents
+    return [p for i, p in enumerate(world.residents) if (i, facts[0]) in world.held_out]
 
 # %% ../../nbs/post/32c_wild.ipynb #d049c1ca
 def _draw_scene(world: World, needs: dict, j: int, draw: Draw) -> Scene:
@@ -550,7 +558,7 @@ def _slots(scene: Scene, needs: dict, draw: Draw) -> dict:
     slots = {key: _Slot(text) for key, text in slots.items()}
     return slots | _slots_of(a) | {"b": SimpleNamespace(**_slots_of(b))}
 
-# %% ../../nbs/post/32c_wild.ipynb #2aaf4df3
+# %% ../../nbs/post/32c_wild.ipynb #5350daa5
 def _filled(value, slots: dict):
     "Fill the slots in a rule's argument, however it is nested."
     if isinstance(value, str): return value.format_map(slots)
@@ -568,7 +576,8 @@ def _right_answer(template: str, needs: dict, scene: Scene, slots: dict) -> str:
     if "option" in needs:
         more |= {"option_letter": scene.letter, "option_text": _value(scene.a, needs["option"])}
     if "chooses" in needs: more["chosen"] = needs["chooses"][0]
-    if "at_least" in needs: more["steps"] = ", ".join(s.split("|")[0] for s in needs["at_least"]["of"])
+    steps = needs.get("at_least", {}).get("of", [])
+    more["steps"] = ", ".join(step.split("|")[0] for step in steps)
     about = needs.get("story", needs.get("poem", []))
     more["topic"] = " and ".join(about) or "the sea"
     attribute = needs.get("people", needs.get("count"))
@@ -581,7 +590,7 @@ def _right_answer(template: str, needs: dict, scene: Scene, slots: dict) -> str:
         more["some_of"] = ", ".join(p.first for p in those[:needs["some"]["n"]])
     return template.format_map(slots | {name: _Slot(text) for name, text in more.items()})
 
-# %% ../../nbs/post/32c_wild.ipynb #7f9cea4f
+# %% ../../nbs/post/32c_wild.ipynb #6dde8bb2
 def _entries() -> list[tuple]: # (kind, number within the kind, turns, needs, right answer)
     "Return the messages of all kinds, evenly mixed."
     rows = []
@@ -590,10 +599,11 @@ def _entries() -> list[tuple]: # (kind, number within the kind, turns, needs, ri
             entry = entry if isinstance(entry, dict) else {"say": entry}
             needs = content["needs"] | entry.get("needs", {})
             place = (j + 0.5) / len(content["say"])
-            rows.append((place, (kind, j, _listed(entry["say"]), needs, entry.get("right", content["right"]))))
+            right = entry.get("right", content["right"])
+            rows.append((place, (kind, j, _listed(entry["say"]), needs, right)))
     return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
-# %% ../../nbs/post/32c_wild.ipynb #cf5b1058
+# %% ../../nbs/post/32c_wild.ipynb #79511e2d
 class Wild(Task):
     "Messages as newcomers type them, with a judge of each answer."
     splits = ("test",)
@@ -607,7 +617,8 @@ class Wild(Task):
 
     def __getitem__(self, i: int) -> dict: # messages, kind, and for the judge: needs, scene
         "Return a conversation. Its last message is one right answer."
-        if not 0 <= i < self.size: raise IndexError(f"{self.name} has {self.size} conversations: there is no index {i}.")
+        if not 0 <= i < self.size:
+            raise IndexError(f"{self.name} has {self.size} messages: there is no index {i}.")
         kind, j, turns, needs, right = self._entries[i]
         draw = Draw(f"{self.name} {self.seed} {kind} {j}")
         scene = _draw_scene(self.world, needs, j, draw)
