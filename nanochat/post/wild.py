@@ -86,70 +86,97 @@ def story_faults(
     faults += [f"nobody is called {name}" for name in _strangers_in(text, world, about)]
     return faults + _word_faults(text) + _about_faults(text, about)
 
-# %% ../../nbs/post/32c_wild.ipynb #0f394160
+# %% ../../nbs/post/32c_wild.ipynb #0a9e87de
 _SOUNDS = """
     ay: day they grey hey obey sleigh weigh
-    oh: go no so know snow show low slow blow grow throw row toe though flow glow below window
-        yellow ago
-    oo: you do to too two who through shoe into
+    oh: go no so know snow show low slow blow grow throw row toe though flow glow below window ago
+        dough hello
+    oo: you do to too two who through shoe into view
     ow: now how cow bow wow allow somehow plough
-    own: down town brown crown clown frown
-    ohn: grown known shown thrown own blown flown stone alone bone phone
-    ed: bread red said head bed instead ahead spread dead fed led shed
-    air: bear there where wear tear pear their everywhere somewhere prayer
-    eer: here near dear year hear clear ear fear beer
-    or: more door floor for four your or store before war
-    un: sun one done fun run won none son begun everyone someone
-    um: come some from drum become
-    uv: love above dove glove of
     y: eye i my by buy high goodbye bye sigh
     ee: be he me she we tea key the
-    ate: great eight straight wait
-    ake: break steak
-    ood: good wood would could should stood
-    ude: food mood rude
-    urd: bird heard word third
-    urth: earth birth worth
-    ort: court
-    een: been bean
-    ole: soul
-    uff: rough tough enough
-    ost: most ghost coast toast
-    ove: move prove
-    ind: wind
-    ite: height
-    eez: cheese breeze please freeze trees seas these bees knees peas keys
-    eece: geese peace piece niece fleece
-    uze: lose choose whose news shoes
-    orm: storm form warm
+    or: more door floor for four your or store before war roar
+    ar: star far are car bar jar
     er: her were fur
+    air: bear there where wear tear pear their everywhere somewhere prayer square
+    eer: here near dear year hear clear ear fear beer
+    ays: stays says
+    ohs: nose those rose chose close
+    ees: cheese breeze please freeze these
+    ys: wise rise surprise prize
+    oos: lose choose whose news
+    eece: geese peace piece niece fleece
+    oose: juice goose loose
+    own: down town brown crown clown frown
+    ohn: grown known shown thrown own blown flown stone alone bone phone
+    een: been bean
+    un: sun one done fun run won none son begun everyone someone
+    um: come some from drum become
+    ome: comb
+    ime: rhyme climb
+    ine: sign
+    ung: young tongue
+    uv: love above dove glove of
+    ove: move prove
     ave: have
     iv: live give
-    oze: those nose rose goes grows knows shows snows clothes chose toes
-    aze: days ways plays stays says
-    ize: eyes skies tries flies cries wise rise surprise
+    ed: bread red said head bed instead ahead spread dead fed led shed
+    ood: good wood would could should stood
+    ude: food mood rude
+    owd: crowd loud cloud proud aloud
+    end: friend
+    ihnd: wind
+    urd: bird heard word third
+    ate: great eight straight wait
+    ite: height
+    ost: most ghost coast toast roast post
+    ort: court
+    orm: warm storm form
+    art: heart
+    urth: earth birth worth
+    ake: break steak
+    ole: soul roll
+    upe: soup group
+    uff: rough tough enough
+    uch: touch much such
+    alf: laugh half
+    ower: flower hour our power tower shower
+    ether: feather weather together
+    orter: water daughter
+    after: laughter
+    ohing: snowing growing flowing blowing going knowing throwing showing
+    adow: meadow shadow
+    elow: yellow fellow mellow
+    eeple: people steeple
+    uny: money honey funny sunny
     """
 _SOUND_OF = {}
 for _tail, _those in re.findall(r"(\w+): ([^:]*)(?=\s\w+:|\Z)", _SOUNDS):
     _SOUND_OF |= {_word: _tail for _word in _those.split()}
 
-# %% ../../nbs/post/32c_wild.ipynb #17ab5ac2
+# %% ../../nbs/post/32c_wild.ipynb #8f6bc301
 _ALIKE = [ # spelling of a last syllable → one spelling for its sound
     ("(?:igh|eigh)t$", "ite"), ("yte$", "ite"), ("(?:ie|igh|uy|ye)$", "y"),
     ("e?ai(?=[ndlmt]$)(.)", r"a\1e"), ("(?:ai|ey|eigh)$", "ay"), ("ai(?=s)", "a"),
-    ("(?:air|are|aire)$", "air"), ("(?:eer|ear|ere|ier)$", "eer"), ("(?:ore|oor|oar|or)$", "or"),
+    ("ear(?=n$|l$|ly$|th$)", "ur"), ("(?:air|are|aire)$", "air"),
+    ("(?:eer|ear|ere|ier)$", "eer"), ("(?:ore|oor|oar|or)$", "or"),
     ("ea(?=[^r])(.+)$", r"ee\1"), ("ee(.)e$", r"ee\1"), ("ie(f|ce|ld)$", r"ee\1"),
-    ("e(n|t|m|v)e$", r"ee\1"),
+    ("e(n|t|m|v)e$|ie(v)e$", r"ee\1\2"),
     ("(?:ea|ee)$", "ee"), ("oa(t|d|l|n|p|m)$", r"o\1e"), ("oe$|o$", "oh"),
     ("(?:ew|ue|oo)$", "oo"), ("oo(n|m|l|t|p|f)$", r"u\1e"), ("(?:aw|au)(?=l)", "al"),
     ("[eui]r(?=[^e])", "ur"), ("ure$", "oor"), ("oun", "own"), ("ough?t$|augh?t$", "ort")]
-_WEAK = r"(?:ing|er|ers|en|ed|le|les|et|el|ly|y|ies|on|or|ow|ain)"
+_WEAK = r"(?:ing|er|en|ed|le|et|el|ly|y|ey|on|or|ow|ain)"
 
-# %% ../../nbs/post/32c_wild.ipynb #8e3f3172
+# %% ../../nbs/post/32c_wild.ipynb #71d5806b
 def _sound(word: str) -> str:
     "Return how a word sounds from its last stressed vowel on, spelled in one way."
     word = word.lower()
     if word in _SOUND_OF: return _SOUND_OF[word]
+    word = re.sub("^y(?=[aeiou])", "", word.replace("qu", "q"))
+    if re.search("[^siu]s$", word) and len(word) > 3: # in the plural like the singular
+        singular = re.sub("ies$", "y", word) if word.endswith("ies") else word[:-1]
+        if singular not in _SOUND_OF: singular = re.sub("oe$", "o", singular)
+        return _sound(singular) + "s"
     weak = re.search(rf"[aeiouy]+[^aeiouy]+{_WEAK}$", word)
     # a long word with a weak end is stressed before it: "morning", "table", "happy"
     tail = weak or re.search(r"[aeiouy]+[^aeiouy]+e$|[aeiouy]+[^aeiouy]*$", word)
@@ -185,15 +212,18 @@ def poem_faults(
     faults += [f"{line!r} is too long" for line in lines if len(_words_of(line)) > 14]
     return faults + _word_faults(text) + _about_faults(text, about)
 
-# %% ../../nbs/post/32c_wild.ipynb #2f3f24a9
+# %% ../../nbs/post/32c_wild.ipynb #1d709ef4
 _SPOKEN = """
     1: world clothes
     2: quiet lion lions poem poems poet diet giant being something sometimes somewhere someone
        people science create towards business noah leo theo biscuit cookie cookies
+       homework wednesday
     3: everyone everything everywhere piano area idea maria sofia museum radio stadium bakery
-       hospital quietly
+       hospital quietly studio
+    4: january february dandelion librarian librarians
     1-2: fire hour hours flower flowers power our ours tower towers shower tired real
-    2-3: every evening evenings different chocolate favourite family theatre julia library
+    2-3: gardener gardeners every evening evenings different chocolate favourite family theatre
+         julia library
     3-4: vegetable vegetables
     """
 _COUNTS = {}
@@ -201,15 +231,15 @@ for _n, _those in re.findall(r"(\S+): ([^:]*)(?=\s\S+:|\Z)", _SPOKEN):
     _low, _, _high = _n.partition("-")
     _COUNTS |= {_word: (int(_low), int(_high or _low)) for _word in _those.split()}
 
-# %% ../../nbs/post/32c_wild.ipynb #b25ac50c
+# %% ../../nbs/post/32c_wild.ipynb #b98281ff
 def _by_rule(word: str) -> int:
     "Count the syllables of a word by its groups of vowels."
-    word = re.sub("qu", "q", word)
+    word = re.sub(r"(?<=[^aeiouyl])les$", "le", word.replace("qu", "q"))
     if not re.search(r"[aeiouy].*[^aeiouyl]le$", word): # but "table"
         word = re.sub(r"(?<=[^aeiouy])e$", "", word) if re.search("[aeiouy].*e$", word) else word
     word = re.sub(r"(?<=[aeiouy])([^aeiouytd]+)ed$", r"\1", word)
     word = re.sub(r"(?<=[aeiouy])([^aeiouyszxcgh]|[^aeiouysc]h?[^aeiouyszxcgh])es$", r"\1s", word)
-    word = re.sub(r"(?<=[aeiouy])([^aeiouy]+)e(?=(?:ly|ful|less|ness|ment)s?$)", r"\1", word)
+    word = re.sub(r"(?<=[aeiouy])([^aeiouy]+)e(?=(?:ly|fully|ful|less|ness|ment)s?$)", r"\1", word)
     word = re.sub(r"^y(?=[aeiou])", "", word) # "young"
     word = re.sub(r"(?<=[aeiou])y(?=[aeiou])", "j", word) # "playing"
     groups = re.findall(r"[aeiouy]+", word)
