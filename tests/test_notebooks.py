@@ -11,7 +11,7 @@ import tempfile
 import pytest
 from conftest import REPO, contents, environment
 
-LIBRARY = sorted(path for path in (REPO/"nbs").glob("*/**/*.ipynb") if re.match(r"\d\d_", path.name))
+LIBRARY = sorted(path for path in (REPO/"nbs").glob("*/**/*.ipynb") if re.match(r"\d\d[a-z]?_", path.name))
 WINGS = ("core", "model", "train", "post", "talk", "lab")
 STAGE_NOTEBOOKS = sorted((REPO/"nbs"/"speedrun").glob("*.ipynb"))
 OTHERS = sorted((REPO/"lessons").rglob("*.ipynb"))
@@ -101,20 +101,26 @@ def imported(module):
         yield from (name.removeprefix("nanochat.") for name in names if name.startswith("nanochat."))
 
 
+def number_of(path):
+    "A notebook's number, such as (32, \"\") or (32, \"a\"); a number with a letter comes after the bare one."
+    number, letter = re.match(r"(\d\d)([a-z]?)_", path.name).groups()
+    return int(number), letter
+
+
 def test_numbers_are_unique_and_belong_to_their_wing():
-    numbers = [int(path.name[:2]) for path in LIBRARY]
+    numbers = [number_of(path) for path in LIBRARY]
     assert len(numbers) == len(set(numbers)) > 30
-    for path, number in zip(LIBRARY, numbers):
+    for path, (number, _) in zip(LIBRARY, numbers):
         wing, *rooms = path.relative_to(REPO/"nbs").parts[:-1]
         decades = {"lab": (5, 7), "lab/bench": (6,)} # the course is the last that the lab holds
         assert number // 10 in decades.get("/".join([wing, *rooms]), (WINGS.index(wing),)), path
         module = exports(path)
         # nbdev's links to a name lead to a page that is called as the notebook
-        assert module.endswith("__main__") or module == ".".join([wing, *rooms, path.stem[3:]]), (path, module)
+        assert module.endswith("__main__") or module == ".".join([wing, *rooms, path.stem.partition("_")[2]]), (path, module)
 
 
 def test_a_notebook_imports_only_from_those_before_it():
-    number = {exports(path): int(path.name[:2]) for path in LIBRARY}
+    number = {exports(path): number_of(path) for path in LIBRARY}
     del number["__main__"]
     arrows = 0
     for module in number:

@@ -188,6 +188,15 @@ def _sound_items(items) -> list:
     return sound
 
 # %% ../../nbs/lab/50_reading.ipynb #d4011832
+def _sound_kinds(kinds) -> dict[str, list[int]]: # kind → [right, questions]
+    "Return the kinds of a task's questions whose counts are valid."
+    sound = {}
+    for kind, counts in kinds.items() if isinstance(kinds, dict) else ():
+        if not isinstance(counts, list) or len(counts) != 2: continue
+        if not all(type(n) is int for n in counts): continue
+        if 0 <= counts[0] <= counts[1] > 0: sound[str(kind)] = counts
+    return sound
+
 def _sound_task(
     task, # a value of "tasks"
     numbers: tuple = ("n", "accuracy"), # keys of the numbers that it must have
@@ -195,12 +204,14 @@ def _sound_task(
 ) -> dict | None:
     "Return the task with valid values, `None` if one of those that it must have is invalid."
     if not isinstance(task, dict): return None
+    task = dict(task)
     if None in [number(task.get(k)) for k in numbers]: return None
     if None in [_interval(task.get(k)) for k in intervals]: return None
     if not 0 <= task["accuracy"] <= 1 or task["n"] < 1: return None
     chance = number(task.get("chance"))
     if chance is None or not 0 <= chance < 1: chance = 0.0
-    return task | {"chance": chance, "items": _sound_items(task.get("items"))}
+    kinds = {"kinds": kinds} if (kinds := _sound_kinds(task.pop("kinds", None))) else {}
+    return task | {"chance": chance, "items": _sound_items(task.get("items"))} | kinds
 
 # %% ../../nbs/lab/50_reading.ipynb #aa08dc4f
 _ALL_STAGES = (*STAGES, *EXTRA_STAGES)

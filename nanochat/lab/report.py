@@ -19,6 +19,7 @@ import yaml
 # %% ../../nbs/lab/52_report.ipynb #8579d1b5
 from ..core.files import atomic_write, project_root
 from ..core.run import STAGES, TRAINED, Run
+from ..train.settings import EXAM_TASKS
 from ..post.chat_eval import CHAT_CORE
 from .reading import (
     Record, StageRecord, clean, cut, number, read_run, show_money, show_number, show_range,
@@ -367,14 +368,27 @@ def _score_table(record: Record) -> Table:
     worlds = [found.eval.get("world_score") for found in stages.values()]
     if any(w is not None for w in worlds):
         rows.append(["world score", "", "", *map(show_number, worlds)])
+    rows.sort(key=lambda row: row[0] in EXAM_TASKS) # they do not belong to the world score
     return Table(["task", "questions", "chance", *map(str.upper, stages)], rows)
 
 # %% ../../nbs/lab/52_report.ipynb #e98b5352
+def _kind_blocks(record: Record) -> list: # of blocks
+    "Show how the last stage with an exam of several kinds did in each kind."
+    found = {stage: task["kinds"] for stage in record.trained()
+             for task in record.stages[stage].tasks.values() if "kinds" in task}
+    if not found: return []
+    stage, kinds = list(found.items())[-1]
+    cells = [[cut(kind.replace("_", " "), 30), f"{right} of {n}"] for kind, (right, n) in kinds.items()]
+    cells += [["", ""]] * (-len(cells) % 3)
+    rows = [sum(cells[i:i + 3], []) for i in range(0, len(cells), 3)]
+    intro = f"Right answers of {stage.upper()} to the messages of \"wild\", by kind:"
+    return [intro, Table(["kind", "right"] * 3, rows)]
+
 _SCORE_NOTE = (
     "Share of right answers to held-out questions; in brackets the 95 % interval. "
     "If two intervals overlap by much, the difference may be chance. The world score is "
     "the mean accuracy above chance, (share − chance) / (1 − chance), over the tasks "
-    "about the world.")
+    "about the world. The exam \"wild\" is not part of it: its messages are typed by people.")
 
 # %% ../../nbs/lab/52_report.ipynb #559f368e
 def _scores(record: Record) -> list: # of blocks
@@ -382,7 +396,7 @@ def _scores(record: Record) -> list: # of blocks
     if not record.task_names(): return [Heading("Scores"), "No stage has been evaluated."]
     blocks = [Heading("Scores")]
     if (table := _score_table(record)).rows: blocks.append(table)
-    blocks.append(_SCORE_NOTE)
+    blocks += [_SCORE_NOTE, *_kind_blocks(record)]
     for stage, found in record.stages.items():
         missing = found.eval.get("missing", {})
         why = [f"{cut(str(name), 60)} ({cut(str(missing[name]), 200)})" for name in missing]

@@ -27,7 +27,7 @@ from ..core.world import World
 from ..model.gpt import GPT
 from ..model.engine import Completion, Engine, Row, Sampling
 from .tasks import normal
-from .public import TASKS
+from .public import EXAMS, TASKS
 from .mixture import card_of, open_task
 from .core_eval import centred, wilson_interval
 
@@ -201,9 +201,10 @@ def _item(index: int, conversation: dict) -> dict:
     "Make the item of a question that is not answered yet."
     question = [m for m in conversation["messages"] if m["role"] == "user"][-1]
     letters = conversation.get("letters")
-    return {
+    item = {
         "index": index, "prompt": _plain_text(question["content"]), "answer": "", "right": False,
         "passed": 0, "tokens": 0, "finished": 0, "chance": 1 / len(letters) if letters else 0.0}
+    return item | {"kind": conversation["kind"]} if "kind" in conversation else item
 
 # %% ../../nbs/post/36_chat_eval.ipynb #99b49ada
 def _answer(engine, task, n, batch, max_new_tokens, **how):
@@ -231,6 +232,15 @@ def _answer(engine, task, n, batch, max_new_tokens, **how):
     return items
 
 # %% ../../nbs/post/36_chat_eval.ipynb #c2ac7ee3
+def _count_kinds(items: list[dict]) -> dict[str, list[int]]: # kind → [right, questions]
+    "Count the right answers of each kind of question."
+    kinds = {}
+    for item in items:
+        count = kinds.setdefault(item["kind"], [0, 0])
+        count[0] += item["right"]
+        count[1] += 1
+    return dict(sorted(kinds.items()))
+
 def _check_samples(samples: int, temperature: float):
     if samples < 1 or samples > 1 and temperature == 0:
         raise UserError(f"samples is {samples} at temperature {temperature:g}: it must be at "
@@ -253,6 +263,7 @@ def evaluate_task(
     The result has name, n, accuracy, ci95, chance, tokens, seconds, too_long and
     items: [{index, prompt, answer, right}]. Written answers add samples, pass_at and finished
     (the share that the model ended itself). With one sample, right has a digit per question.
+    If the questions have kinds, items have a kind, and kinds is {kind: [right, questions]}.
     Raises `UserError` on all ranks if one of them cannot evaluate.
     """
     if n < 1: raise UserError(f"{n} questions cannot measure {task.name!r}: ask at least 1.")
@@ -277,6 +288,7 @@ def evaluate_task(
         result |= {"samples": samples, "finished": finished / (n * samples), "pass_at": pass_at}
     # one digit per question, for `mcnemar`
     if samples == 1: result["right"] = "".join(str(int(c)) for c in passed)
+    if any("kind" in item for item in items): result["kinds"] = _count_kinds(items)
     return result | {"items": items}
 
 # %% ../../nbs/post/36_chat_eval.ipynb #3e0359e8
@@ -318,11 +330,12 @@ def overlap(
 
 # %% ../../nbs/post/36_chat_eval.ipynb #21b7e686
 def read_task_names(
-    text: str, # names, separated by commas; empty means "world"
+    text: str, # names, separated by commas; empty means the town's tasks and its exams
 ) -> list[str]:
     "Return the names in a setting, each once, with the town's tasks in place of \"world\"."
     names = []
-    for name in names_in(text or "world"): names += TASKS if name == "world" else [name]
+    everything = ",".join(["world", *EXAMS])
+    for name in names_in(text or everything): names += TASKS if name == "world" else [name]
     return list(dict.fromkeys(names))
 
 # %% ../../nbs/post/36_chat_eval.ipynb #a8138f91
@@ -354,10 +367,11 @@ def evaluate_chat(
     # check settings here: an error below would count as a missing task
     _check_samples(how.get("samples", 1), how.get("temperature", 0.0))
     results, missing = {}, {}
-    world = World(seed) if set(names) & set(TASKS) else None
+    generated = TASKS | EXAMS
+    world = World(seed) if set(names) & set(generated) else None
     with progress_bar(len(names), desc=desc, unit="task") as bar:
         for name in names:
-            own_split = "test" if name in TASKS else split
+            own_split = "test" if name in generated else split
             try:
                 task = open_task(name, own_split, seed, world, card)
                 results[name] = evaluate_task(engine, task, n, **how)

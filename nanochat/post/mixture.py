@@ -25,7 +25,7 @@ from ..core.dataset import conversation_files, conversations
 from ..train.settings import SET_SIZES, TASK_SIZE, check_split, read_weight
 from .tasks import Task
 from .conversation import CardIdentity
-from .public import REAL_TASKS, TASKS, RealTask, make_task
+from .public import EXAMS, REAL_TASKS, TASKS, RealTask, make_task
 
 # %% ../../nbs/post/34_mixture.ipynb #0950ad1c
 def open_task(
@@ -36,11 +36,12 @@ def open_task(
     card: str = "none", # an identity card's file, or "none"
 ) -> Task | RealTask:
     "Return a task by name, with the card's identity. Raises as `make_task` and `read_card` do."
-    if card == "none" or name not in TASKS: return make_task(name, split, seed, world)
+    if card == "none" or name not in TASKS | EXAMS: return make_task(name, split, seed, world)
     if name == "identity":
         return CardIdentity(name, split, seed, world or World(seed), read_card(card))
     task = make_task(name, split, seed, world)
     task.model_name = read_card(card).name
+    if name in EXAMS: task.model_maker = read_card(card).maker
     return task
 
 # %% ../../nbs/post/34_mixture.ipynb #0b376efe

@@ -219,13 +219,14 @@ def wild_messages() -> dict: # kind → {needs, right, say}
     text = files("nanochat.post").joinpath("wild.yaml").read_text("utf-8")
     return yaml.safe_load(text)
 
-# %% ../../nbs/post/30_tasks.ipynb #7416df1c
+# %% ../../nbs/post/30_tasks.ipynb #957da182
 _LONG_FORMS = {
     "u": "you", "ur": "your", "r": "are", "im": "i am", "ive": "i have", "id": "i would",
     "dont": "do not", "doesnt": "does not", "didnt": "did not", "cant": "cannot", "isnt": "is not",
     "wanna": "want to", "gonna": "going to", "ppl": "people", "fav": "favourite",
     "favorite": "favourite", "color": "colour", "bday": "birthday"}
-_LONG_FORMS |= {f"{word}s": f"{word} is" for word in "what where who when how that it there".split()}
+for _word in "what where who when how that it there".split():
+    _LONG_FORMS[_word + "s"] = _word + " is"
 _POLITE = set("""
     hi hello hey please pls plz thanks thx ok okay so well um hmm oh kindly dear
     """.split())
@@ -244,10 +245,11 @@ def _known_words() -> tuple[re.Pattern, frozenset]:
 
 _LONG_NAMES, _KNOWN = _known_words()
 
-# %% ../../nbs/post/30_tasks.ipynb #bbb4c00a
+# %% ../../nbs/post/30_tasks.ipynb #287bacb6
 _QUOTED = re.compile(r"[\"“”„][^\"“”„]+[\"“”„]|(?<!\w)'[^']+'(?!\w)|\{[^}]*\}(?:s\b)?")
 _NAMED = re.compile(r"(?<=[\w,] )(?!I\b)[A-ZÀ-Ý]\w*") # a capital letter within a sentence
-_REPEATED = re.compile(r"\b((?:say|repeat|echo|copy|spell|write|parrot|reverse)\b[^:]*:).*", re.S | re.I)
+_REPEATED = re.compile(
+    r"\b((?:say|repeat|echo|copy|spell|write|parrot|reverse)\b[^:]*:).*", re.S | re.I)
 _ASKED = re.compile(
     r"\b((?:spell|spelling|word|name|letters?|how many _(?: are| is)?(?: there)? in)"
     r"(?: (?:of|in|the|word|for|me|has|does|have|is|are|there|name))*+) (?!to\b|it\b|_)\w+")
@@ -325,8 +327,7 @@ class Task:
         if not 0 <= i < self.size:
             raise IndexError(f"{self.name} has {self.size} conversations: there is no index {i}.")
         draw = Draw(f"{self.name} {self.split} {self.seed} {i}")
-        messages = self.messages(i, draw)
-        if self.split != "test": messages = self._typed(messages, draw)
+        messages = self.messages(i, draw) if self.split == "test" else self._typed(i, draw)
         if self.model_name != IDENTITY["name"]:
             messages = [m | {"content": _rename(m["content"], self.model_name)} for m in messages]
         return {"messages": messages}
@@ -344,11 +345,16 @@ class Task:
         "Return the parts of the user's messages that must be typed exactly."
         return []
 
-    def _typed(self, messages, draw):
-        "Return messages with those of the user as somebody might type them."
-        keep = self.keep(messages)
-        return [m | {"content": as_typed(m["content"], draw, keep)} if m["role"] == "user" else m
-                for m in messages]
+    def _typed(self, i, draw):
+        "Draw messages, and type those of the user; draw again what the exam in other words asks."
+        for _ in range(20):
+            messages = self.messages(i, draw)
+            keep, said = self.keep(messages), [m for m in messages if m["role"] == "user"]
+            typed = [as_typed(m["content"], draw, keep) for m in said]
+            texts = [m["content"] for m in said] + typed
+            if not any(shape_of(text) in wild_shapes() for text in texts): break
+        left = iter(typed)
+        return [m | {"content": next(left)} if m["role"] == "user" else m for m in messages]
 
     def is_right(self,
         reference: str, # visible text of the conversation's last message

@@ -13,7 +13,7 @@ from ..core.files import UserError
 from ..model.shape import (
     count_params, model_shape, padded_vocab, scaling_params)
 from .hardware import Hardware, Kernels
-from .settings import ANSWER_TOKENS, SETTINGS
+from .settings import ANSWER_TOKENS, EXAM_TASKS, SETTINGS
 from nanochat.train.estimate import (
     checkpoint_bytes, model_fields, reads_web, rl_step_seconds, run_kernels, stage_tokens,
     training_rate)
@@ -291,5 +291,5 @@ def derive(
     c.setdefault("tokenizer.max_characters", min(2_000_000_000, c["data.characters"]))
     web = reads_web(c)
     c.setdefault("eval.core_questions", 500 if web else 0)
-    c.setdefault("eval.tasks", ",".join(["world", *ANSWER_TOKENS]) if web else "world")
+    c.setdefault("eval.tasks", ",".join(["world", *(ANSWER_TOKENS if web else EXAM_TASKS)]))
     return c

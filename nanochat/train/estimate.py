@@ -20,7 +20,7 @@ from ..model.shape import (
     count_params, flops_per_token, layer_windows, scaling_params)
 from .hardware import Hardware, Kernels, attained, token_parts
 from .settings import (
-    ANSWER_TOKENS, SET_SIZES, TASK_SIZE, WORLD_TASKS, mixture_of)
+    ANSWER_TOKENS, EXAM_TASKS, SET_SIZES, TASK_SIZE, WORLD_TASKS, mixture_of)
 
 # %% ../../nbs/train/22_estimate.ipynb #d25752bf
 # mean tokens of a conversation in a public set, with a vocabulary of 32,768
@@ -332,7 +332,7 @@ def _written_seconds(
     questions: int, # count over all tasks
 ) -> float:
     "Estimate the time to generate answers for an evaluation, in float32."
-    limits = ((ANSWER_TOKENS | _LONG_ANSWERS).get(task, 0) for task in tasks)
+    limits = ((ANSWER_TOKENS | _LONG_ANSWERS | EXAM_TASKS).get(task, 0) for task in tasks)
     prompt, *answer = _answers(tasks, max([c["eval.max_new_tokens"], *limits]))
     lengths = (prompt, *(_GREEDY * length for length in answer))
     batch = c["eval.batch"] * _devices(c, hw)
@@ -369,7 +369,7 @@ _CHOICE_TASKS = ("arc-easy", "arc-challenge", "mmlu", "choice")
 # %% ../../nbs/train/22_estimate.ipynb #dd25ea48
 def _exam_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
     "Estimate the time of CORE, and of the chat evaluations after mid-training, SFT and RL."
-    asked, n = names_in(c["eval.tasks"]) or ["world"], c["eval.questions"]
+    asked, n = names_in(c["eval.tasks"]) or ["world", *EXAM_TASKS], c["eval.questions"]
     if "world" in asked: asked = [*WORLD_TASKS, *(task for task in asked if task != "world")]
     choices = [task for task in asked if task in _CHOICE_TASKS]
     written = [task for task in dict.fromkeys(asked) if task not in _CHOICE_TASKS]
