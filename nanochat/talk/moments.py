@@ -434,7 +434,7 @@ QUESTIONS = 120 # about so many questions are asked at each moment
 def save_learned(
     run: Run,
     task="", # as in `learned_at`; empty: the generated tasks of `eval.tasks`
-) -> dict | None: # as from `learned_at`; None: the run has no snapshots
+) -> dict | None: # as from `learned_at`; None: there are no snapshots, or no questions
     "Measure once what was known when, and write it as `learned.json` into the run's folder."
     path, times = run.dir/"learned.json", thinned(moments(run))
     if not times:
@@ -444,8 +444,10 @@ def save_learned(
         found = read_json(path, "delete it, and run the notebook of the report again.")
         if found.get("moments") == [[m.stage, m.step] for m in times]: return found
     tasks = task or [n for n in read_task_names(run.config["eval"].get("tasks", "")) if n in TASKS]
-    tasks = _exam(run, ",".join(tasks) if isinstance(tasks, list) else tasks)
-    per_kind = max(3, QUESTIONS // max(1, len(questions_by_kind(tasks, 1))))
-    found = learned_at(run, tasks, per_kind)
+    if not tasks: return None
+    tasks = _exam(run, tasks if task else ",".join(tasks))
+    per_kind = max(3, QUESTIONS // len(questions_by_kind(tasks, 1)))
+    try: found = learned_at(run, tasks, per_kind)
+    except UserError as e: return say(f"It was not measured what was learned when: {e}")
     atomic_write(path, json.dumps(found, ensure_ascii=False, indent=1))
     return found

@@ -344,7 +344,8 @@ def forget_snapshots(
     dir: Path, # a stage's `snapshots` folder; need not exist
     step: int, # the step from which the stage resumes; 0: it begins
 ):
-    "Remove the snapshots of the steps after `step`."
+    "Remove the snapshots of the steps after `step`, and what killed processes left."
+    for leftover in Path(dir).glob(".step_*.part"): leftover.unlink()
     for later, path in snapshots_in(dir).items():
         if later > step: path.unlink()
 
