@@ -40,7 +40,7 @@ def test_the_slider_shows_all_answers(run):
 
 
 def test_the_report_says_what_was_learned_when(run):
-    learned = json.loads((run.dir/"learned.json").read_text())
+    learned = json.loads((run.dir/"report"/"learned.json").read_text())
     assert learned["moments"] == [[moment.stage, moment.step] for moment in thinned(moments(run))]
     assert {"facts", "sums"} <= learned["kinds"].keys()
     for kind in learned["kinds"].values(): assert len(kind["accuracy"]) == 9 and kind["n"] >= 3

@@ -152,7 +152,8 @@ def simulate_run(
             core = json.dumps(_simulate_core(rng, 0.15)) if public else None
             if core: atomic_write(run.dir/stage/"core.json", core)
         run.finish(stage, seconds=seconds, **info)
-    if {*TRAINED} <= {*stages}: atomic_write(run.dir/"learned.json", json.dumps(_simulate_learned()))
+    if {*TRAINED} <= {*stages}:
+        atomic_write(run.dir/"report"/"learned.json", json.dumps(_simulate_learned()))
     return run
 
 # %% ../../nbs/lab/50_reading.ipynb #01e9c3be
@@ -337,7 +338,7 @@ class Record:
     plan: dict = field(default_factory=dict) # plan.json
     notebooks: dict = field(default_factory=dict) # stage: seconds that its notebook took
     problems: list = field(default_factory=list) # sentences on damaged files
-    learned: dict = field(default_factory=dict) # learned.json, empty without snapshots
+    learned: dict = field(default_factory=dict) # report/learned.json, empty without snapshots
 
     def trained(self) -> list:
         "The stages that train a model. An extra stage (DPO) counts only if it has left something."
@@ -552,7 +553,7 @@ def _sound_learned(
     kinds = {name: kind | {"learned": first_learned(kind["accuracy"])}
              for name, kind in kinds.items() if _sound_shares(kind, len(moments))} if sound else {}
     if kinds: return {"moments": [tuple(m) for m in moments], "kinds": kinds}
-    problems.append("learned.json lacks valid values: delete it, and the report's notebook "
+    problems.append("report/learned.json lacks valid values: delete it, and the report's notebook "
                     "measures them again.")
     return {}
 
@@ -600,6 +601,6 @@ def read_run(
     if changed:
         problems.append(f"config.yaml has changed since {', '.join(changed)} ran, "
                         "so they count as not done.")
-    learned = _load(run.dir, "learned.json", "delete it.", problems)
+    learned = _load(run.dir, "report/learned.json", "delete it.", problems)
     learned = _sound_learned(learned, problems)
     return Record(run.name, config, stages, plan, notebooks, problems, learned)

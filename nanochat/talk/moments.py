@@ -163,6 +163,9 @@ _TIME_CSS = """
 .nc-time table { border-collapse: collapse; margin: .6rem 0; font-size: .9em; color: inherit }
 .nc-time td { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid #8884; white-space: pre-wrap; overflow-wrap: anywhere }
+.nc-time td div { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+  overflow: hidden }
+.nc-time td div:hover { -webkit-line-clamp: none }
 .nc-time td:first-child { white-space: pre; font-weight: 600 }
 """
 
@@ -212,7 +215,8 @@ def _change_table(
     for i in _changes(answers):
         stage, step, _ = times[i]
         when = _element("td", f"{stage} {step:,}", style=f"color: {_STAGE_COLOURS[stage]}")
-        rows.append(f"<tr>{when}{_element('td', answers[i] or '(nothing)')}</tr>")
+        answer = _element("div", answers[i] or "(nothing)")
+        rows.append(f"<tr>{when}<td>{answer}</td></tr>")
     return f"<table>{''.join(rows)}</table>"
 
 # %% ../../nbs/talk/47_moments.ipynb #41a922ab
@@ -435,8 +439,8 @@ def save_learned(
     run: Run,
     task="", # as in `learned_at`; empty: the generated tasks of `eval.tasks`
 ) -> dict | None: # as from `learned_at`; None: there are no snapshots, or no questions
-    "Measure once what was known when, and write it as `learned.json` into the run's folder."
-    path, times = run.dir/"learned.json", thinned(moments(run))
+    "Measure once what was known when, and write `report/learned.json` into the run's folder."
+    path, times = run.stage_dir("report")/"learned.json", thinned(moments(run))
     if not times:
         path.unlink(missing_ok=True)
         return None
