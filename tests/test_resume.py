@@ -29,6 +29,11 @@ def weights(run, stage):
     return load_file(latest_checkpoint(run/stage/"checkpoints")/"model.safetensors")
 
 
+def snapshots(run, stage):
+    "A stage's snapshots: what their files hold, by name."
+    return {path.name: path.read_bytes() for path in (run/stage/"snapshots").iterdir()}
+
+
 def history(run, stage):
     "A stage's metrics, without what depends on the clock."
     return {(row["step"], key): value for row in read_metrics(run/"metrics.jsonl", stage) for key, value in row.items()
@@ -80,6 +85,7 @@ def test_killed_stage(smoke, copy, stage):
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resuming from step {saved} of" in done.stdout
     assert differing(weights(mine.run, stage), weights(theirs.run, stage)) == []
+    assert snapshots(mine.run, stage) == snapshots(theirs.run, stage)
     assert same_history(history(mine.run, stage), history(theirs.run, stage))
 
 
@@ -156,6 +162,7 @@ def test_killed_twenty_times(smoke, copy, monkeypatch):
     assert attempt.poll() == 0 and attempt.went_on_from() == saved[-1]
     assert (mine.run/"base"/"manifest.json").exists() and not attempt.left("part") and not attempt.left("old")
     assert differing(weights(mine.run, "base"), weights(smoke.run, "base")) == []
+    assert snapshots(mine.run, "base") == snapshots(smoke.run, "base") # what killed writers left is gone
     assert same_history(history(mine.run, "base"), history(smoke.run, "base"))
 
 

@@ -167,7 +167,7 @@ def _what_matters(config: dict) -> dict:
     def without(section, name):
         if not isinstance(section, dict): return section
         return {key: value for key, value in section.items() if key != name}
-    ignored = ("hardware", *EXTRA_STAGES)
+    ignored = ("hardware", "snapshots", *EXTRA_STAGES)
     # a configuration without the section `identity` equals one with the card "none"
     kept = {name: without(section, "device_batch") for name, section in config.items()
             if name not in ignored and section != {"card": "none"}}

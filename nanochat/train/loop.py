@@ -30,8 +30,9 @@ from ..model.precision import LossScaler, quantize_weights
 from ..model.gpt import GPT
 from ..model.optim import MuonAdamW
 from .plan import plan_again
-from .checkpoint import (
-    CheckpointWriter, latest_checkpoint, load_checkpoint, rng_state, set_rng_state)
+from nanochat.train.checkpoint import (
+    CheckpointWriter, forget_snapshots, latest_checkpoint, load_checkpoint, rng_state,
+    set_rng_state)
 
 # %% ../../nbs/train/27_loop.ipynb #687844e8
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor: # `x` itself
@@ -161,7 +162,9 @@ class LoopSettings:
     save_minutes: float = 10 # minutes between checkpoints
     keep: int = 2 # how many of the latest checkpoints to keep, besides the best one
     checkpoints: Path | None = None # folder of checkpoints; None: save none
-    meta: dict = field(default_factory=dict) # facts about the model, stored in each checkpoint
+    meta: dict = field(default_factory=dict) # facts about the model, in checkpoints and snapshots
+    # numbers of the steps after which a snapshot is kept beside the checkpoints; 0: at the start
+    snapshots: list[int] = field(default_factory=list)
     desc: str = "training" # title of the progress bar
     plan: dict = field(default_factory=dict) # `plan.json`, to compare with the measured speed
 
@@ -272,6 +275,7 @@ def __iter__(self: Loop):
     with (StopSignal() as self._stop, _Collector() as collector,
           progress_bar(s.steps, self.step, s.desc) as self._bar):
         try:
+            self._begin_snapshots()
             if self.due() and not self._was_evaluated(): self._evaluate()
             first = self.step + 1
             while self.step < s.steps:
@@ -291,6 +295,7 @@ def _between_steps(self: Loop):
     "Save, evaluate and stop if they are due."
     save, stop = self._wishes()
     due = self.due()
+    self._snapshot()
     if save or stop or due: self._save()
     if due and not stop:
         self._evaluate()
@@ -325,6 +330,22 @@ def _save(self: Loop):
         weights = self.model.state_dict()
         self._writer.save(s.checkpoints, self.step, weights, optim_state, meta, s.keep)
     self._saved_at = time.perf_counter()
+
+# %% ../../nbs/train/27_loop.ipynb #f6d8852a
+@patch
+def _snapshot(self: Loop):
+    "Begin to write a snapshot on rank 0, if this step has one."
+    s = self.settings
+    if self.step not in s.snapshots or s.checkpoints is None or rank_and_world()[0] > 0: return
+    folder = s.checkpoints.parent/"snapshots"
+    self._writer.snapshot(folder, self.step, self.model.state_dict(), s.meta)
+
+@patch
+def _begin_snapshots(self: Loop):
+    "Remove snapshots of steps that will be repeated; a new run begins with one of its start."
+    folder = self.settings.checkpoints
+    if folder and rank_and_world()[0] == 0: forget_snapshots(folder.parent/"snapshots", self.step)
+    if self.step == 0: self._snapshot()
 
 # %% ../../nbs/train/27_loop.ipynb #39437a86
 @patch

@@ -18,7 +18,7 @@ import torch
 from ..core.files import UserError, rank_and_world, read_json
 from ..core.machine import (
     derive_seed, distributed, group_rank_and_world, pick_device, pick_dtype, seed_everything)
-from ..core.run import Run
+from ..core.run import TRAINED, Run
 from ..core.tokenizer import Tokenizer
 from ..core.world import World
 from ..core.dataloader import PackedLoader, prepare_tokens
@@ -28,6 +28,7 @@ from ..model.gpt import GPT, GPTConfig
 from ..model.optim import (
     NANOCHAT_STEPS, POLAR_STEPS, MuonVariant, lr_multiplier, make_optimizer, muon_momentum,
     weight_decay_multiplier)
+from .checkpoint import snapshot_steps
 from .loop import LoopSettings, bits_per_byte, train
 
 # %% ../../nbs/train/28_pretrain.ipynb #ed7cc579
@@ -162,9 +163,11 @@ def loop_settings(
 ) -> LoopSettings:
     "Build the settings of a stage's loop from its section of the configuration."
     section = section or run.config[stage]
+    n = run.config.get("snapshots", 0) if stage in TRAINED else 0
     return LoopSettings(
         steps, section["eval_every"], section["save_minutes"], section.get("keep_checkpoints", 2),
         checkpoints=run.stage_dir(stage)/"checkpoints", desc=desc,
+        snapshots=snapshot_steps(steps, n, start=stage == "base"),
         meta={"stage": stage, "model": vars(model.config), "tokenizer": tokenizer.hash})
 
 # %% ../../nbs/train/28_pretrain.ipynb #b1b6bca2
