@@ -151,36 +151,49 @@ def _mistyped(text: str, draw: Draw) -> str:
     return text[:at] + two + text[at + 2:]
 
 # %% ../../nbs/post/30_tasks.ipynb #8745f1ea
-_SHORT = {"you": "u", "are": "r", "please": "pls", "thanks": "thx", "because": "cuz", "your": "ur"}
+_SHORT = {
+    "you": "u", "are": "r", "please": "pls", "thanks": "thx", "because": "cuz", "your": "ur",
+    "people": "ppl", "want": "wanna", "and": "n", "going": "gonna", "okay": "k", "for": "4",
+    "what": "wat", "tonight": "2nite", "about": "abt", "know": "kno", "yes": "yep"}
 
 def _shortened(text: str) -> str: # in lower case
     "Replace some words as in a chat on a telephone."
-    return re.sub(r"\w+", lambda word: _SHORT.get(word[0], word[0]), text)
+    return re.sub(r"[a-z]+", lambda word: _SHORT.get(word[0], word[0]), text)
 
 # %% ../../nbs/post/30_tasks.ipynb #7745a63b
 _STYLES = { # how a message is typed: probability
-    "careful": 0.42, "small": 0.12, "small and open": 0.20, "open": 0.07, "mistyped": 0.13,
-    "short": 0.03, "doubled": 0.03}
-_OPEN = ("small and open", "open", "short") # without a mark at the end
+    "careful": 0.34, "small": 0.10, "small and open": 0.16, "bare": 0.16, "open": 0.06,
+    "mistyped": 0.12, "short": 0.04, "doubled": 0.02}
+_OPEN = ("small and open", "bare", "open", "short") # without a mark at the end
 
 def _styled(text: str, style: str, draw: Draw) -> str:
     "Type a part of a message in a style of `_STYLES`."
     if style == "mistyped": text = _mistyped(text, draw)
-    if style in ("small", "small and open", "short"): text = text.lower()
+    if style not in ("careful", "open", "mistyped", "doubled"): text = text.lower()
+    if style in ("bare", "short"): text = text.replace("'", "") # whats, olgas, dont
     if style == "short": text = _shortened(text)
     if style == "doubled" and text[-1:] in ("?", "!"): text += text[-1] * draw.number(1, 2)
     return text
 
 # %% ../../nbs/post/30_tasks.ipynb #e8a6c179
-# before a message, and after a question
-_BEFORE = [compile_template(text) for text in (
-    "[Hi|Hello|Hey|Good morning|Good evening|Hi there|Hi Pico|Hey Pico|Hello Pico][! |, |. ]",
-    "[OK|Oh|Well|So|Now|Please|Sorry|Thanks|Great|Nice|Ah][, |, |! ]",
+_BEFORE = [compile_template(text) for text in ( # of a message
+    "[Hi|Hello|Hey|Good morning|Good evening|Hi there|Hiya|Hey there|Dear Pico|Hi Pico|Hey Pico"
+    "|Hello Pico|Pico][! |, |. ]",
+    "[OK|Oh|Well|So|Now|Please|Sorry|Thanks|Great|Nice|Ah|Hm|Hmm|Wow|Haha|Lol|Yes|No|And|But|Ugh"
+    "|Alright|Cool|Yeah|Ok then|Now then|Then|Also|Oh well|Erm|Umm|Excuse me|Pardon][, |, |! | ... ]",
     "[One question|I have a question|A quick question|Another question|Next question|Tell me"
-    "|By the way|Just curious][: |, |. ]",
+    "|By the way|Just curious|Quick one|One more thing|Question|A silly question|Help me out"
+    "|Something else|Let me ask you this|Now for something different][: |, |. ]",
     "[I am new here|I am back|It is a nice day|I am a bit bored|I like this|You seem nice"
-    "|Let me try something|I hope you can help|I need your help][. |! |, ]")]
-_AFTER = compile_template("[ Please.| Thanks!| Thank you.| Please!| please| thanks|, please?]")
+    "|Let me try something|I hope you can help|I need your help|My friend wants to know this"
+    "|This is for school|My kids are here|I have to check something|I forgot|No hurry"
+    "|I am only testing you|I do not know this|We have a bet|I always mix this up"
+    "|Sorry to bother you|I have five minutes|My teacher asked this][. |! |, ]")]
+_AFTER = [compile_template(text) for text in ( # a message, a question
+    "[ lol| haha| :)| ;)| again| now| then| Pico| my friend| dear| buddy| mate| if you can"
+    "| if I may ask| for me| quickly| today]",
+    "[ Please.| Thanks!| Thank you.| Please!| please| pls| thanks| thx|, please?| Thx!| Do you know?"
+    "| Any idea?| I forgot.| Just asking.| I am curious.| Be quick!| It is for a friend.]")]
 
 # %% ../../nbs/post/30_tasks.ipynb #a4795d39
 _OPENERS = re.compile(
@@ -204,8 +217,11 @@ def as_typed(
     kept = "|".join(re.escape(part) for part in sorted(keep, key=len, reverse=True))
     parts = re.split(rf"(?<!\w)({kept})(?!\w)", text) if keep else [text] # as whole words
     if draw.chance(0.4): parts[::2] = map(_contracted, parts[::2])
-    if parts[-1].endswith("?") and draw.chance(0.06): parts[-1] += expand(_AFTER, {}, draw)
-    if draw.chance(0.12): parts[0] = _introduced(parts[0], draw)
+    if len(parts[-1]) > 1 and parts[-1].endswith("?") and draw.chance(0.1):
+        after, mark = draw.pick(_AFTER), "" # a word goes before the mark, a sentence after it
+        if after is _AFTER[0]: parts[-1], mark = parts[-1][:-1], "?"
+        parts[-1] += expand(after, {}, draw) + mark
+    if draw.chance(0.15): parts[0] = _introduced(parts[0], draw)
     # parts at odd places are to be kept
     style = draw.weighted(_STYLES)
     parts[::2] = [_styled(part, style, draw) for part in parts[::2]]
