@@ -23,6 +23,7 @@ from .reading import (
 from .figures import (
     Picture, core_order, core_picture, curves, learned_picture, learned_table, score_picture)
 from .page import Heading, Page, Sample, Table
+from .golden import golden_blocks
 
 # %% ../../nbs/lab/52_report.ipynb #ac9dd546
 def _outcome(last: dict) -> str:
@@ -518,7 +519,7 @@ class Report(Page):
         ran = f"Stages and evaluations took {show_time(seconds)}."
         if seconds is None: ran = "Nothing has run yet."
         blocks = [f"Preset {preset}, text from {source}, seed {seed}. {ran}"]
-        for section in (_happened, _planned, _scores, _learned, _beside_published, _core_scores,
-                        _samples, _training, _origin):
+        for section in (_happened, _planned, _scores, golden_blocks, _learned, _beside_published,
+                        _core_scores, _samples, _training, _origin):
             blocks += section(record)
         super().__init__(run.dir, "report", f"nanochat: run {record.name}", blocks)

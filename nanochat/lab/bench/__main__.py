@@ -25,6 +25,7 @@ _COMMANDS = { # name: the module that measures it
     "core": "eval", "rollouts": "eval", "sandbox": "eval",
     "engine": "engine",
     "serve": "serve",
+    "golden": "golden",
 }
 
 # %% ../../../nbs/lab/bench/69_command.ipynb #e846436f
