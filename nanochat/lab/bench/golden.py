@@ -65,14 +65,15 @@ def golden_runs(
         records.append(read_run(name))
     return records
 
-# %% ../../../nbs/lab/bench/67_golden.ipynb #c78469d4
+# %% ../../../nbs/lab/bench/67_golden.ipynb #34fd1396
 def golden_table(
     entry: dict, # of a preset, as from `summarize_runs`
 ) -> str:
     "Show the figures but those of kinds, and the times."
     lines = [["figure", "mean", "sd", "runs"]]
     def line(name, found):
-        lines.append([name, *(show_number(found[key], 4) for key in ("mean", "sd")), f"{found['n']}"])
+        middle, sd = (show_number(found[key], 4) for key in ("mean", "sd"))
+        lines.append([name, middle, sd, f"{found['n']}"])
     for name, found in entry["figures"].items():
         if name.count("/") < 2: line(name, found)
     for name, found in entry["seconds"].items(): line(f"{name}, seconds", found)
@@ -91,11 +92,11 @@ def runs_under(
         if before is not None: os.environ["NANOCHAT_BASE_DIR"] = before
         else: os.environ.pop("NANOCHAT_BASE_DIR", None)
 
-# %% ../../../nbs/lab/bench/67_golden.ipynb #7946ecd5
+# %% ../../../nbs/lab/bench/67_golden.ipynb #2e214f1b
 def read_seeds(text: str) -> list[int]:
     "Read `42,43`. Raises `UserError` if it is not at least two different numbers."
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(parts) != len(set(parts)) or len(parts) < 2:
+    if not all(part.isdecimal() for part in parts) or not 2 <= len(parts) == len(set(parts)):
         raise UserError(f"--seeds {text!r}: give at least two different numbers, such as 42,43,44.")
     return [int(part) for part in parts]
 
