@@ -15,7 +15,8 @@ from ..post.core_eval import mean_interval
 from .reading import (
     cut, read_run, show_money, show_number, show_range, show_score, show_time, time_and_cost)
 from .figures import Picture, core_order, core_picture, curves_of_runs
-from .report import TRAINING_NOISE, Heading, Page, Table, flat_settings
+from .page import Heading, Page, Table
+from .report import TRAINING_NOISE, flat_settings
 
 # %% ../../nbs/lab/53_comparison.ipynb #569b028e
 def _difference_interval(

@@ -20,11 +20,13 @@ from ...core.files import run_command
 _COMMANDS = { # name: the module that measures it
     "tokenizer": "tokenizer",
     "shards": "data", "loader": "data", "packing": "data",
-    "step": "train", "gpu": "train", "ablations": "train", "sizes": "train", "plan": "train",
+    "step": "train", "gpu": "train", "plan": "train",
     "sft": "train",
     "core": "eval", "rollouts": "eval", "sandbox": "eval",
     "engine": "engine",
     "serve": "serve",
+    "golden": "golden",
+    "ablations": "ablations", "sizes": "ablations",
 }
 
 # %% ../../../nbs/lab/bench/69_command.ipynb #e846436f
