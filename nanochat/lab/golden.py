@@ -31,7 +31,7 @@ class Measured(NamedTuple):
 # %% ../../nbs/lab/51b_golden.ipynb #2fc1f790
 _ENDS = ("loss", "bits_per_byte", "bits_per_byte_of_beginnings", "reward", "heldout_accuracy")
 
-# %% ../../nbs/lab/51b_golden.ipynb #c6913e90
+# %% ../../nbs/lab/51b_golden.ipynb #36e2cf3e
 def _stage_figures(found: StageRecord) -> dict[str, Measured]:
     "Return the figures of one stage by name."
     ends = found.last() | found.manifest
@@ -39,7 +39,7 @@ def _stage_figures(found: StageRecord) -> dict[str, Measured]:
     if "reward" in ends: del values["loss"] # RL's loss does not show progress
     if floor := found.manifest.get("entropy_bits_per_byte"):
         measured = [bits for _, bits in found.series("bits_per_byte")]
-        if measured: values["above_floor"] = measured[-1] - floor
+        if measured: values["bits_per_byte_above_floor"] = measured[-1] - floor
     for name in ("world_score", "chat_core"): values[name] = found.eval.get(name)
     values["core"] = found.core.get("score")
     figures = {name: Measured(x) for name, x in values.items() if number(x) is not None}
@@ -270,11 +270,12 @@ def _time_sentence(
     return [f"On this kind of machine ({_machine(record)}) the golden runs took {took}, "
             f"this run {show_time(together)}."]
 
-# %% ../../nbs/lab/51b_golden.ipynb #4365976a
+# %% ../../nbs/lab/51b_golden.ipynb #fd3e83a6
 _NOTE = (
     "A figure is outside if it is not in the interval that holds one new run with 95 % "
     "probability, mean ± t(0.975, n − 1) · sd · √(1 + 1/n), from the n golden runs with other "
-    "seeds (Hahn and Meeker, Statistical Intervals, 1991). After ± stands the standard deviation. "
+    "seeds (Hahn and Meeker, Statistical Intervals, 1991). For a share of right answers the "
+    "interval reaches at least one question to each side. After ± stands the standard deviation. "
     "About one figure in twenty is outside by chance, and figures of one run are often outside "
     "together. Times are not judged.")
 

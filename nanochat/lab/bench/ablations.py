@@ -59,7 +59,12 @@ def compare_variants(
             compared.append(Compared(name, figure, mean(first), mean(second), difference))
     return compared
 
-# %% ../../../nbs/lab/bench/68_ablations.ipynb #1d226a48
+# %% ../../../nbs/lab/bench/68_ablations.ipynb #2ae9bb91
+def _show_p(p: float) -> str:
+    "Return a p value with three digits after the point."
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+# %% ../../../nbs/lab/bench/68_ablations.ipynb #b31fcfc0
 def paired_table(
     compared: list[Compared],
     correct: bool = True, # with Holm's correction over all lines?
@@ -72,7 +77,7 @@ def paired_table(
         d = x.difference
         ends = show_range((d.low, d.high), 4) if math.isfinite(d.high) else "–"
         numbers = [show_number(float(value), 4) for value in (x.before, x.after)]
-        shown = [f"{d.p:.3f}", f"{p:.3f}"] if correct else [f"{d.p:.3f}"]
+        shown = [_show_p(d.p), _show_p(p)] if correct else [_show_p(d.p)]
         sure = (p if correct else d.p) < 0.05
         lines.append([x.variant, x.figure, *numbers, show_range([d.mean], 4), ends, *shown,
                       "differs" if sure else "not told apart"])
@@ -252,7 +257,7 @@ def measure_variants(
         for name, settings in variants.items(): found[name].append(measure(settings, seed))
     return found
 
-# %% ../../../nbs/lab/bench/68_ablations.ipynb #34c31264
+# %% ../../../nbs/lab/bench/68_ablations.ipynb #248b4199
 def bench_pairs(
     measure: Callable, # settings, seed → {figure: value}
     variants: dict[str, dict], # name: settings; the first is the baseline
@@ -273,8 +278,8 @@ def bench_pairs(
     names = chosen_figures(figures, [run for runs in results.values() for run in runs])
     compared = compare_variants(results, names)
     click.echo(f"\n{paired_table(compared)}\n\nPaired over the seeds {seeds[0]} to {seeds[-1]}. "
-               f"The p values of the {len(compared)} comparisons have Holm's correction, and a "
-               "variant differs if its corrected value is below 0.05; intervals have none.")
+               "Holm's correction is over all lines of the table. A variant differs if its "
+               "corrected p value is below 0.05; the intervals are not corrected.")
 
 # %% ../../../nbs/lab/bench/68_ablations.ipynb #e01fdb94
 def read_variants(
