@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STORY_THINGS', 'SUBJECTS', 'story', 'words_of', 'template_words', 'table_words', 'false_facts', 'repeated',
-           'missing_words', 'story_faults']
+           'form_faults', 'missing_words', 'story_faults']
 
 # %% ../../nbs/core/04b_stories.ipynb #b156f026
 import re
@@ -591,9 +591,21 @@ def _wrong_pronouns(text: str, people: list) -> list[str]:
 
 # %% ../../nbs/core/04b_stories.ipynb #b1c31b2b
 def repeated(text: str) -> list[str]:
-    "Return the sentences and lines that occur twice in a text."
+    "Return the sentences and lines that occur twice in a text, in lower case."
     pieces = re.split(r"(?<=[.?!])\"? |\n", text.strip())
-    return [piece for piece, n in Counter(pieces).items() if n > 1 and len(piece.split()) > 2]
+    said = [" ".join(words_of(piece)).lower() for piece in pieces]
+    return [piece for piece, n in Counter(said).items() if n > 1 and len(piece.split()) > 2]
+
+# %% ../../nbs/core/04b_stories.ipynb #f6b9c2d7
+def form_faults(
+    text: str, # a story
+) -> list[str]: # one message each; empty if all is well
+    "Find what is wrong with a story's length, its sentences and its punctuation."
+    n = len(words_of(text))
+    faults = [] if 40 <= n <= 170 else [f"{n} words"]
+    if not re.search(r"[.?!]\"?$", text): faults.append("no punctuation at the end")
+    if text.count('"') % 2: faults.append("a quotation that does not end")
+    return faults + [f"twice: {piece}" for piece in repeated(text)]
 
 # %% ../../nbs/core/04b_stories.ipynb #e24b2832
 def missing_words(
@@ -612,13 +624,10 @@ def story_faults(
     about: str = "", # what was asked for: a first name, "a dog", "my robot", ...
 ) -> list[str]: # one message each; empty if all is well
     "Find what is wrong with a story."
-    words, people = words_of(text), _people_in(text, world)
+    people = _people_in(text, world)
     allowed = _story_words() | {word.lower() for word in words_of(about)} | {"your"}
-    faults = [] if 40 <= len(words) <= 170 else [f"{len(words)} words"]
+    faults = form_faults(text)
     if not 1 <= len(people) <= 3: faults.append(f"{len(people)} people")
-    if not re.search(r"[.?!]\"?$", text): faults.append("no punctuation at the end")
-    if text.count('"') % 2: faults.append("a quotation that does not end")
-    faults += [f"twice: {piece}" for piece in repeated(text)]
     faults += [f"unknown word: {word}" for word in _wrong_words(text, world, allowed)]
     faults += [f"missing: {word}" for word in missing_words(text, about)]
     return faults + false_facts(text, world) + _wrong_pronouns(text, people)

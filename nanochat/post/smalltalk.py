@@ -33,7 +33,7 @@ _add_kind(
     " everyone|"
     " you!| to you, too| little model| computer]",
     "[Hello|Hi|Hey], [Pico|nice to meet you|it is me]!",
-    "[Is|Is there] anybody [there|here|at home]?", "Are you [there|here|awake|ready|listening]?",
+    "[Is|Is there] anybody [there|here|at home]?", "Are you [there|here|ready|listening]?",
     "[I am|It is me,] back[| again].", "[Nice|Good|Pleased] to [meet|see] you[|, Pico|, too].",
     "[Let us|Can we|Shall we|I want to|I would like to] [talk|chat|begin|start][| a little|"
     " a bit].",
@@ -59,7 +59,7 @@ _add_kind(
     ", thank you|].",
     "[Great|Perfect|Good|Nice|Okay], [thanks|thank you][!|.]",
     "You [helped|have helped] me[| a lot].",
-    "I [appreciate it|am grateful|thank you|owe you one].",
+    "I [appreciate it|thank you|owe you one].",
     "That [is|was] [just|exactly] what I wanted.")
 _add_kind(
     "bye", ["Goodbye!", "Goodbye! See you soon."],
@@ -124,7 +124,7 @@ _add_kind(
     "[We|I and my sister|My friend and I|My parents] had a [fight|quarrel].", "I have a problem.",
     "Somebody stole my [bike|phone|bag|car|wallet].",
     "[Everything|It all] [goes|went] wrong[| today].",
-    "[Life is|My day was|It is|The world is] [hard|unfair|terrible|so sad|difficult].",
+    "[Life is|My day was|The world is] [hard|unfair|terrible|so sad|difficult].",
     "Bad news.",
     "I am [having a hard time|in trouble|late for work|so unlucky|not good at anything|"
     "going to fail].",
@@ -256,7 +256,7 @@ _add_kind(
     " then]",
     "[Ok|Okay|Ah|Oh|Wow|Yes], [good|cool|nice|I see|great|I understand|that is nice|"
     "interesting][!|.|]",
-    "[That is|This is] [good|fine|okay|cool|news to me][.|!]",
+    "[That is|This is] [fine|okay|cool|news to me][.|!]",
     "[Go on|Continue|More|Next][, please|][.|!|]", "[:)|:-)|:D|;)]")
 _add_kind(
     "no", "All right. What else would you like to know?",
@@ -272,7 +272,7 @@ _add_kind(
 # %% ../../nbs/post/31d_smalltalk.ipynb #26ca73bf
 _add_kind(
     "really", "I try to tell the truth, but I can be wrong.",
-    "[Really|Is that so|Are you sure|Seriously|For real|Is that true|Truly|Honestly|Sure|"
+    "[Really|Is that so|Are you sure|Seriously|For real|Is that true|Truly|Honestly|"
     "Is that right]?",
     "[I doubt it|I do not think so|I do not believe that|That cannot be|Are you kidding][.|!|?]")
 

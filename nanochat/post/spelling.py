@@ -10,7 +10,7 @@ import re
 
 # %% ../../nbs/post/31a_spelling.ipynb #42d1c2c9
 from ..core.grammar import (
-    WORDS, Draw, compile_templates, count, expand, expand_one, spell)
+    WORDS, Draw, capital, compile_templates, count, expand, expand_one, spell)
 from ..core.words import COMMON_WORDS, NAMES, any_word, odd_word, pieced_word
 from ..model.sandbox import calculator
 from nanochat.post.tasks import (
@@ -340,7 +340,7 @@ def _sentence(draw, world):
 
 def _cased(text: str, draw) -> str:
     "Sometimes write a text with a capital, in capitals, or with a mark at its end."
-    if draw.chance(0.15): text = text[0].upper() + text[1:]
+    if draw.chance(0.15): text = capital(text)
     if draw.chance(0.05): text = text.upper()
     return text + draw.pick(".!?") if text[-1].isalnum() and draw.chance(0.1) else text
 

@@ -11,7 +11,7 @@ import re
 # %% ../../nbs/post/31c_told.ipynb #568c2fec
 from ..core.grammar import (
     ATTRIBUTES, COLOURS, DAYS, GOODS, HE, JOBS, PETS, PLACES, PLURALS, SHE, THINGS, Draw, article,
-    compile_template, compile_templates, expand, made_up)
+    capital, compile_template, compile_templates, expand, made_up)
 from ..core.world import World
 from .tasks import visible_text
 
@@ -157,7 +157,7 @@ _add_relation("pet", ["{n} has {a_pet}", "{ns} pet is {a_pet}", "{n} lives with 
 # %% ../../nbs/post/31c_told.ipynb #586af1bf
 def sentence(text: str, end: str = ".") -> str:
     "Return a text with a capital letter at its beginning and a mark at its end."
-    return text[0].upper() + text[1:] + end
+    return capital(text) + end
 
 # %% ../../nbs/post/31c_told.ipynb #66f08161
 _JOINTS = [" and ", ". ", ", and ", ", but ", ". ", "; "]
@@ -234,9 +234,21 @@ _AMOUNTS = { # what two people have a number of: (sentence, [(question, answer)]
         ("Who is [younger|the younger one]", "{l} is younger."),
         ("Who is the youngest", "{l} is the youngest."),
         ("Which of them is older", "{m} is older.")]),
+    "height": ("{n} is {cm} cm tall", [
+        ("Who is [taller|the taller one]", "{m} is taller."),
+        ("Who is the tallest", "{m} is the tallest."),
+        ("Who is [shorter|the shorter one]", "{l} is shorter."),
+        ("Who is the shortest", "{l} is the shortest.")]),
+    "weight": ("{n} weighs {cm} kilos", [
+        ("Who is [heavier|the heavier one]", "{m} is heavier."),
+        ("Who is [lighter|the lighter one]", "{l} is lighter.")]),
     "price": ("the {good} costs {k} coins", [
         ("[What|Which|Which one] [costs more|is more expensive]", "The {m} costs more."),
-        ("[What|Which|Which one] [costs less|is cheaper]", "The {l} costs less.")])}
+        ("[What|Which|Which one] [costs less|is cheaper]", "The {l} costs less.")]),
+    "length": ("the {thing} is {k} cm long", [
+        ("[What|Which|Which one] is [longer|the longer one]", "The {m} is longer."),
+        ("[What|Which|Which one] is [shorter|the shorter one]", "The {l} is shorter.")])}
+_NAMED = {"price": "good", "length": "thing"} # the slot that an answer names
 _AMOUNTS = {kind: (compile_template(tell), [tuple(compile_templates(pair)) for pair in pairs])
             for kind, (tell, pairs) in _AMOUNTS.items()}
 
@@ -247,13 +259,28 @@ def _amounts(world: World, draw: Draw) -> tuple[str, str, str]: # told, question
     tell, pairs = _AMOUNTS[kind]
     a, b = _told_slots(any_names(known_names(world), 2, draw), draw)
     a["k"], b["k"] = str(draw.number(2, 12)), str(draw.number(14, 60))
+    for slots in (a, b): slots["cm"] = str(100 + int(slots["k"]))
     b["goods"] = a["goods"]
     people = draw.sample([a, b], 2)
     told = [expand(tell, slots, draw) for slots in people]
-    name = "good" if kind == "price" else "n"
+    name = _NAMED.get(kind, "n")
     question, answer = draw.pick(pairs)
     slots = a | {"m": b[name], "l": a[name]}
     return _joined(told, draw), expand(question, slots, draw), expand(answer, slots, draw)
+
+# %% ../../nbs/post/31c_told.ipynb #c3e6f9a4
+_BIGGER = {"bigger": "[bigger|larger|greater|higher]", "smaller": "[smaller|lower]"}
+_ASK_BIGGER = {word: compile_templates([
+    f"[Which|What] [|number ]is {asked}, {{x}} or {{y}}", f"Is {{x}} or {{y}} {asked}",
+    f"[Which|What] is the {asked} number, {{x}} or {{y}}",
+    f"{{x}} or {{y}}: which [one |number |]is {asked}"]) for word, asked in _BIGGER.items()}
+
+def _numbers(world: World, draw: Draw) -> tuple[str, str, str]: # nothing told, question, answer
+    "Ask which of two numbers is bigger."
+    x, y = draw.sample(range(1, draw.pick((10, 100, 1000))), 2)
+    word, right = draw.pick([("bigger", max(x, y)), ("smaller", min(x, y))])
+    question = expand(draw.pick(_ASK_BIGGER[word]), {"x": str(x), "y": str(y)}, draw)
+    return "", question, f"{right} is {word}."
 
 # %% ../../nbs/post/31c_told.ipynb #49413c5c
 _EVENTS = [ # (told, [(question, answer), ...])
@@ -263,6 +290,10 @@ _EVENTS = [ # (told, [(question, answer), ...])
     ("[First|At first] {a} came, [then|and then] {b}[| came]", [
         ("Who came [first|earlier]", "{a} came first."), ("Who came [last|later]",
     "{b} came last.")]),
+    ("{a} was first, {b} was second and {c} was third", [
+        ("Who [won|was first|came first]", "{a} won."),
+        ("Who [was|came] second", "{b} was second."),
+        ("Who [was|came] [last|third]", "{c} was last.")]),
     ("{a} won the [race|game] [against|before] {b}", [
         ("Who won[| the race| the game]", "{a} won."), ("Who lost[| the race| the game]",
     "{b} lost.")]),
@@ -295,9 +326,9 @@ _DEEDS = ("visited:visit helped:help called:call thanked:thank painted:paint fol
           "asked:ask kissed:kiss watched:watch invited:invite phoned:phone greeted:greet").split()
 
 def _event(world: World, draw: Draw) -> tuple[str, str, str]: # told, question, answer
-    "Tell what two people did, or how they are related."
-    names = any_names(known_names(world), 2, draw)
-    slots = _told_slots(names, draw)[0] | dict(zip("ab", names))
+    "Tell what people did, or how they are related."
+    names = any_names(known_names(world), 3, draw)
+    slots = _told_slots(names, draw)[0] | dict(zip("abc", names))
     slots |= dict(zip(("did", "do"), draw.pick(_DEEDS).split(":"))) | {"kin": draw.pick(_KIN)}
     told, pairs = draw.pick(_EVENTS)
     question, answer = draw.pick(pairs)
@@ -306,7 +337,8 @@ def _event(world: World, draw: Draw) -> tuple[str, str, str]: # told, question, 
     return sentence(told), question, answer
 
 # %% ../../nbs/post/31c_told.ipynb #b208a5cb
-_KINDS = {_facts: 0.6, _compare: 0.15, _amounts: 0.1, _event: 0.15} # function: its share
+_KINDS = { # function: its share
+    _facts: 0.5, _compare: 0.18, _amounts: 0.14, _event: 0.13, _numbers: 0.05}
 
 def told_exchange(
     world: World, # whose residents are some of the people
@@ -314,7 +346,7 @@ def told_exchange(
 ) -> tuple[str, str]: # a message and the answer
     "Return a message that tells something and asks for a part of it, and the answer."
     told, question, answer = draw.weighted(_KINDS)(world, draw)
-    parts = [told, question + "?"]
+    parts = [told, question + "?"] if told else [question + "?"]
     if draw.chance(0.15): parts.reverse()
     return " ".join(parts), answer
 

@@ -14,11 +14,10 @@ from fastcore.basics import patch
 
 # %% ../../nbs/post/32e_writing.ipynb #2601292c
 from ..core.grammar import (
-    COLOURS, FAMILIES, HE, HOWTOS, JOBS, PETS, PLACES, SHE, Draw, article, compile_template,
-    compile_templates, expand, expand_one, made_up)
+    COLOURS, FAMILIES, HE, HOWTOS, JOBS, PETS, PLACES, SHE, Draw, article, capital,
+    compile_template, compile_templates, expand, expand_one, made_up)
 from ..core.stories import (
-    STORY_THINGS, SUBJECTS, false_facts, missing_words, repeated, story, story_faults,
-    table_words,
+    STORY_THINGS, SUBJECTS, false_facts, repeated, story, story_faults, table_words,
     template_words, words_of)
 from ..core.verses import (
     RIDDLES, haiku, haiku_faults, joke, joke_faults, poem, poem_faults, riddle)
@@ -114,11 +113,6 @@ _AFTER = compile_templates([ # a second sentence that names the subject
     "[The subject is|The topic is|Topic:] {x}.",
     "I like {x}.", "About {x}, please."])
 
-# %% ../../nbs/post/32e_writing.ipynb #8bbeb621
-def _capital(text: str) -> str:
-    "Return a text with a capital letter at its beginning."
-    return text[0].upper() + text[1:]
-
 # %% ../../nbs/post/32e_writing.ipynb #b63a8c30
 def _request(
     kind: str, # key of _NOUNS
@@ -131,7 +125,7 @@ def _request(
     verb, it, after = expand(verbs, {}, draw), expand_one(_NOUNS[kind], {}, draw), ""
     if x and draw.chance(0.1): after = " " + expand_one(_AFTER, {"x": x}, draw)
     elif x: it = expand_one(_ABOUT_OF.get(kind, _ABOUT_VERSE), {"it": it, "x": x}, draw)
-    slots = {"v": verb, "V": _capital(verb), "it": it, "It": _capital(it)}
+    slots = {"v": verb, "V": capital(verb), "it": it, "It": capital(it)}
     return expand_one(_FRAMES, slots, draw) + after
 
 # %% ../../nbs/post/32e_writing.ipynb #264ebeb9
@@ -294,7 +288,7 @@ def _solved(
         return [user(expand_one(_GIVE_UP, {}, draw)), assistant(f"It is {right}.")]
     wrong = draw.pick([other for other in RIDDLES.values() if other != right])
     guess = right if draw.chance(0.5) else wrong
-    said = expand_one(_GUESS, {"x": guess, "X": _capital(guess)}, draw)
+    said = expand_one(_GUESS, {"x": guess, "X": capital(guess)}, draw)
     return [user(said), assistant(f"{'Yes' if guess == right else 'No'}, it is {right}.")]
 
 # %% ../../nbs/post/32e_writing.ipynb #9eeadd98
