@@ -12,15 +12,20 @@ import pytest
 import torch
 from conftest import assert_user_error, environment, nanochat
 
+from nanochat.core import itself
 from nanochat.core.files import UserError
+from nanochat.core.grammar import Draw, expand_one, expansions
 from nanochat.core.run import Run
 from nanochat.core.tokenizer import Tokenizer
 from nanochat.core.identity import read_card
+from nanochat.core.world import World
 from nanochat.train.hardware import Hardware, named_hardware
 from nanochat.train.settings import WORLD_TASKS, flatten
 from nanochat.train.estimate import stage_tokens
 from nanochat.train.plan import make_plan
-from nanochat.post.tasks import visible_text
+from nanochat.post import smalltalk, town, wordings
+from nanochat.post.public import make_task
+from nanochat.post.tasks import normal, visible_text
 from nanochat.post.mixture import open_mixture, open_task, take
 from nanochat.post.finetune import (
     ConversationLoader, fit_conversations, finetune, pack_conversations, prepare_rows)
@@ -236,7 +241,7 @@ def ada(tmp_path_factory):
     mp.setenv("NANOCHAT_BASE_DIR", str(tmp/"base"))
     (tmp/"ada.yaml").write_text(CARD)
     own = write(tmp/"talks"/"colours.jsonl", [talk(f"Which colour is number {i}?", f"Number {i} is {'red' if i % 2 else 'blue'}.") for i in range(120)])
-    settings = NO_WORLD | {"card": str(tmp/"ada.yaml"), "mid.mixture.identity": 2000, f"mid.mixture.{own.parent}": "2x", "sft.mixture.identity": 500, f"sft.mixture.{own.parent}": 100,
+    settings = NO_WORLD | {"card": str(tmp/"ada.yaml"), "mid.mixture.identity": 6000, f"mid.mixture.{own.parent}": "2x", "sft.mixture.identity": 1000, f"sft.mixture.{own.parent}": 100,
                            "dial.depth": 3, "model.n_embd": 96, "base.steps": 30, "mid.batch_tokens": 1024, "mid.lr_scale": 1.0, "sft.lr_scale": 0.3, "eval.questions": 30, "eval.max_new_tokens": 48}
     run = Run.create("ada", plan(settings).config)
     for stage in ("data", "tokenizer", "base"): run_stage(run, stage)
@@ -271,3 +276,40 @@ def test_no_question_of_the_exam_is_trained_on(tmp_path):
     assert not trained & {bare(row["messages"][0]["content"]) for row in asked} and len(asked) > 20
     assert all(exam.evaluate(row, visible_text(row["messages"][-1])) for row in asked)
     assert read_card(tmp_path/"ada.yaml").name == "Ada"
+
+
+# --- one question, one kind of answer
+
+
+def said_by(table, slots_of):
+    "Each question of a table of kinds, in one form, with the answers of its kinds."
+    found = {}
+    for kind, (templates, answer) in table.items():
+        texts = {text for template in templates for slots in slots_of(kind) for text in expansions(template, slots)}
+        for text in texts: found.setdefault(normal(text), set()).add(repr(answer).strip("[]"))
+    return {text: answers for text, answers in found.items() if text}
+
+
+def test_a_question_about_the_model_is_answered_in_one_way():
+    card = {"N": "Pico", "maker": "the nanochat founders"}
+    about_it = said_by(itself._ITSELF, lambda topic: [card | noun for noun in itself._nouns(topic)])
+    talk = said_by(smalltalk._SAID, lambda kind: [{"weather": "sunny"}])
+    outside = {normal(text) for text in town._OUTSIDE}
+    outside |= {normal(expand_one([template], {}, Draw(i))) for template in wordings._OUTSIDE for i in range(200)}
+    assert len(about_it) > 3000 and len(talk) > 10_000 and len(outside) > 700
+    assert outside & (about_it.keys() | talk.keys()) == set()
+    answers = {text: about_it.get(text, set()) | talk.get(text, set()) for text in about_it.keys() | talk.keys()}
+    assert {text: found for text, found in answers.items() if len(found) > 1} == {}
+
+
+def test_the_users_age_is_answered_in_one_way():
+    "It is what the user told, or the model says that it was not told."
+    answers = set()
+    for name in ("memory", "smalltalk", "unknown", "identity"):
+        task = make_task(name, "train", 42, World(42))
+        for i in range(6000):
+            messages = task.messages(i, Draw(i))
+            pairs = zip(messages[::2], messages[1::2])
+            answers |= {reply["content"] for said, reply in pairs if re.search(r"\b[Hh]ow old am I\?$", said["content"])}
+    assert len(answers) > 5
+    assert {text for text in answers if not re.fullmatch(r"You are \d+ years old\.", text)} == {"I do not know that. You did not tell me."}

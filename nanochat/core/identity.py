@@ -17,7 +17,7 @@ import yaml
 # %% ../../nbs/core/06_identity.ipynb #a2578461
 from .files import UserError
 from .grammar import (
-    Draw, compile_template, compile_templates, expand, expand_one, expansions, join_words)
+    Draw, capital, compile_template, compile_templates, expand, expand_one, expansions, join_words)
 
 # %% ../../nbs/core/06_identity.ipynb #9bc1f91c
 IDENTITY = { # how the model introduces itself in conversations
@@ -56,7 +56,7 @@ IDENTITY_TEST = [
 
 # %% ../../nbs/core/06_identity.ipynb #88bd7736
 # with a capital letter, to begin a sentence
-_MAKER = IDENTITY["maker"][0].upper() + IDENTITY["maker"][1:]
+_MAKER = capital(IDENTITY["maker"])
 _SELF = [
     "I am {name}, {kind} made by {maker}.", "My name is {name}, and I was made by {maker}.",
     "I am {name}. {Maker} made me.", "I am {kind}. My name is {name}, and {maker} made me.",
@@ -306,7 +306,7 @@ def _card_answer(
     "Return an answer that the model should give to a question about a topic."
     if line := _line_of(card, topic): return line[1]
     slots = {"N": card.name, "kind": card.kind, "age": card.age, "maker": card.maker}
-    slots["Maker"] = card.maker[0].upper() + card.maker[1:]
+    slots["Maker"] = capital(card.maker)
     about = [say for asked, say in card.lines if not asked]
     if card.age: about.append(f"I am {card.age} old.")
     if card.likes:

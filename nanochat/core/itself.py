@@ -94,7 +94,7 @@ _add_itself(
     "Are you [|really |actually |secretly |sure that you are not |]a [human|person|man|woman|boy|"
     "girl|human being|real person|robot|computer|child|student|teacher|doctor|dog|cat|ghost|"
     "living thing|god|calculator|search engine]?",
-    "Are you [human|alive|conscious|living|a he|a she|male|female|sentient|self-aware|married]?",
+    "Are you [human|alive|conscious|living|a he|a she|male|female|sentient|self-aware]?",
     f"Are you [|the same as |really |][{_OTHERS}]?", f"[Is this|Is that you,] [{_OTHERS}]?",
     f"[Am I talking|Am I speaking|Am I chatting] [to|with] [{_OTHERS}|a human|a robot|a person]?",
     f"[Is your name|Are you called|You are] [{_OTHERS}|Tom|Anna|Max|Bob|Alice]?",
@@ -154,13 +154,13 @@ _add_itself(
     "[Tell me about|What is|Where is|What about] your {own}[|, {N}]?",
     "I [have|bought] {a_own}. Do you[| have one| have that| too]?")
 _OWN = (
-    "dog cat pet car house phone job girlfriend "
+    "dog cat pet car phone girlfriend "
     "boyfriend friend heart brain soul mind face head nose hand garden bicycle boat "
-    "bed room computer school country religion dream secret wish").split()
+    "bed computer school country religion dream secret wish").split()
 
 # %% ../../nbs/core/06a_itself.ipynb #8f3374db
 _OWN_MANY = (
-    "friends pets money eyes ears hands legs arms hair clothes "
+    "friends pets money hands legs arms hair clothes "
     "books toys dreams secrets wishes plans enemies neighbours teeth shoes").split()
 
 # %% ../../nbs/core/06a_itself.ipynb #580ba411

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .grammar import (
     ANSWERS, ATTRIBUTES, COLOURS, FAMILIES, GOODS, HE, HOWTOS, JOBS, MONTHS, PETS,
     PLACES, PLURALS, QUESTIONS, SHE, STATEMENTS, THINGS, WEATHER, WORDS, Draw,
-    article, compile_template, compile_templates, count, expand, expand_one,
+    article, capital, compile_template, compile_templates, count, expand, expand_one,
     join_words, made_up, number_word, past_tense, spell)
 from .words import any_word
 from .stories import SUBJECTS, story
@@ -152,7 +152,7 @@ def _titled(
 ) -> str:
     "Put a title above a text."
     if not about: return text
-    slots = {"x": about, "X": about[0].upper() + about[1:]}
+    slots = {"x": about, "X": capital(about)}
     return expand_one(titles, slots, draw) + "\n" + text
 
 # %% ../../nbs/core/05_world.ipynb #55b191f0
@@ -430,7 +430,7 @@ def _entry_slots(
     people: list[Resident], # the residents who have it
 ) -> dict:
     "Return the slots of an encyclopedia entry."
-    title = key[0].upper() + key[1:]
+    title = capital(key)
     names = join_words([person.full for person in people])
     slots = {"key": key, "Key": title, "people": names}
     if kind == "job":

@@ -13,7 +13,7 @@ from ..core.grammar import (
     Draw, capital, compile_template, compile_templates, expand_one, number_word)
 from ..model.sandbox import calculator
 from .tasks import (
-    Task, closing_text, final_number, part_of, user, visible_text, with_tool)
+    Task, closing_text, final_number, part_of, user, with_tool)
 
 # %% ../../nbs/post/31b_arithmetic.ipynb #b27f4751
 def _size(draw: Draw, small: int = 20) -> int:

@@ -14,9 +14,9 @@ from fastcore.basics import patch
 # %% ../../nbs/post/32d_general.ipynb #d0a8fc36
 from ..core.grammar import (
     ATTRIBUTES, COLOURS, DAYS, GOODS, JOBS, MONTHS, NUMBER_WORDS, PETS, PLACES, WEATHER,
-    article, compile_templates, count, expand_one, join_words)
+    article, capital, compile_templates, count, expand_one, join_words)
 from .tasks import Task, assistant, closing_text, normal, numbers_in, part_of, user
-from .wordings import capital, plural
+from .wordings import plural
 
 # %% ../../nbs/post/32d_general.ipynb #d1891fc2
 _FRAMES = compile_templates([

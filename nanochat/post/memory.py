@@ -11,13 +11,13 @@ from fastcore.basics import patch
 # %% ../../nbs/post/32b_memory.ipynb #10dea031
 from ..core.grammar import (
     ANSWERS, ATTRIBUTES, COLOURS, DAYS, GOODS, HE, MONTHS, PETS, PLACES, PLURALS, SHE, THINGS,
-    Draw, article, compile_templates, expand, expand_one, join_words, made_up)
+    Draw, article, capital, compile_templates, expand, expand_one, join_words, made_up)
 from ..core.itself import compile_broad
 from ..core.world import question_and_answer
 from .tasks import (
     TRAIN_SIZE, Task, assistant, closing_text, mentions, normal, part_of, user, visible_text)
 from .told import SPOTS, any_names, copied, known_names, sentence
-from .town import Facts
+from .town import EXAM_WHO, Facts
 from .conversation import SmallTalk, greeting
 
 # %% ../../nbs/post/32b_memory.ipynb #2f4165c3
@@ -53,11 +53,6 @@ _TOLD = {
 
 # %% ../../nbs/post/32b_memory.ipynb #f58066c1
 _TOLD = {kind: compile_templates(texts) for kind, texts in _TOLD.items()}
-
-# %% ../../nbs/post/32b_memory.ipynb #f7a73b36
-# general questions about a person, between telling and asking
-_WHO = compile_templates([
-    "Who is {N}?", "Tell me about {o}.", "What do you know about {o}?", "Do you know {o}?"])
 
 # %% ../../nbs/post/32b_memory.ipynb #5e89e514
 _KEPT: dict[str, tuple] = {} # kind: compiled key, reply, what the user tells, (question, answer)s
@@ -378,8 +373,7 @@ def exam_messages(self: Memory, draw: Draw) -> list[dict]:
     for _ in range(draw.weighted({0: 0.2, 1: 0.5, 2: 0.3})):
         turn = draw.pick((self._exam_fact, self._exam_talk))
         between += turn(draw.number(0, TRAIN_SIZE - 1))[:2]
-    reply = reply[0].upper() + reply[1:]
-    return [user(told), assistant(reply), *between, user(question), assistant(answer)]
+    return [user(told), assistant(capital(reply)), *between, user(question), assistant(answer)]
 
 # %% ../../nbs/post/32b_memory.ipynb #d62745de
 @patch
@@ -413,7 +407,7 @@ def _exam_fact(self: Memory, i):
     slots = people[index].subject(draw.pick(("first", "full")))
     later = people[index].subject("pronoun")
     said = [expand_one(ANSWERS[first], slots, draw), expand_one(ANSWERS[second], later, draw)]
-    return [user(expand_one(_WHO, slots, draw)), assistant(" ".join(said))]
+    return [user(expand_one(EXAM_WHO, slots, draw)), assistant(" ".join(said))]
 
 # %% ../../nbs/post/32b_memory.ipynb #2b8b129d
 @patch
@@ -552,7 +546,7 @@ _UNTOLD = "I do not know that. You did not tell me."
 @patch
 def _untold(self: Memory, draw):
     "Ask for something that was not told."
-    talk, not_kinds = self._between(draw), {"friend has", "eaten", "where", "where many", "age"}
+    talk, not_kinds = self._between(draw), {"friend has", "eaten", "where", "where many"}
     if draw.chance(0.4):
         kind, _, told, reply = self._tell(draw)
         talk = [user(sentence(told)), assistant(reply)]

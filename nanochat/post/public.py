@@ -27,7 +27,7 @@ from .tasks import (
     spoken_text, user, visible_text)
 from .arithmetic import Arithmetic
 from .problems import Problems, Sums
-from .words import Counting, Letters, Repeat, Spelling
+from .spelling import Counting, Letters, Repeat, Spelling
 from .town import Facts, TownChoice, TwoFacts, Unknown
 from .people import People
 from .general import General

@@ -29,7 +29,7 @@ _TASK_TOKENS = 40 # mean of a conversation in a generated task, with a vocabular
 _LONG_TASK_TOKENS = {"writing": 100} # the same, for tasks with longer conversations
 _LONG_ANSWERS = {"writing": 200} # most tokens of an answer, where it is more than the usual limit
 # rough mean of the pretraining documents that `mid.replay` and `sft.replay` mix in
-_DOCUMENT_TOKENS = {"world": 115, "web": 1000}
+_DOCUMENT_TOKENS = {"world": 87, "web": 1000}
 
 # %% ../../nbs/train/22_estimate.ipynb #18f739a0
 def bytes_per_token(
