@@ -291,6 +291,14 @@ def shape_of(
     text = _TOPIC.sub(r"\1 _", _ASKED.sub(r"\1 _", text))
     return re.sub(r"\b_s?\b(?: _s?\b)+", "_", text)
 
+# %% ../../nbs/post/30_tasks.ipynb #a3d6e9f1
+_PRONOUNS = {"she": ("she", "he"), "her": ("her", "his"), "him": ("her", "him")}
+_PRONOUN = re.compile(r"\{(?:b\.)?(she|her|him)(?::l)?\}")
+
+def _with_pronouns(message: str) -> list[str]:
+    "Return a message of the exam as it is about a woman, and about a man."
+    return [_PRONOUN.sub(lambda slot: _PRONOUNS[slot[1]][k], message) for k in (0, 1)]
+
 # %% ../../nbs/post/30_tasks.ipynb #4be8f14c
 @cache
 def wild_shapes() -> frozenset[str]:
@@ -299,8 +307,14 @@ def wild_shapes() -> frozenset[str]:
     for kind in wild_messages().values():
         for entry in kind["say"]:
             turns = entry["say"] if isinstance(entry, dict) else entry
-            shapes.add(shape_of(turns if isinstance(turns, str) else turns[-1]))
+            message = turns if isinstance(turns, str) else turns[-1]
+            shapes |= set(map(shape_of, _with_pronouns(message)))
     return frozenset(shapes - {""}) # punctuation alone
+
+# %% ../../nbs/post/30_tasks.ipynb #d6a9b2c4
+def _is_like_the_exam(message: str) -> bool:
+    "Return whether a message has the shape of one of the exam."
+    return not wild_shapes().isdisjoint((shape_of(message), shape_of(message.lower())))
 
 # %% ../../nbs/post/30_tasks.ipynb #71c16527
 def check_task_split(
@@ -368,7 +382,7 @@ class Task:
             keep, said = self.keep(messages), [m for m in messages if m["role"] == "user"]
             typed = [as_typed(m["content"], draw, keep) for m in said]
             texts = [m["content"] for m in said] + typed
-            if not any(shape_of(text) in wild_shapes() for text in texts): break
+            if not any(map(_is_like_the_exam, texts)): break
         left = iter(typed)
         return [m | {"content": next(left)} if m["role"] == "user" else m for m in messages]
 
