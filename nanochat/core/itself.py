@@ -61,8 +61,8 @@ def _lines(
     text: str, # a block of a file
 ) -> list[str]:
     "Return the templates of a block, one a line, with their continuation lines."
-    text = re.sub(r"(?<=[|\[])\n +|\n +(?=[\]|]|\[[|.,?!])", "", text)
-    return re.sub(r"\n +", " ", text).strip("\n").split("\n")
+    text = re.sub(r"(?<=[|\[])\n |\n (?=[\]|.,?!]|\[\|*[ .,?!:])", "", text)
+    return re.sub(r"\n ", " ", text).strip("\n").split("\n")
 
 # %% ../../nbs/core/06a_itself.ipynb #1199f3b7
 def _framed(
@@ -108,7 +108,8 @@ def say_one(
     draw: Draw, # makes the choices
 ) -> str:
     "Choose one of the templates, and return its text with a capital letter and single spaces."
-    return capital(" ".join(expand_one(templates, slots, draw).split()).strip(" ,"))
+    text = " ".join(expand_one(templates, slots, draw).split()).strip(" ,")
+    return capital(re.sub(r"(?<=[!?])[.,]$", "", text))
 
 # %% ../../nbs/core/06a_itself.ipynb #d8e83871
 _ITSELF = { # topic: answer
