@@ -109,7 +109,7 @@ def say_one(
 ) -> str:
     "Choose one of the templates, and return its text with a capital letter and single spaces."
     text = " ".join(expand_one(templates, slots, draw).split()).strip(" ,")
-    return capital(re.sub(r"(?<=[!?])[.,]$", "", text))
+    return capital(re.sub(r"(?<=[!?])[.,]$| (?=[.?!]$)", "", text))
 
 # %% ../../nbs/core/06a_itself.ipynb #d8e83871
 _ITSELF = { # topic: answer
