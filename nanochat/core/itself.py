@@ -154,18 +154,18 @@ def _asked() -> dict[str, list[tuple]]:
 
 # %% ../../nbs/core/06a_itself.ipynb #1e91177b
 _OWN = """
-    dog cat pet car house phone job girlfriend boyfriend friend heart brain soul mind face head nose
-    hand garden bicycle boat bed room computer school country religion dream secret wish puppy
+    dog cat pet car house phone job girlfriend boyfriend friend heart brain soul face head nose
+    hand bicycle boat bed computer school country religion secret wish puppy
     kitten horse goldfish parrot mouth tongue stomach finger back shadow gender
-    passport watch wallet guitar piano camera bike scooter laptop television
-    kitchen sofa desk office teacher boss lawyer doctor nickname tail beard moustache tattoo
+    passport watch wallet guitar piano bike scooter laptop television
+    kitchen sofa desk office teacher lawyer doctor tail beard moustache tattoo
     conscience personality character talent hero crush uniform hat coat
     skateboard diary wardrobe fridge umbrella weapon motorbike birthmark scar
     """.split()
 
 # %% ../../nbs/core/06a_itself.ipynb #c225e6eb
 _OWN_MANY = """
-    friends pets money eyes ears hands legs arms hair clothes books toys dreams secrets wishes plans
+    friends pets money eyes ears hands legs arms hair clothes books toys secrets wishes
     enemies neighbours teeth shoes feet fingers muscles bones glasses socks wings
     colleagues classmates fans tattoos manners rights savings debts games
     """.split()

@@ -79,7 +79,7 @@ def _foreign() -> list[tuple]:
     return read_broad("post/foreign.yaml")["foreign"]
 
 # %% ../../nbs/post/31b_smalltalk.ipynb #e809a1fa
-_SMALL = "the of and to in is it at by or for a my her his w not very this one so but if on from".split()
+_SMALL = "the of and to in is it at by or for a my her his not very this one so but if on".split()
 _KEYS = """
     asdf qwer qwerty asdfgh zxcv jkl hjkl wasd fdsa uiop xyz abc dfgh yxcv poiu lkj asd qwertz dsa
     gfd hgf kjh mnb vbn xcv sdf sdfg ghjk wert rtzu zuio bnm cvb lkjh oiuy trew 123 1234 123abc a1b2
@@ -88,6 +88,7 @@ _KEYS = """
 _MEANT = """
     help story poem song sing read count happy glad sad proud tired afraid hungry cold warm hot
     quiet music game rain snow sun sunny rainy snowy windy foggy cloudy week year
+    morning evening afternoon night smile wait blue close guide day laugh friend loud slow wet
     """.split()
 _SIGNS = """
     ? ?? ??? ???? ! !! . .. ... .... , - -- # * / ; : ?! !? ~ @ % & + = ( ) 0 / // <> () ^ _ __ $ €
