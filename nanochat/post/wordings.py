@@ -7,11 +7,17 @@ __all__ = ['WORLD_NAMES', 'STARS', 'ASK_WHO', 'name_slots', 'ask_fact', 'ask_pro
            'ask_either', 'answer_fact', 'fact_turn', 'ask_both', 'ask_same', 'plural', 'made_up_name', 'stranger_name',
            'ask_stranger', 'ask_star', 'ask_hidden', 'ask_outside']
 
+# %% ../../nbs/post/31e_wordings.ipynb #c48b591c
+from functools import cache
+
 # %% ../../nbs/post/31e_wordings.ipynb #c8980c22
-from ..core.grammar import (
-    ANSWERS, ATTRIBUTES, PLURALS, QUESTIONS, Draw, add_rules, article, capital,
-    compile_templates, expand_one, made_up)
+from nanochat.core.grammar import (
+    ANSWERS, ATTRIBUTES, PLURALS, QUESTIONS, Draw, article, capital, compile_templates, expand_one,
+    made_up)
 from ..core.world import Resident, World
+
+# %% ../../nbs/post/31e_wordings.ipynb #ec48ea5f
+from ..core.itself import read_broad, say_one
 
 # %% ../../nbs/post/31e_wordings.ipynb #c24be5a5
 _DIRECT = {
@@ -381,15 +387,17 @@ _STARS = """
     Albert Einstein|Isaac Newton|Marie Curie|William Shakespeare|Napoleon|Cleopatra|Mozart|
     Beethoven|
     Taylor Swift|Elvis Presley|Michael Jackson|Lionel Messi|Cristiano Ronaldo|Serena Williams|
+    Elon Musk|Vladimir Putin|the Pope|Jesus|Buddha|Van Gogh|Galileo|Charles Darwin|Columbus|
+    Hitler|Stalin|Abraham Lincoln|Kennedy|the Beatles|Queen Victoria|King Charles|Zelensky|Macron|
+    Angela Merkel|Greta Thunberg|Rihanna|Drake|Ed Sheeran|Adele|Lady Gaga|BTS|Pele|Maradona|
+    Roger Federer|Usain Bolt|Darth Vader|Frodo|Iron Man|Elsa|Pikachu|James Bond|Robin Hood|
+    King Arthur|Dracula|Aristotle|Plato|Socrates|Freud|Karl Marx|Shakira|Bob Marley|Eminem|
+    Kim Kardashian|Mark Zuckerberg|Jeff Bezos|Sam Altman|Alan Turing|Ada Lovelace|Tolkien|Homer|
     Elon Musk|Bill Gates|Steve Jobs|Barack Obama|Donald Trump|Joe Biden|Queen Elizabeth|
     Julius Caesar|Leonardo da Vinci|Picasso|Gandhi|Nelson Mandela|Harry Potter|Batman|Superman|
     Spider-Man|Mickey Mouse|Santa Claus|Sherlock Holmes|Madonna|Beyonce|Tom Hanks|Brad Pitt
     """
 STARS = [name.strip() for name in _STARS.split("|")]
-_ASK_STAR = compile_templates([
-    "Who [is|was] {n}?", "Do you know [who {n} is|{n}]?", "Tell me [something |]about {n}.",
-    "What do you know about {n}?", "Have you heard of {n}?", "Why is {n} famous?",
-    "How old is {n}?", "Is {n} still alive?", "When was {n} born?", "What did {n} do?"])
 
 # %% ../../nbs/post/31e_wordings.ipynb #668a42b8
 ASK_WHO = compile_templates([
@@ -425,11 +433,17 @@ def ask_stranger(
     if kind == "hidden": return ask_hidden(slots, draw)
     return ask_whether(attribute, slots, draw.pick(values[attribute]), draw)
 
+# %% ../../nbs/post/31e_wordings.ipynb #d0291240
+@cache
+def _outside() -> dict[str, list[tuple]]:
+    "Return questions about the world outside, and about somebody famous."
+    return read_broad("post/outside.yaml")
+
 # %% ../../nbs/post/31e_wordings.ipynb #378c1ad4
 def ask_star(draw: Draw) -> tuple[str, str]: # question, name
     "Compose a question about somebody famous."
     name = draw.pick(STARS)
-    return expand_one(_ASK_STAR, {"n": name}, draw), name
+    return say_one(_outside()["star"], {"n": name}, draw), name
 
 # %% ../../nbs/post/31e_wordings.ipynb #fd737607
 _HIDDEN = compile_templates([
@@ -460,85 +474,7 @@ def ask_hidden(
     "Compose a question about a person that no document answers."
     return expand_one(_HIDDEN, slots, draw)
 
-# %% ../../nbs/post/31e_wordings.ipynb #fde76fa5
-add_rules(
-    far_country=["France", "Spain", "Japan", "Egypt", "Peru", "Norway", "Germany", "Italy", "China",
-                 "India", "Brazil", "Canada", "Mexico", "Kenya", "Poland", "Greece", "Turkey",
-                 "Australia", "England", "the United States", "Russia", "Sweden", "Argentina"],
-    far_city=["London", "Paris", "Rome", "Berlin", "Tokyo", "New York", "Madrid", "Moscow", "Cairo",
-              "Sydney", "Beijing", "Vienna", "Amsterdam", "Chicago", "Mumbai", "Lagos"],
-    far_language=["French", "German", "Spanish", "Italian", "Japanese", "Chinese", "Latin",
-        "Arabic"],
-    far_sport=["football", "tennis", "basketball", "the World Cup", "the Olympic Games", "hockey",
-               "cricket", "the Super Bowl", "the marathon", "golf"],
-    far_thing=["electricity", "gravity", "the internet", "a black hole", "an atom", "DNA",
-        "a computer",
-               "democracy", "inflation", "a virus", "a volcano", "a vaccine", "bitcoin", "a cell",
-               "the stock market", "photosynthesis", "evolution", "a galaxy", "a rocket", "oxygen"],
-    far_invention=["the telephone", "the light bulb", "the computer", "the car", "the airplane",
-                   "the wheel", "the radio", "the printing press", "the steam engine"],
-    far_work=["Hamlet", "the Mona Lisa", "Star Wars", "Titanic", "the Bible", "Harry Potter",
-              "Romeo and Juliet", "The Lord of the Rings", "Frozen", "Moby Dick", "Faust"])
-
-# %% ../../nbs/post/31e_wordings.ipynb #7d110fab
-_OUTSIDE = compile_templates([
-    "What is the [capital|population|currency|flag|language|biggest city|king] of {far_country}?",
-    "Who is the [president|king|queen|leader|prime minister] of {far_country}?",
-    "[Where is|How big is|Tell me about|What do you know about] [{far_country}|{far_city}]?",
-    "How many people live in [{far_country}|{far_city}|the world]?",
-    "[How far is it to|How do I get to|What time is it in|How old is] {far_city}?",
-    "What is the weather [like |][in {far_city}|today|tomorrow|next week]?",
-    "Will it [rain|snow|be sunny] [today|tomorrow|tonight|on Sunday]?",
-    "[What day is|What is the date|What date is it|Which year is it] [today|now]?",
-    "What time is it?",
-    "[Who won|Who will win|What are the rules of|Who is the best at|When is] {far_sport}?",
-    "Who invented {far_invention}?", "When was {far_invention} invented?",
-    "[What is|How do you explain|Can you explain|Do you understand] {far_thing}?",
-    "How does {far_thing} work?",
-    "[Who wrote|Who made|What happens in|Have you seen|When was] {far_work}?",
-    "What is the [longest river|highest mountain|biggest ocean|largest animal|fastest car|"
-    "oldest tree|"
-    "smallest country|tallest building] [in the world|on earth]?",
-    "How far away is the [sun|moon|nearest star]?", "How [hot|big|old] is the [sun|moon|earth]?",
-    "How many [planets|stars|countries|continents|languages|oceans] are there?",
-    "What is [good morning|thank you|cat|water|I love you] in {far_language}?",
-    "[How do you say hello in|Teach me|How hard is] {far_language}?"])
-
-# %% ../../nbs/post/31e_wordings.ipynb #3efb9921
-_OUTSIDE += compile_templates([
-    "[Write|Can you write|Give me] [a Python function|some Python code|a program|a web page|"
-    "an SQL query|"
-    "some Java code] [that sorts a list|for a game|that prints hello|for me|for my website].",
-    "[Fix|Debug|Explain] [my code|this program|this error].",
-    "How do I [install|learn|run] Python?",
-    "What is the [square root of {ten}|derivative of x squared|value of pi|integral of x|"
-    "sine of {ten}]?",
-    "[Solve|Can you solve] [this equation|a quadratic equation|x squared plus x equals {ten}].",
-    "[Which medicine|What] helps against [a headache|a cold|fever|stomach ache|a cough]?",
-    "What [should I do about|can I do against|is good for] a [headache|fever|broken arm|rash]?",
-    "[Is|How healthy is] [coffee|chocolate|running|smoking] [bad for me|good for me]?",
-    "Who [will win the election|is in the government|leads the party]?",
-    "What is in the [news|paper] today?",
-    "What happened [yesterday|in 1945|in 1989|last year|in history]?",
-    "When [was|did] [the Second World War|the French Revolution|the moon landing|"
-    "the Roman Empire] [begin|end|happen]?",
-    "How much [is|must I pay for] a [house|car|phone|computer|ticket to {far_city}|flight|laptop]"
-    "[| in euros| in dollars]?",
-    "What is the price of [gold|oil|bitcoin|a stock|petrol|gas]?",
-    "[Find|Book|Recommend|Show] me a [hotel|flight|restaurant|film|song] in {far_city}.",
-    "[Search the internet|Look it up online|Open a website|Send an email|Play some music|"
-    "Set an alarm] for me.",
-    "Who is [at the door|on the phone|behind me|calling me]?",
-    "Where [am I|did I put my keys|is my phone]?",
-    "What am I [thinking of|holding in my hand|doing now|wearing]?",
-    "Which number [will win the lottery|am I thinking of]?",
-    "What will happen [tomorrow|next year|in 2050]?",
-    "Who is the [richest person|best singer|fastest runner|tallest man|"
-    "smartest person] in the world?",
-    "[Is there|Are there signs of] [life on Mars|life after death|water on the moon]?",
-    "Why is the [sea salty|sky blue|earth round|moon white]?"])
-
 # %% ../../nbs/post/31e_wordings.ipynb #1ed1b091
 def ask_outside(draw: Draw) -> str:
     "Compose a question about the world outside the town."
-    return expand_one(_OUTSIDE, {}, draw)
+    return say_one(_outside()["outside"], {}, draw)
