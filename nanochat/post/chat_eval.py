@@ -374,7 +374,8 @@ def evaluate_chat(
             own_split = "test" if name in generated else split
             try:
                 task = open_task(name, own_split, seed, world, card)
-                results[name] = evaluate_task(engine, task, n, **how)
+                asked = n * getattr(task, "share", 1)
+                results[name] = evaluate_task(engine, task, asked, **how)
                 bar.set_postfix_str(f"{name} {results[name]['accuracy']:.0%}", refresh=False)
             except UserError as e:
                 missing[name] = str(e)

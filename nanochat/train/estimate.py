@@ -20,7 +20,7 @@ from ..model.shape import (
     count_params, flops_per_token, layer_windows, scaling_params)
 from .hardware import Hardware, Kernels, attained, token_parts
 from .settings import (
-    ANSWER_TOKENS, EXAM_TASKS, SET_SIZES, TASK_SIZE, WORLD_TASKS, mixture_of)
+    ANSWER_TOKENS, EXAM_SHARE, EXAM_TASKS, SET_SIZES, TASK_SIZE, WORLD_TASKS, mixture_of)
 
 # %% ../../nbs/train/22_estimate.ipynb #d25752bf
 # mean tokens of a conversation in a public set, with a vocabulary of 32,768
@@ -375,7 +375,9 @@ def _exam_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
     written = [task for task in dict.fromkeys(asked) if task not in _CHOICE_TASKS]
     # three stages: mid, sft and rl
     reading = 3 * _reading_seconds(c, hw, len(choices) * n * _PROMPT_TOKENS["web"])
-    writing = sum(3 * _written_seconds(c, hw, [task], n) for task in written)
+    share = dict.fromkeys(EXAM_TASKS, EXAM_SHARE)
+    writing = sum(
+        3 * _written_seconds(c, hw, [task], n * share.get(task, 1)) for task in written)
     return {"CORE": _core_seconds(c, hw), "choices": reading, "written answers": writing}
 
 # %% ../../nbs/train/22_estimate.ipynb #6ad80036
