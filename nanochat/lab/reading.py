@@ -20,6 +20,7 @@ from ..core.machine import environment
 from ..core.run import EXTRA_STAGES, STAGES, TRAINED, Run, fingerprint
 from ..train.hardware import named_hardware
 from ..post.core_eval import CORE, mean_interval, wilson_interval
+from ..talk.moments import first_learned
 
 # %% ../../nbs/lab/50_reading.ipynb #4e42b0ca
 def _simulate_task(
@@ -118,6 +119,15 @@ _SIMULATED_PLAN = {
     "seconds": {"data and tokenizer": 30, "base": 320, "mid": 70, "sft": 35, "rl": 30,
                 "evaluation": 25}}
 
+# %% ../../nbs/lab/50_reading.ipynb #ead989d8
+def _simulate_learned() -> dict: # as in learned.json
+    "Make up when three kinds of question were learned."
+    moments = [("base", 0), ("base", 600), ("mid", 75), ("mid", 150), ("sft", 60), ("rl", 40)]
+    shares = {"problems": (0, 0, 0, 0.3, 0.5, 0.7), "facts": (0, 0.7, 0.4, 0.8, 0.9, 1),
+              "sums": (0, 0.1, 0.6, 1, 1, 1), "riddles": (0, 0, 0, 0.1, 0.3, 0.2)}
+    kinds = {kind: {"n": 10, "accuracy": list(some)} for kind, some in shares.items()}
+    return {"moments": moments, "kinds": kinds, "seconds": 20.0}
+
 # %% ../../nbs/lab/50_reading.ipynb #6b11ab68
 def simulate_run(
     seed: int, # of every value; also in the run's name
@@ -142,6 +152,8 @@ def simulate_run(
             core = json.dumps(_simulate_core(rng, 0.15)) if public else None
             if core: atomic_write(run.dir/stage/"core.json", core)
         run.finish(stage, seconds=seconds, **info)
+    if {*TRAINED} <= {*stages}:
+        atomic_write(run.dir/"report"/"learned.json", json.dumps(_simulate_learned()))
     return run
 
 # %% ../../nbs/lab/50_reading.ipynb #01e9c3be
@@ -337,6 +349,7 @@ class Record:
     plan: dict = field(default_factory=dict) # plan.json
     notebooks: dict = field(default_factory=dict) # stage: seconds that its notebook took
     problems: list = field(default_factory=list) # sentences on damaged files
+    learned: dict = field(default_factory=dict) # report/learned.json, empty without snapshots
 
     def trained(self) -> list:
         "The stages that train a model. An extra stage (DPO) counts only if it has left something."
@@ -530,6 +543,31 @@ def _sound_core(
     missing = found["missing"] if isinstance(found.get("missing"), list) else []
     return found | {"tasks": tasks, "missing": [m for m in missing if isinstance(m, str)]}
 
+# %% ../../nbs/lab/50_reading.ipynb #99029ef6
+def _sound_shares(kind, n: int) -> bool:
+    "Tell whether a kind has `n` shares of right answers."
+    shares = kind.get("accuracy") if isinstance(kind, dict) else None
+    if not isinstance(shares, list) or len(shares) != n: return False
+    known = [number(x) for x in (kind.get("n"), *shares)]
+    return None not in known and all(0 <= share <= 1 for share in shares)
+
+def _sound_learned(
+    found: dict, # content of the file
+    problems: list, # gets a sentence if something cannot be shown
+) -> dict: # moments, [(stage, step)], and kinds; empty without valid ones
+    "Return the valid part of a `learned.json`."
+    if not found: return {}
+    moments, kinds = found.get("moments"), found.get("kinds")
+    sound = isinstance(moments, list) and moments and isinstance(kinds, dict) and all(
+        isinstance(m, list) and len(m) == 2 and m[0] in TRAINED and number(m[1]) is not None
+        for m in moments)
+    kinds = {name: kind | {"learned": first_learned(kind["accuracy"])}
+             for name, kind in kinds.items() if _sound_shares(kind, len(moments))} if sound else {}
+    if kinds: return {"moments": [tuple(m) for m in moments], "kinds": kinds}
+    problems.append("report/learned.json lacks valid values: delete it, and the report's notebook "
+                    "measures them again.")
+    return {}
+
 # %% ../../nbs/lab/50_reading.ipynb #861b6a62
 def _read_stage(
     run: Run,
@@ -574,4 +612,6 @@ def read_run(
     if changed:
         problems.append(f"config.yaml has changed since {', '.join(changed)} ran, "
                         "so they count as not done.")
-    return Record(run.name, config, stages, plan, notebooks, problems)
+    learned = _load(run.dir, "report/learned.json", "delete it.", problems)
+    learned = _sound_learned(learned, problems)
+    return Record(run.name, config, stages, plan, notebooks, problems, learned)

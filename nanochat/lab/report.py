@@ -24,7 +24,8 @@ from ..post.chat_eval import CHAT_CORE
 from .reading import (
     Record, StageRecord, clean, cut, number, read_run, show_money, show_number, show_range,
     show_score, show_time, time_and_cost)
-from .figures import Picture, core_order, core_picture, curves, score_picture
+from .figures import (
+    Picture, core_order, core_picture, curves, learned_picture, learned_table, score_picture)
 
 # %% ../../nbs/lab/52_report.ipynb #abacebb9
 @dataclass
@@ -404,6 +405,14 @@ def _scores(record: Record) -> list: # of blocks
     caption = "Scores by task and stage, with 95 % intervals"
     return [*blocks, Picture("scores", score_picture(record), caption)]
 
+# %% ../../nbs/lab/52_report.ipynb #f5fc2421
+def _learned(record: Record) -> list: # of blocks
+    "Show when each kind of question was learned; nothing without snapshots."
+    if not record.learned: return []
+    note = "Learned: from this moment on, at least 60 % of its few questions are always right."
+    picture = Picture("learned", learned_picture(record.learned), "Right answers at each moment")
+    return [Heading("What was learned when"), note, picture, Table(*learned_table(record.learned))]
+
 # %% ../../nbs/lab/52_report.ipynb #ffb0654d
 PUBLISHED = { # measure: (its name in our files, scores of the d20 after BASE, MID, SFT, RL)
     "CORE":          ("core",          (0.2219, None, None, None)),
@@ -696,7 +705,7 @@ class Report(Page):
         ran = f"Stages and evaluations took {show_time(seconds)}."
         if seconds is None: ran = "Nothing has run yet."
         blocks = [f"Preset {preset}, text from {source}, seed {seed}. {ran}"]
-        for section in (_happened, _planned, _scores, _beside_published, _core_scores, _samples,
-                        _training, _origin):
+        for section in (_happened, _planned, _scores, _learned, _beside_published, _core_scores,
+                        _samples, _training, _origin):
             blocks += section(record)
         super().__init__(run.dir, "report", f"nanochat: run {record.name}", blocks)

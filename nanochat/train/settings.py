@@ -119,6 +119,9 @@ class _Setting(NamedTuple):
 # %% ../../nbs/train/21_settings.ipynb #03f91248
 _DIAL = [
     _Setting("seed", int, 42, "", "of every random choice"),
+    _Setting("snapshots", int, 0, "snapshots",
+             "small copies of the weights that each training stage keeps, evenly over its steps, "
+             "to ask later what the model knew when; 0: none", 0, 1000),
     _Setting("dial.depth", int, None, "layers",
              "the one dial; with a budget, the largest that fits memory and budget", 1, 200),
     _Setting("dial.minutes", float, 0.0, "minutes",
@@ -421,7 +424,7 @@ def _nest(flat: dict) -> dict:
 
 # %% ../../nbs/train/21_settings.ipynb #257cb4bd
 # settings of later versions; without their defaults, an older run keeps its configuration
-_LATER = ("base.optimizer", "base.muon_eq", "base.muon_plus")
+_LATER = ("snapshots", "base.optimizer", "base.muon_eq", "base.muon_plus")
 
 def nested_config(
     preset: str,
