@@ -25,7 +25,8 @@ from ..core.grammar import NUMBER_WORDS, THINGS, article, join_words
 from ..core.world import Resident, option_lines
 from .wordings import (
     ASK_WHO, answer_fact, ask_both, ask_fact, ask_hidden, ask_outside, ask_pronoun, ask_same,
-    ask_star, ask_stranger, fact_turn, name_slots, stranger_name)
+    ask_star, ask_stranger, ask_two, capital, fact_turn, name_slots, stranger_name)
+from .phrases import after_remark, broad, phrases
 
 # %% ../../nbs/post/32_town.ipynb #007f5e27
 def _all_texts(templates: list[str]) -> list[str]:
@@ -311,17 +312,7 @@ _ONWARD = {attribute: compile_pairs(pairs) for attribute, pairs in _ONWARD.items
 _LATER = {place for place, _ in JOBS.values()} | {text for pair in PETS.values() for text in pair}
 
 # %% ../../nbs/post/32_town.ipynb #9850db74
-_ONWARD_MORE = { # further questions, for training only
-    "pet": [
-        "[Can you tell me|Do you know] what {ns} pet [eats|likes to eat]",
-        "What [do I feed|can I feed|does one give] to {ns} [pet|animal]",
-        "What [should|must] {ns} pet eat", "What food is good for {ns} pet"],
-    "job": [
-        "[Can you tell me|Do you know|Any idea] where {n} works",
-        "[Where|In which place|In what building] does {n} work", "Where does {n} go to work",
-        "What is {ns} [workplace|place of work]", "Where is {n} [during the day|when at work]"]}
-_ONWARD_MORE = {attribute: compile_templates([text + "?" for text in texts])
-                for attribute, texts in _ONWARD_MORE.items()}
+_ONWARD_MORE = broad(phrases("wordings")["onward"]) # further questions, for training only
 
 # %% ../../nbs/post/32_town.ipynb #929c6615
 class TwoFacts(Task):
@@ -362,13 +353,27 @@ class TwoFacts(Task):
 def _both_new(self: TwoFacts, first, second, draw):
     "Ask for two facts of one person at once, or ask two questions about two people."
     (i, a), (j, b) = first, second
-    if (i, b) in self.world.asked and draw.chance(0.7): j = i # mostly one person
+    if draw.chance(0.3): return self._both_people(i, a, draw)
+    if (i, b) in self.world.asked and draw.chance(0.75): j = i # mostly one person
     form, people = draw.weighted(_FORMS), self.world.residents
     slots, slots2 = (people[k].subject(form) for k in (i, j))
     answer = f"{answer_fact(a, slots, draw)} {answer_fact(b, slots2, draw)}"
     if i == j: question = ask_both((a, b), slots, people[i].she, draw)
-    else: question = f"{ask_fact(a, slots, draw)} {ask_fact(b, slots2, draw)}"
+    else:
+        question, second = ask_fact(a, slots, draw), ask_fact(b, slots2, draw)
+        question += " " if question[-1] in ".?!" else draw.pick([", ", " and ", "; "])
+        question += draw.pick(["", "", "And "]) + second
     return [user(question), assistant(answer)]
+
+# %% ../../nbs/post/32_town.ipynb #a712a1a2
+@patch
+def _both_people(self: TwoFacts, i, attribute, draw):
+    "Ask for one attribute of two people at once."
+    j = draw.pick([j for j, name in self.world.asked if name == attribute and j != i])
+    form = draw.weighted(_FORMS)
+    slots, slots2 = (self.world.residents[k].subject(form) for k in (i, j))
+    answer = f"{answer_fact(attribute, slots, draw)} {answer_fact(attribute, slots2, draw)}"
+    return [user(ask_two(attribute, (slots["n"], slots2["n"]), draw)), assistant(answer)]
 
 # %% ../../nbs/post/32_town.ipynb #87d2482e
 @patch
@@ -402,7 +407,11 @@ def _onward(self: TwoFacts, draw):
     slots |= dict(zip(("eats", "likes"), PETS[person.pet]))
     question, answer = draw.pick(_ONWARD[attribute])
     if self._new(draw): # the question may be another one, the answer fits where "eats" fits
-        question, answer = draw.pick(_ONWARD_MORE[attribute]), _ONWARD[attribute][0][1]
+        likes = attribute == "pet" and draw.chance(0.25)
+        question = draw.pick(_ONWARD_MORE["likes" if likes else attribute])
+        answer = _ONWARD[attribute][2 if likes else 0][1]
+        asked = after_remark(capital(expand(question, slots, draw)), draw)
+        return [user(asked), assistant(expand(answer, slots, draw))]
     return [user(expand(question, slots, draw)), assistant(expand(answer, slots, draw))]
 
 # %% ../../nbs/post/32_town.ipynb #7abed463
@@ -535,6 +544,8 @@ def _stranger_new(self: Unknown, draw):
             name = draw.pick((draw.pick(self.strangers), stranger_name(draw), stranger_name(draw)))
             if draw.chance(0.15): name = name.lower()
             question = ask_stranger(name, town, self.world.used, draw)
+            # as the answer writes it, also where a sentence begins with it
+            question = re.sub(re.escape(name), name, question, flags=re.I)
         if not set(name.title().split()) & self.taken: break
     return question, f"I do not know {name}. I only know the people of {town}."
 
