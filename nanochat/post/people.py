@@ -154,7 +154,7 @@ _RACE = compile_templates([
     "In the race, {a} came first, {b} second and {c} third.",
     "{a} came before {b}, and {b} came before {c}.", "First came {a}, then {b}, then {c}."])
 _PLACES_IN_RACE = {
-    "winner": ["Who won?", "Who was the winner?", "Who came first?", "Who was first?",
+    "first one": ["Who won?", "Who was the winner?", "Who came first?", "Who was first?",
         "Who was the fastest?"],
     "second one": ["Who was second?", "Who came second?", "Who was in the middle?"],
     "last one": ["Who was last?", "Who came last?", "Who was third?", "Who lost?",
