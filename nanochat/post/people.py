@@ -132,16 +132,22 @@ _AMOUNTS = compile_templates([
     "There are {x} {goods} in the basket of {a} and {y} in the basket of {b}."])
 
 # %% ../../nbs/post/32c_people.ipynb #d1298259
+_MORE = phrases("told")["compare"] # further ways to ask who is older
 _ASK_END = compile_templates([
+    "{told}. " + text.format(kind="[who|Who]", w="{more}", one="{a}", two="{b}") + "?"
+    for text in _MORE["ask"]] + [
     "{told}. [Who|Which of them] is {more}?", "{told}. Who is {more}, {a} or {b}?",
     "{told}. Who is the {more} [one|of the two]?", "Who is {more} if {told}?",
     "{told}. Tell me who is {more}.",
     "{told}. Is {a} or {b} {more}?", "[If|When] {told}, who is {more}?"])
 _ASK_END_THING = compile_templates([
+    "{told}. " + text.format(kind="[which|what|Which]", w="{more}", one="the {a}", two="the {b}") + "?"
+    for text in _MORE["ask"]] + [
     "{told}. [What|Which one|Which of them|Which] is {more}?",
     "{told}. Which is {more}, the {a} or the {b}?",
     "{told}. Which is the {more} one?", "{told}. Is the {a} or the {b} {more}?"])
-_ASK_MOST = compile_templates(["{told}. Who is {most}?", "{told}. Who is the {most}?",
+_ASK_MOST = compile_templates([
+    "{told}. " + text.format(kind="[who|Who]", w="{most}") + "?" for text in _MORE["most"]] + ["{told}. Who is {most}?", "{told}. Who is the {most}?",
     "{told}. Who is the {most} of [them|the three]?"])
 _RELATION = compile_templates([
     "{a} is {more} than {b}.", "{b} is {less} than {a}.", "{a} is {more} than {b}, I think.",
@@ -396,6 +402,9 @@ def _told(self: People, draw):
     "Ask about something that the message tells."
     while True:
         question, answer = getattr(self, draw.weighted(_TOLD_KINDS))(draw)
+        name = answer[:-1].split()[-1] # in small letters: also where the question begins
+        if name.islower() and question.startswith(capital(name) + " "):
+            question = name + question[len(name):]
         if self._is_mine(question): return question, answer
 
 # %% ../../nbs/post/32c_people.ipynb #51b3ede1

@@ -15,6 +15,7 @@ from ..core.grammar import (
 from ..core.world import World
 from .phrases import after_remark, broad, phrases
 from .tasks import visible_text
+from .wordings import WORLD_NAMES
 
 # %% ../../nbs/post/31a_told.ipynb #ff71ba98
 def known_names(world: World) -> list[str]:
@@ -27,10 +28,12 @@ def any_names(
     n: int, # how many
     draw: Draw, # makes the choices
 ) -> list[str]:
-    "Return different first names, of which a third is made up."
+    "Return different first names, of which more than a third are made up or from far away."
     names = []
     while len(names) < n:
-        name = made_up(draw).capitalize() if draw.chance(0.5) else draw.pick(known)
+        kind = draw.weighted({"made up": 0.4, "world": 0.2, "known": 0.4})
+        if kind == "made up": name = made_up(draw).capitalize()
+        else: name = draw.pick(WORLD_NAMES if kind == "world" else known)
         if name not in names and len(name) < 8: names.append(name)
     return names
 
