@@ -285,7 +285,8 @@ class General(Task):
         "Return whether an answer has all the words and numbers that the question has not."
         question, answer = (m["content"] for m in conversation["messages"])
         said = closing_text(completion)
-        if re.match(r"The (bigger|smaller) one|\d+, ", answer): return normal(said) == normal(answer)
+        whole = re.match(r"The (bigger|smaller) one|\d+, ", answer)
+        if whole: return normal(said) == normal(answer)
         needed = (_words(answer) - _words(question)) or _words(answer)
         agree = said.startswith("No") == answer.startswith("No")
         extra = set(numbers_in(said)) - set(numbers_in(answer))
@@ -335,7 +336,8 @@ def _sort_slots(draw):
     k, right = draw.number(2, 4), _example(sort, draw)
     wrong = [_example(other, draw), "a " + draw.pick(["cup", "lamp", "book", "chair", "clock"])]
     options = draw.sample([right, *wrong], 3)
-    return {"k": str(k) if draw.chance(0.3) else NUMBER_WORDS[k], "sort": sort, "sorts": _SORTS[sort][0], "some": join_words(_items(sort, k)),
+    return {"k": str(k) if draw.chance(0.3) else NUMBER_WORDS[k], "sort": sort,
+            "sorts": _SORTS[sort][0], "some": join_words(_items(sort, k)),
             "a_sort": article(sort), "a_sort2": article(other), "right": right,
             "one": _example(sort), "options": ", ".join(options[:2]) + " or " + options[2]}
 

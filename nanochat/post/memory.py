@@ -296,7 +296,8 @@ _BEST = { # what one can have a favourite of
     "colour": _COLOURS, "food": _FOODS, "day": DAYS, "month": MONTHS, "animal": _PETS_TOLD,
     "number": list(map(str, range(1, 100))), "fruit": "apple pear plum lemon melon banana "
     "cherry".split(),
-    "sport": "tennis football chess swimming dancing cycling hockey basketball rugby golf skiing running boxing rowing volleyball".split(),
+    "sport": """tennis football chess swimming dancing cycling hockey basketball rugby golf skiing
+        running boxing rowing volleyball""".split(),
     "season": "spring summer autumn winter".split(), "drink": "tea coffee milk water juice "
     "wine lemonade cola cocoa beer".split()}
 _MANY = "keys glasses shoes gloves books letters tickets socks".split()
@@ -316,7 +317,8 @@ def _slots(
     slots = {
         "a": any_names(known, 1, draw)[0], "kin": pick(_KIN), "pet": pick(_PETS_TOLD),
         "k": str(draw.number(5, 95)), "job": pick(_JOBS), "best": best, "value": pick(_BEST[best]),
-        "like": pick(_LIKES), "thing": pick(_MY_THINGS), "colour": pick(_COLOURS), "spot": pick(SPOTS),
+        "like": pick(_LIKES), "thing": pick(_MY_THINGS), "colour": pick(_COLOURS),
+        "spot": pick(SPOTS),
         "many": pick(_MANY), "many_own": pick(_OWN), "n": str(draw.number(2, 20)),
         "goods": PLURALS[pick(list(GOODS))], "good": pick(list(GOODS)), "food": pick(_FOODS),
         "meal": pick(["breakfast", "lunch",

@@ -141,13 +141,14 @@ _ASK_END = compile_templates([
     "{told}. Tell me who is {more}.",
     "{told}. Is {a} or {b} {more}?", "[If|When] {told}, who is {more}?"])
 _ASK_END_THING = compile_templates([
-    "{told}. " + text.format(kind="[which|what|Which]", w="{more}", one="the {a}", two="the {b}") + "?"
-    for text in _MORE["ask"]] + [
+    "{told}. " + text.format(kind="[which|what|Which]", w="{more}", one="the {a}", two="the {b}")
+    + "?" for text in _MORE["ask"]] + [
     "{told}. [What|Which one|Which of them|Which] is {more}?",
     "{told}. Which is {more}, the {a} or the {b}?",
     "{told}. Which is the {more} one?", "{told}. Is the {a} or the {b} {more}?"])
 _ASK_MOST = compile_templates([
-    "{told}. " + text.format(kind="[who|Who]", w="{most}") + "?" for text in _MORE["most"]] + ["{told}. Who is {most}?", "{told}. Who is the {most}?",
+    "{told}. " + text.format(kind="[who|Who]", w="{most}") + "?" for text in _MORE["most"]] + [
+    "{told}. Who is {most}?", "{told}. Who is the {most}?",
     "{told}. Who is the {most} of [them|the three]?"])
 _RELATION = compile_templates([
     "{a} is {more} than {b}.", "{b} is {less} than {a}.", "{a} is {more} than {b}, I think.",

@@ -37,7 +37,7 @@ def phrases(
 def broad(
     table: dict | list, # of templates
 ): # the same with compiled templates
-    "Compile tables of templates. Those with many wordings are repeated, so that they are chosen more."
+    "Compile tables of templates. Those with many wordings are repeated."
     if isinstance(table, dict): return {key: broad(texts) for key, texts in table.items()}
     return compile_broad(table)
 

@@ -249,8 +249,9 @@ _NOUNS = PLURALS | {thing: thing + "s" for thing in """
     potato photo card cookie sweet biscuit stone shell letter ticket cup chair key
     hen duck cow horse cat dog nut olive grape mango muffin donut sausage pizza bottle plate fork
     spoon candle lamp button hat sock shoe shirt towel pillow blanket car bike boat plane train kite
-    doll robot puzzle drum bell clock ring brick nail screw hammer comb bag basket bucket jar flag map
-    poster coat tree rose tulip seed magazine comic notebook eraser ruler crayon magnet bead star
+    doll robot puzzle drum bell clock ring brick nail screw hammer comb bag basket bucket jar flag
+    map poster coat tree rose tulip seed magazine comic notebook eraser ruler crayon magnet
+    bead star
     """.split()} | {"potato": "potatoes", "cherry": "cherries", "strawberry": "strawberries",
     "box": "boxes", "knife": "knives", "sheep": "sheep", "fish": "fish", "dress": "dresses"}
 _FOODS = """

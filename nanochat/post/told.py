@@ -223,7 +223,8 @@ def _compare(world: World, draw: Draw) -> tuple[str, str, str]: # told, question
     if things: names = ["the " + thing for thing in draw.sample(THINGS, n)]
     else: names = any_names(known_names(world), n, draw)
     first, last = names[0], names[-1]
-    def tell(a, b): return expand_one(_TELL_MORE, {"a": a, "b": b, "more": more, "less": less}, draw)
+    def tell(a, b):
+        return expand_one(_TELL_MORE, {"a": a, "b": b, "more": more, "less": less}, draw)
     told = [tell(a, b) for a, b in zip(names, names[1:])]
     w, right = draw.pick([(more, first), (less, last)])
     slots = {"kind": "which" if things else "who"}
@@ -279,9 +280,10 @@ _EVENTS = [ # (told, [(question, answer), ...])
         ("Who came [first|earlier]", "The first one is {a}."), ("Who came [last|later]",
     "The last one is {b}.")]),
     ("{a} won the [race|game] [against|before] {b}", [
-        ("Who won[| the race| the game]", "The first one is {a}."), ("Who lost[| the race| the game]",
+        ("Who won[| the race| the game]", "The first one is {a}."),
+        ("Who lost[| the race| the game]",
     "The last one is {b}.")]),
-    ("{a} [gave|sold|lent|brought|sent|handed|passed|offered|threw|showed] [a {thing} to {b}|{b} a {thing}]", [
+    ("{a} [gave|sold|lent|brought|sent|handed|passed|threw] [a {thing} to {b}|{b} a {thing}]", [
         ("Who has the {thing}[| now]", "{b} has the {thing}."),
         ("Who got [the|a] {thing}", "{b} got the {thing}."),
         ("What did {b} get", "{b} got a {thing}."), ("What does {b} have[| now]",

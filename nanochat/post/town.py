@@ -162,15 +162,21 @@ class TownChoice(Facts):
         return [user(asked), assistant(f"{right}={letter}")]
 
     def keep(self, messages): # the options stay as they are
-        return [re.search(r"(\n| \(?A[.:)]).*", messages[0]["content"], re.DOTALL)[0]]
+        return [re.search(r"(\n| \(?A(?:[.:)]| [-=] )).*", messages[0]["content"], re.DOTALL)[0]]
 
     def is_right(self, reference, completion):
         def letters(text): return re.findall(r"\b[A-D]\b", closing_text(text))
         return letters(completion) == letters(reference)[-1:]
 
 # %% ../../nbs/post/32_town.ipynb #1f2d383a
-_WANTED = ["Which line is right?", "Which is right?", "Answer with the letter.", "Choose one.",
-           "Which one is it?", "Which answer is right?", "Pick the right one.", ""]
+_WANTED = """
+    Which line is right?|Which is right?|Answer with the letter.|Choose one.|Which one is it?|
+    Which answer is right?|Pick the right one.||Which one?|Pick one.|Choose the right answer.|
+    Which letter is right?|Just the letter, please.|Give me the letter.|What do you say?|
+    A, B, C or D?|Only one is right.|Your choice?|Tell me the letter.|Select one option.|
+    Which option is correct?|What is the correct answer?|Choose wisely!|Multiple choice.
+    """
+_WANTED = [text.strip() for text in _WANTED.split("|")]
 
 def _lay_out(
     question: str,
@@ -179,11 +185,14 @@ def _lay_out(
 ) -> tuple[str, bool]: # the message, whether a letter stands after its option
     "Write options as people do."
     wanted = draw.pick(_WANTED)
-    if draw.chance(0.6): # as in the test
+    if wanted == "A, B, C or D?": wanted = "Which one?" if len(options) < 4 else wanted
+    if draw.chance(0.45): # as in the test
         return "\n".join([question, *option_lines(options), wanted]).strip(), True
-    mark, joint = draw.pick(("{})", "{}.", "{}:", "({})")), draw.pick(("\n", "\n", ", ", " "))
+    mark = draw.pick(("{})", "{})", "{}.", "{}:", "({})", "{} -", "{} ="))
+    joint = draw.pick(("\n", "\n", ", ", " ", "; ", " / ", " or ", ", or "))
     items = [f"{mark.format(letter)} {option}" for letter, option in zip("ABCD", options)]
     start, end = ("\n", "\n") if joint == "\n" else (" ", draw.pick((". ", "? ", " ")))
+    if question[-1].isalnum(): start = draw.pick((": ", ", ", start))
     return (question + start + joint.join(items) + end + wanted).strip(), False
 
 # %% ../../nbs/post/32_town.ipynb #cf112758

@@ -355,7 +355,8 @@ def _everyday(draw, world):
         more = everyday(draw)
         text += draw.pick([". ", ", and ", " and ", ", but ", "! "]) + more
     if draw.chance(0.5): text = text[0].upper() + text[1:]
-    return text if text[-1] in "?!" or draw.chance(0.45) else text + draw.pick(["."] * 4 + ["!", "?"])
+    if text[-1] in "?!" or draw.chance(0.45): return text
+    return text + draw.pick(["."] * 4 + ["!", "?"])
 
 def _cased(text: str, draw) -> str:
     "Sometimes write a text with a capital, in capitals, or with a mark at its end."

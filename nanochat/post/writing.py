@@ -157,8 +157,9 @@ _OTHERS = [ # without an article, or with "the"
     "a talking tree", "a haunted house", "a broken heart", "a magic hat", "an angry chef",
     "a black hole", "a lost sock", "two friends", "three pigs", "seven dwarfs",
     "a hundred spoons", "a cat and a mouse", "a knight and a dragon", "a robot and a flower",
-    "the sun and the moon", "winter and snow", "love and peace", "cats and dogs", "bread and butter",
-    "autumn leaves", "spring flowers", "friendship", "happiness", "rain", "snow", "the sea",
+    "the sun and the moon", "winter and snow", "love and peace", "cats and dogs",
+    "bread and butter", "autumn leaves", "spring flowers", "friendship", "happiness", "rain",
+    "snow", "the sea",
     "the stars", "the moon", "rain and wind", "sun and sand", "tea and cake", "old friends",
     "a rainy Sunday", "a long journey", "freedom", "music", "silence", "a red rose", "a cold night",
     "home", "family", "a new day", "night and day", "summer nights"]
