@@ -12,6 +12,7 @@ import re
 from ..core.grammar import (
     Draw, capital, compile_template, compile_templates, expand_one, number_word)
 from ..model.sandbox import calculator
+from .phrases import after_remark, broad, phrases
 from .tasks import (
     Task, closing_text, final_number, part_of, user, with_tool)
 
@@ -156,7 +157,8 @@ def _part(draw: Draw) -> tuple[str, str]: # phrase, expression
 # %% ../../nbs/post/31b_arithmetic.ipynb #7eebcdcb
 _ASK_FIGURES = compile_templates([
     "{p}", "{p}", "{p}?", "{p}=", "{p} =", "{p} = ?", "{p}=?", "{p} is", "{p} equals"])
-_ASK = compile_templates([
+_WIDE = broad(phrases("arithmetic"))
+_ASK = _WIDE["ask"] + compile_templates([
     "{P}[|?|.]", "{P}[|?]", "{P} is [what|how much]?", "{P} [equals|makes|gives][| what]?",
     "[What|How much] is {p}?", "[What|How much] is {p}?", "How [many|much] is {p}?",
     "What does {p} [make|give|equal|come to]?", "What do [you|I|we] get [for|from] {p}?",
@@ -173,7 +175,7 @@ _ASK = compile_templates([
     "Do you know the answer to {p}?", "If you know {p}, tell me.", "How do I solve {p}?",
     "So what is {p}?", "Let's try {p}.",
     "[Are you good at maths|Can you calculate]? [What is |]{p}?"])
-_ASK_COMMAND = compile_templates([
+_ASK_COMMAND = _WIDE["command"] + compile_templates([
     "{P}[.|]", "{P}[.|]", "[Can|Could|Will|Would] you {p}[| for me]?", "Please {p}.",
     "What [do|would] [you|I|we] get if [you|I|we] {p}?",
     "What is the [result|answer] [if|when] I {p}?",
@@ -196,8 +198,10 @@ _CHECK_FIGURES = compile_templates([
 # %% ../../nbs/post/31b_arithmetic.ipynb #8d19bafb
 def _ask(wordings: list[tuple], phrase: str, draw: Draw, **slots) -> str:
     "Put a phrase into a question."
-    slots |= {"p": phrase, "P": capital(phrase)}
-    return re.sub(r"([.?!])[.?]$", r"\1", expand_one(wordings, slots, draw))
+    slots |= {"p": phrase, "P": capital(phrase), "c": phrase, "C": capital(phrase)}
+    asked = re.sub(" +", " ", expand_one(wordings, slots, draw)).strip()
+    asked = capital(re.sub(r"([.?!])[.?]$", r"\1", asked))
+    return asked if wordings is _ASK_FIGURES else after_remark(asked, draw, 0.04)
 
 # %% ../../nbs/post/31b_arithmetic.ipynb #ad756c44
 def _plain_question(expression: str, draw: Draw) -> str:

@@ -13,10 +13,11 @@ from fastcore.basics import patch
 
 # %% ../../nbs/post/32d_general.ipynb #d0a8fc36
 from ..core.grammar import (
-    ATTRIBUTES, COLOURS, DAYS, GOODS, JOBS, MONTHS, NUMBER_WORDS, PETS, PLACES, WEATHER,
-    article, capital, compile_templates, count, expand_one, join_words)
+    ATTRIBUTES, COLOURS, DAYS, GOODS, JOBS, MONTHS, NUMBER_WORDS, PETS, PLACES, WEATHER, article,
+    capital, compile_templates, count, expand_one, join_words)
 from .tasks import Task, assistant, closing_text, normal, numbers_in, part_of, user
 from .wordings import plural
+from .phrases import after_remark, broad, phrases
 
 # %% ../../nbs/post/32d_general.ipynb #d1891fc2
 _FRAMES = compile_templates([
@@ -128,7 +129,8 @@ _HOW_MANY = [*_TIMES, ("cat", "legs", 4), ("dog", "legs", 4), ("bird", "legs", 2
              ("spider", "legs", 8), ("hand", "fingers", 5), ("bicycle", "wheels", 2),
              ("car", "wheels", 4), ("triangle", "sides", 3), ("square", "sides", 4)]
 _CALENDAR = {
-    "days of the week": DAYS, "months of the year": MONTHS,
+    "days of the week": DAYS, "days": DAYS, "weekdays": DAYS, "months of the year": MONTHS,
+    "months": MONTHS, "seasons of the year": ["spring", "summer", "autumn", "winter"],
     "seasons": ["spring", "summer", "autumn", "winter"]}
 
 # %% ../../nbs/post/32d_general.ipynb #91a478e6
@@ -139,8 +141,12 @@ _OPPOSITES = """
     summer winter|sweet sour|heavy light|thick thin|young old|high low|in out|love hate|true false|
     begin end|buy sell|give take|come go|more less|always never|front back|cheap expensive
     """
-_PAIRS = [tuple(pair.split()) for pair in _OPPOSITES.split("|")]
+_TABLES = {name: lines[0].split(",") for name, lines in phrases("general")["tables"].items()}
+_PAIRS = [tuple(pair.split()) for pair in [*_OPPOSITES.split("|"), *_TABLES["opposites"]]]
 _OPPOSITE = {b: a for a, b in reversed(_PAIRS)} | {a: b for a, b in reversed(_PAIRS)}
+
+
+# %% ../../nbs/post/32d_general.ipynb #2e15adcd
 _COLOUR_OF = {
     "grass": "green", "snow": "white", "the sky": "blue", "the sun": "yellow", "milk": "white",
     "a tomato": "red", "a lemon": "yellow", "the night": "black", "an elephant": "grey",
@@ -150,6 +156,16 @@ _SOUNDS = {
     "cat": "meow", "dog": "woof", "goose": "honk", "hen": "cluck", "cow": "moo", "sheep": "baa",
     "duck": "quack", "goat": "baa", "frog": "croak", "bee": "buzz", "pony": "neigh",
         "bird": "tweet"}
+
+def _pairs(name: str) -> dict: # left → right
+    "Return a table of the file."
+    return dict(pair.split(":") for pair in _TABLES[name])
+
+_COLOUR_OF |= _pairs("colours")
+_SOUNDS |= _pairs("sounds")
+_YOUNG, _RHYMES = _pairs("young"), _pairs("rhymes")
+_SIZES = [row.split() for row in _TABLES["sizes"]]
+_HOW_MANY += [tuple(row.split()) for row in _TABLES["how many"]]
 
 # %% ../../nbs/post/32d_general.ipynb #252b1e00
 _TEXTS |= {
@@ -188,7 +204,19 @@ _TEXTS |= {
     "is_not": (["Is {right} {a_sort2}?", "{Right} is {a_sort2}, right?",
         "Is it true that {right} is {a_sort2}?"],
         "No, {right} is {a_sort}.")}
-_TEXTS = {kind: (compile_templates(asked), compile_templates([answer])[0])
+_NEW = { # kind: answer
+    "tomorrow": "{u} comes after {t}.", "yesterday": "{u} comes before {t}.",
+    "two after": "{u} comes two {unit}s after {t}.", "between": "{u} comes between {t} and {u2}.",
+    "first": "The first {unit} is {first}.", "last": "The last {unit} is {last}.",
+    "season": "{month} is in {season}.", "month days": "{month} has {days} days.",
+    "weekend": "The weekend is Saturday and Sunday.", "young": "A young {adult} is a {young}.",
+    "rhyme": "{w2} rhymes with {w}.", "parity": "{x} is an {parity} number.",
+    "next number": "{y} comes after {x}.", "number before": "{y} comes before {x}.",
+    "count": "{all}.", "backwards": "{all}.", "size": "The bigger one is the {bigger}.",
+    "smaller": "The smaller one is the {lesser}."}
+_ASK = phrases("general")["ask"]
+_TEXTS |= {kind: ([], answer) for kind, answer in _NEW.items()}
+_TEXTS = {kind: (broad(asked + _ASK.get(kind, [])), compile_templates([answer])[0])
           for kind, (asked, answer) in _TEXTS.items()}
 
 # %% ../../nbs/post/32d_general.ipynb #0bbf0b89
@@ -216,7 +244,12 @@ _SHARES = {
     "weather": 3, "after": 5, "before": 4, "number": 2, "calendar": 2, "how_many": 3,
         "how_long": 3, "opposite": 7,
     "colour": 2, "sound": 2, "examples": 6, "example": 2, "which": 3, "is_it": 1, "is_not": 1}
-_SHARES = {kind: share / 100 for kind, share in _SHARES.items()}
+_SHARES |= {
+    "after": 6, "before": 5, "tomorrow": 5, "yesterday": 4, "two after": 2, "between": 2,
+    "first": 2, "last": 2, "season": 2, "month days": 3, "weekend": 0.5, "young": 3, "rhyme": 4,
+    "parity": 2, "next number": 2, "number before": 1, "count": 2, "backwards": 0.5, "size": 2,
+    "smaller": 1, "how_many": 4, "calendar": 3, "colour": 4, "sound": 3}
+_SHARES = {kind: share / sum(_SHARES.values()) for kind, share in _SHARES.items()}
 _STOP = set("a an the is are at of to and or that it people you can no yes".split())
 
 # %% ../../nbs/post/32d_general.ipynb #82e3ddff
@@ -237,18 +270,23 @@ class General(Task):
             slots = self._slots(kind, draw)
             slots |= {capital(name): capital(text) for name, text in slots.items()}
             asked, answer = _TEXTS[kind]
-            question = _framed(capital(expand_one(asked, slots, draw)), draw)
+            question = capital(expand_one(asked, dict(slots), draw)).strip()
+            question = after_remark(_framed(question, draw), draw, 0.06)
             if (part_of(question) == "test") == (self.split == "test"): break
         return [user(question), assistant(capital(expand_one([answer], slots, draw)))]
 
     def keep(self, messages): # a word whose opposite is asked for, and options
         question = messages[0]["content"]
-        return re.findall(r"(?:opposite|contrary) of (\w+)", question)
+        said = messages[1]["content"]
+        return re.findall(r"(?:opposite|contrary) of (\w+)", question + said) + re.findall(
+            r"rhymes with (\w+)", said)
 
     def evaluate(self, conversation, completion):
         "Return whether an answer has all the words and numbers that the question has not."
         question, answer = (m["content"] for m in conversation["messages"])
         said = closing_text(completion)
+        whole = re.match(r"The (bigger|smaller) one|\d+, ", answer)
+        if whole: return normal(said) == normal(answer)
         needed = (_words(answer) - _words(question)) or _words(answer)
         agree = said.startswith("No") == answer.startswith("No")
         extra = set(numbers_in(said)) - set(numbers_in(answer))
@@ -267,10 +305,13 @@ def _pet_slots(draw):
     return {"pet": pet, "pets": plural(pet), "a_pet": article(pet), "eats": eats, "likes": likes}
 
 # %% ../../nbs/post/32d_general.ipynb #04531979
-def _time_slots(draw, step):
-    unit, names = draw.pick([("day", DAYS), ("month", MONTHS)])
+def _time_slots(draw, step, days=False):
+    unit, names = ("day", DAYS) if days else draw.pick([("day", DAYS), ("month", MONTHS)])
     t = draw.number(0, len(names) - 1)
-    return {"unit": unit, "t": names[t], "u": names[(t + step) % len(names)]}
+    u, wrong = ((t + step) % len(names), (t + step + draw.number(1, 4)) % len(names))
+    return {"unit": unit, "t": names[t], "u": names[u], "u2": names[(t + 2) % len(names)],
+            "wrong": names[wrong], "first": names[0], "last": names[-1],
+            "whole": "week" if unit == "day" else "year"}
 
 # %% ../../nbs/post/32d_general.ipynb #6b2147b1
 def _shop_slots(world, draw):
@@ -295,11 +336,14 @@ def _sort_slots(draw):
     k, right = draw.number(2, 4), _example(sort, draw)
     wrong = [_example(other, draw), "a " + draw.pick(["cup", "lamp", "book", "chair", "clock"])]
     options = draw.sample([right, *wrong], 3)
-    return {"k": NUMBER_WORDS[k], "sorts": _SORTS[sort][0], "some": join_words(_items(sort, k)),
+    return {"k": str(k) if draw.chance(0.3) else NUMBER_WORDS[k], "sort": sort,
+            "sorts": _SORTS[sort][0], "some": join_words(_items(sort, k)),
             "a_sort": article(sort), "a_sort2": article(other), "right": right,
             "one": _example(sort), "options": ", ".join(options[:2]) + " or " + options[2]}
 
 # %% ../../nbs/post/32d_general.ipynb #a053f657
+_MONTH_DAYS = [31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31]
+
 def _word_slots(kind, draw):
     "Return the slots of a kind about single words."
     if kind == "opposite":
@@ -310,18 +354,47 @@ def _word_slots(kind, draw):
         return {"it": it, "colour": _COLOUR_OF[it]}
     if kind == "sound":
         maker = draw.pick(list(_SOUNDS))
-        return {"a_maker": article(maker), "sound": _SOUNDS[maker]}
+        return {"maker": maker, "a_maker": article(maker), "sound": _SOUNDS[maker],
+                "makers": {"fly": "flies", "mouse": "mice", "wolf": "wolves", "sheep": "sheep",
+                           "puppy": "puppies"}.get(maker, plural(maker))}
     if kind in ("how_many", "how_long"):
         whole, parts, n = draw.pick(_HOW_MANY if kind == "how_many" else _TIMES)
-        article_of = "an" if whole == "hour" else "a"
-        return {"a_whole": f"{article_of} {whole}", "parts": parts, "n": str(n)}
+        a_whole = "an hour" if whole == "hour" else article(whole)
+        return {"a_whole": a_whole, "parts": parts if str(n) != "1" else parts[:-1], "n": str(n),
+                "wholes": {"person": "people", "dice": "dice", "butterfly": "butterflies",
+                           "octopus": "octopuses", "fly": "flies", "sheep": "sheep"}.get(
+                               whole, plural(whole))}
     if kind == "calendar":
         units = draw.pick(list(_CALENDAR))
         return {"units": units, "all": join_words(_CALENDAR[units])}
     month = draw.pick(MONTHS)
-    return {"month": month, "number": str(MONTHS.index(month) + 1)}
+    i = MONTHS.index(month)
+    return {"month": month, "number": str(i + 1), "days": str(_MONTH_DAYS[i]),
+            "season": ["winter", "spring", "summer", "autumn"][(i + 1) % 12 // 3]}
+
+# %% ../../nbs/post/32d_general.ipynb #ed17b17e
+def _number_slots(kind, draw):
+    "Return the slots of a kind about numbers."
+    k, x = draw.number(3, 20), draw.number(1, draw.pick((20, 100, 1000)))
+    row = range(1, k + 1) if kind == "count" else range(k, 0, -1)
+    y = x - 1 if kind == "number before" else x + 1
+    words = k <= 20 and draw.chance(0.5)
+    return {"k": NUMBER_WORDS[k] if words else str(k), "all": ", ".join(map(str, row)),
+            "x": str(x), "y": str(y), "parity": "odd" if x % 2 else "even"}
+
+# %% ../../nbs/post/32d_general.ipynb #f5f07bba
+def _pair_slots(kind, draw):
+    "Return the slots of a kind about two words."
+    if kind == "rhyme": return dict(zip(("w", "w2"), draw.pick(list(_RHYMES.items()))))
+    if kind == "young": return dict(zip(("adult", "young"), draw.pick(list(_YOUNG.items()))))
+    row = draw.pick(_SIZES)
+    small, big = sorted(draw.sample(row, 2), key=row.index)
+    return {"small": article(small), "big": article(big), "bigger": big, "lesser": small}
 
 # %% ../../nbs/post/32d_general.ipynb #737687b2
+_STEPS = {"after": 1, "before": -1, "tomorrow": 1, "yesterday": -1, "two after": 2, "between": 1,
+          "first": 0, "last": 0}
+_OF_DAYS = ("tomorrow", "yesterday")
 _SORT_KINDS = ("examples", "example", "which", "is_it", "is_not")
 
 # %% ../../nbs/post/32d_general.ipynb #08aa456a
@@ -331,7 +404,10 @@ def _slots(self: General, kind, draw):
     if kind in ("does", "workplace"): return _job_slots(draw)
     if kind in ("eats", "likes"): return _pet_slots(draw)
     if kind in ("shop", "price", "sells"): return _shop_slots(self.world, draw)
-    if kind in ("after", "before"): return _time_slots(draw, 1 if kind == "after" else -1)
+    if kind in _STEPS: return _time_slots(draw, _STEPS[kind], kind in _OF_DAYS)
+    if kind in ("parity", "next number", "number before", "count", "backwards"):
+        return _number_slots(kind, draw)
+    if kind in ("rhyme", "young", "size", "smaller"): return _pair_slots(kind, draw)
     if kind in _SORT_KINDS: return _sort_slots(draw)
     if kind == "place":
         place = draw.pick(list(PLACES))

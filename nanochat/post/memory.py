@@ -16,6 +16,7 @@ from ..core.itself import compile_broad
 from ..core.world import question_and_answer
 from .tasks import (
     TRAIN_SIZE, Task, assistant, closing_text, mentions, normal, part_of, user, visible_text)
+from .phrases import everyday, phrases
 from .told import SPOTS, any_names, copied, known_names, sentence
 from .town import EXAM_WHO, Facts
 from .conversation import SmallTalk, greeting
@@ -55,6 +56,7 @@ _TOLD = {
 _TOLD = {kind: compile_templates(texts) for kind, texts in _TOLD.items()}
 
 # %% ../../nbs/post/32b_memory.ipynb #5e89e514
+_WIDE = phrases("memory") # more that users tell and ask
 _KEPT: dict[str, tuple] = {} # kind: compiled key, reply, what the user tells, (question, answer)s
 
 def _add_kept(
@@ -65,6 +67,9 @@ def _add_kept(
     pairs: dict[str, list[str]], # answer: its questions
 ):
     "Compile what users tell and ask, and add it to the table."
+    first = next(iter(pairs)) # the answer to the questions of the file
+    pairs = pairs | {first: pairs[first] + _WIDE["asks"].get(kind, [])}
+    tells = tells + _WIDE["tells"].get(kind, [])
     asks = [(question, answer) for answer, asked in pairs.items() for question in asked]
     _KEPT[kind] = (*compile_templates([key, reply]), compile_broad(tells),
                    [tuple(compile_templates(pair)) for pair in asks])
@@ -272,35 +277,27 @@ _add_kept("friend has", "{a} {good}", _OK, [
     "It is {a}.": ["Who has {a_good}?", "Who is my friend?"]})
 
 # %% ../../nbs/post/32b_memory.ipynb #66afc58f
+_LISTS = {name: text[0].split("|" if "|" in text[0] else None)
+          for name, text in _WIDE["words"].items()}
 _KIN = ("sister cousin brother mother father friend neighbour teacher boss uncle aunt daughter "
         "son "
         "wife husband grandmother grandfather girlfriend boyfriend doctor baby").split()
-_JOBS = ("doctor student singer pilot lawyer writer waiter soldier teacher nurse baker cook "
-         "farmer "
-         "painter sailor driver dentist tailor engineer mechanic gardener clerk guide actor "
-         "plumber").split()
-_CITIES = ("London Paris Berlin Rome Madrid Vienna Oslo Tokyo Delhi Boston Dublin Prague Lisbon "
-           "Athens "
-           "Zurich Munich Milan Cairo Lima Sydney Toronto Chicago Moscow Warsaw Leeds Bristol "
-           "York "
-           "Kyoto France Spain Italy India Germany Poland Mexico Brazil England Sweden").split()
-_FOODS = ATTRIBUTES["food"] + "pizza pasta soup fish bread rice cake salad cheese eggs".split()
+_JOBS, _CITIES = _LISTS["jobs"], _LISTS["cities"]
+_FOODS = list(dict.fromkeys(ATTRIBUTES["food"] + _LISTS["foods"]))
+_PETS_TOLD = list(dict.fromkeys([*PETS, *_LISTS["pets"]]))
+_MY_THINGS = list(dict.fromkeys(THINGS + _LISTS["things"]))
+_COLOURS = list(dict.fromkeys(COLOURS + _LISTS["colours"]))
 _BEST = { # what one can have a favourite of
-    "colour": COLOURS, "food": _FOODS, "day": DAYS, "month": MONTHS, "animal": list(PETS),
+    "colour": _COLOURS, "food": _FOODS, "day": DAYS, "month": MONTHS, "animal": _PETS_TOLD,
     "number": list(map(str, range(1, 100))), "fruit": "apple pear plum lemon melon banana "
     "cherry".split(),
-    "sport": "tennis football chess swimming dancing cycling hockey".split(),
+    "sport": """tennis football chess swimming dancing cycling hockey basketball rugby golf skiing
+        running boxing rowing volleyball""".split(),
     "season": "spring summer autumn winter".split(), "drink": "tea coffee milk water juice "
-    "wine".split()}
+    "wine lemonade cola cocoa beer".split()}
 _MANY = "keys glasses shoes gloves books letters tickets socks".split()
 _OWN = "cats dogs books hats chairs hens plants tables coats bicycles".split()
-_LIKES = ("music|cats|dogs|books|tea|coffee|old maps|the sea|football|chess|snow|trains|flowers|"
-          "birds|"
-          "films|long walks|stamps|apples|dancing|cooking|the rain|this town|old songs").split("|")
-_DEEDS = ("visit an aunt|clean the house|write a letter|paint the door|meet a friend|"
-          "read a book|bake a cake|"
-          "repair my bicycle|call a friend|buy a coat|learn French|plant a tree|see a film|"
-          "wash the car").split("|")
+_LIKES, _DEEDS = _LISTS["likes"], _LISTS["deeds"]
 _WHATS = "phone number|house number|room number|lucky number|postcode|bus number|PIN".split("|")
 _DATES = "meeting appointment lesson train flight party dinner exam date concert".split()
 
@@ -313,9 +310,10 @@ def _slots(
     def pick(words): return draw.pick(words)
     best = pick(list(_BEST))
     slots = {
-        "a": any_names(known, 1, draw)[0], "kin": pick(_KIN), "pet": pick(list(PETS)),
+        "a": any_names(known, 1, draw)[0], "kin": pick(_KIN), "pet": pick(_PETS_TOLD),
         "k": str(draw.number(5, 95)), "job": pick(_JOBS), "best": best, "value": pick(_BEST[best]),
-        "like": pick(_LIKES), "thing": pick(THINGS), "colour": pick(COLOURS), "spot": pick(SPOTS),
+        "like": pick(_LIKES), "thing": pick(_MY_THINGS), "colour": pick(_COLOURS),
+        "spot": pick(SPOTS),
         "many": pick(_MANY), "many_own": pick(_OWN), "n": str(draw.number(2, 20)),
         "goods": PLURALS[pick(list(GOODS))], "good": pick(list(GOODS)), "food": pick(_FOODS),
         "meal": pick(["breakfast", "lunch",
@@ -433,11 +431,16 @@ def _ask(self: Memory, kind, slots, draw):
     return [user(expand(question, slots, draw)), assistant(expand(answer, slots, draw))]
 
 # %% ../../nbs/post/32b_memory.ipynb #cde32724
+_SEE = "I see. What else can I do for you?"
+
 @patch
 def _between(self: Memory, draw):
     "Return up to two turns about something else."
     turns = []
     for _ in range(draw.weighted({0: 0.35, 1: 0.4, 2: 0.25})):
+        if draw.chance(0.15):
+            turns += [user(sentence(everyday(draw), "").rstrip("?!") + "."), assistant(_SEE)]
+            continue
         turns += draw.pick((self.facts, self.talk)).messages(0, draw)[:2]
     return turns
 

@@ -19,6 +19,7 @@ from ..core.world import World
 from .tasks import Task, assistant, closing_text, numbers_in, part_of, user
 from .town import SAYS
 from .wordings import plural
+from .phrases import after_remark, broad, phrases
 
 # %% ../../nbs/post/32c_people.ipynb #2abab884
 def people_with(
@@ -65,47 +66,11 @@ def _state(names: list[str], words: dict) -> str:
     return f"{join_words(names)} {words['do' if len(names) > 1 else 'does']}."
 
 # %% ../../nbs/post/32c_people.ipynb #7bbce90a
-_WHO = {
-    "job": [
-        "Who is {a_v}[| in {town}| here]?", "Who are the {vs}[| of {town}| in {town}]?",
-        "[Which|What] people are {vs}?", "Who works as {a_v}?", "Who works at the {work}?",
-        "Which {vs} do you know?", "Which people work as {vs}?", "What are the names of the {vs}?"],
-    "street": [
-        "Who lives [on|in] {v}?", "[Which|What] people live on {v}?", "Who are the people of {v}?",
-        "Who has a [house|home] on {v}?", "Which neighbours live on {v}?", "Who is at home on {v}?",
-        "What are the names of the people on {v}?", "Whose [house|home] is on {v}?"],
-    "pet": [
-        "Who [has|owns|keeps|has got] {a_v}?", "[Which|What] people have {a_v}?",
-        "Whose pet is {a_v}?", "Who are the owners of {vs}?", "Who has {a_v} as a pet?",
-        "Who keeps {vs}?", "Whose animal is {a_v}?", "Which people keep {vs}?"],
-    "food": [
-        "Who likes {v}[| best| most]?", "Who loves {v}?", "Whose favourite [food|dish] is {v}?",
-        "[Which|What] people [like|love] {v}[| best]?", "Who likes to eat {v}?",
-        "Who would be happy about {v}?", "For whom [can|should] I cook {v}?"],
-    "hobby": [
-        "Who [likes|enjoys|loves] {v}?", "Whose hobby is {v}?", "Which people [like|enjoy] {v}?",
-        "Who has {v} as a hobby?", "Who is fond of {v}?", "Which people have the hobby {v}?"],
-    "birthday": [
-        "Who was born in {v}?", "Whose birthday is in {v}?", "Who has a birthday in {v}?",
-        "[Which|What] people were born in {v}?", "Who turns a year older in {v}?",
-        "Who has birthday in {v}?", "Who celebrates a birthday in {v}?"]}
-_WHO = {attribute: compile_templates(texts) for attribute, texts in _WHO.items()}
+_WIDE = broad(phrases("people"))
+_WHO, _SHORT, _LIST_FRAMES = _WIDE["who"], _WIDE["short"], _WIDE["list frame"]
 
 # %% ../../nbs/post/32c_people.ipynb #5f6272e1
-_LIST_FRAMES = compile_templates([
-    "{q}", "{q}", "{q}", "[Can|Could] you tell me {lower}?", "Do you know {lower}?",
-    "[Tell me|Please tell me|I want to know|I would like to know] {lower}.", "Any idea {lower}?",
-    "[Name|List|Show me|Tell me] [|all ]the people who {do}.", "I am looking for people who {do}.",
-    "[Give me|What are] the names of [|all ]the people who {do}[.|?]",
-    "Do you know people who {do}?",
-    "Are there people who {do}?"])
-_COUNTS = compile_templates([
-    "How many people {do}?", "How many [people|residents] [of|in] {town} {do}?",
-    "How many of the people {do}?", "Count the people who {do}.", "How many are there who {do}?",
-    "What is the number of people who {do}?", "[Tell me|Do you know] how many people {do}[.|?]"])
-_COUNT_JOBS = compile_templates([
-    "How many {vs} [are there|does {town} have|live in {town}|do you know][| in all]?",
-    "How many people work as {vs}?", "How many people work at the {work}?", "Count the {vs}."])
+_COUNTS, _COUNT_WORDS = _WIDE["count"], _WIDE["count words"]
 
 # %% ../../nbs/post/32c_people.ipynb #6ece26ef
 def ask_list(
@@ -114,9 +79,13 @@ def ask_list(
     draw: Draw, # makes the choices
 ) -> str:
     "Compose a question for all people who have a value."
-    question = expand_one(_WHO[attribute], words, draw)
-    lower = question[0].lower() + question[1:-1]
-    return expand_one(_LIST_FRAMES, words | {"q": question, "lower": lower}, draw)
+    words = dict(words)
+    if draw.chance(0.22): return capital(expand_one(_SHORT[attribute], words, draw)).strip()
+    question = capital(expand_one(_WHO[attribute], words, draw))
+    if re.fullmatch(r"(Who|Whose|Which|What|In|For|To)\b[^.?]*\?", question) and draw.chance(0.6):
+        lower = question[0].lower() + question[1:-1]
+        question = expand_one(_LIST_FRAMES, words | {"q": question, "lower": lower}, draw)
+    return after_remark(capital(question), draw, 0.07)
 
 # %% ../../nbs/post/32c_people.ipynb #d5055623
 def ask_count(
@@ -125,47 +94,16 @@ def ask_count(
     draw: Draw, # makes the choices
 ) -> str:
     "Compose a question for the number of people who have a value."
-    jobs = attribute == "job" and draw.chance(0.5)
-    return expand_one(_COUNT_JOBS if jobs else _COUNTS, words, draw)
+    words = words | {"Do": capital(words["do"])}
+    asked = _COUNT_WORDS[attribute] if draw.chance(0.55) else _COUNTS
+    return after_remark(capital(expand_one(asked, words, draw)).strip(), draw, 0.06)
 
 # %% ../../nbs/post/32c_people.ipynb #5710597a
-_SOME = compile_templates([
-    "[Name|List|Tell me|Give me] {k} people[| of {town}| in {town}| you know].",
-    "[Tell me|Give me] [the names of |]{k} [people|residents] [of|in|from] {town}.",
-    "Who lives in {town}? [Name|Tell me] {k} people.",
-    "[Can|Could] you name {k} people[| of {town}]?",
-    "I need [the names of |]{k} people[| from {town}].", "Which {k} people can you name?"])
-_ONE = compile_templates([
-    "Name [a person|somebody|one person|someone] [of|in|from] {town}.",
-    "Who is one of your people?",
-    "Tell me [a name|one name|the name of one person].",
-    "[Can|Could] you name [a person|someone]?"])
-_SOME_WITH = compile_templates([
-    "[Name|Tell me|Give me] {k} people who {do}.", "[Can|Could] you name {k} people who {do}?",
-    "I need {k} people who {do}.", "Which {k} people {do}?"])
-_ONE_WITH = compile_templates([
-    "[Name|Tell me|Give me] [a person|somebody|one person|someone] who {does}.",
-    "[Do you know|Is there|Can you name] [a person|somebody|anybody|someone] who {does}?",
-    "I am looking for somebody who {does}."])
-_ONE_JOB = compile_templates([
-    "[Name|Tell me the name of|Give me the name of] {a_v}.", "[Do you know|Can you name] {a_v}?",
-    "[Is there|Have you got] {a_v} in {town}?", "I need {a_v}. [Who can help|Whom can I ask]?"])
+_SOME, _ONE, _SOME_WITH, _ONE_WITH, _ONE_JOB = (
+    _WIDE[key] for key in ("some", "one", "some with", "one with", "one job"))
 
 # %% ../../nbs/post/32c_people.ipynb #b5e73ed3
-_OWNER = compile_templates([
-    "[Whose pet|Whose animal|Whose] is {p}?",
-    "Who [is the owner of|owns|lives with|has|looks after] {p}?",
-    "Who does {p} belong to?", "To whom does {p} belong?", "Who has a pet called {p}?",
-    "[Do you know|Can you tell me|Any idea] [who owns {p}|who {p} belongs to|whose pet {p} is]?",
-    "Whose pet is called {p}?", "Who is {p}'s owner?", "{p} belongs to whom?",
-    "Who calls a pet {p}?",
-    "I [found|saw|met] {p}[| at the {place}]. [Who is the owner|Whose pet is that|"
-    "Whose animal is it]?",
-    "What is the name of {p}'s owner?", "Which person has a pet [called|named] {p}?"])
-_ANIMAL = compile_templates([
-    "[What|Which|What kind of] animal is {p}?", "What is {p}?", "Who is {p}?",
-    "What sort of pet is {p}?",
-    "[Tell me|What do you know] about {p}[.|?]", "Is {p} an animal?", "Do you know {p}?"])
+_OWNER, _ANIMAL = _WIDE["owner"], _WIDE["animal"]
 
 # %% ../../nbs/post/32c_people.ipynb #6adb0e38
 _TOWN = { # kind: (questions, answer)
@@ -239,7 +177,7 @@ _TOWN |= {
         "Is {n} a [man|woman|boy|girl]?", "Is {n} a [man or a woman|woman or a man]?",
         "Is {n} [he or she|male or female]?"],
         "{n} is a {sex}.")}
-_TOWN = {kind: (compile_templates(asked), compile_templates([answer])[0])
+_TOWN = {kind: (_WIDE["town"][kind] + compile_templates(asked), compile_templates([answer])[0])
          for kind, (asked, answer) in _TOWN.items()}
 
 # %% ../../nbs/post/32c_people.ipynb #291132d1
@@ -279,6 +217,10 @@ class People(Task):
         "Return whether a question without facts of residents belongs to this split."
         return (part_of(question) == "test") == (self.split == "test")
 
+    def _asked(self, templates, slots, draw):
+        "Compose a question, sometimes after a remark."
+        return after_remark(capital(expand_one(templates, dict(slots), draw)), draw, 0.06)
+
     def _words(self, draw):
         "Choose a value whose people may be listed. Return attribute, names and words."
         attribute, value = draw.pick(self.lists)
@@ -317,11 +259,13 @@ def _some(self: People, draw):
         words = words | {"k": NUMBER_WORDS[k]}
         asked = _SOME_WITH if k > 1 else _ONE_WITH
         if k == 1 and attribute == "job": asked = _ONE_JOB
-        return expand_one(asked, words, draw), _state(names[:k], words)
+        question = capital(expand_one(asked, words | {"town": self.world.town}, draw))
+        return after_remark(question, draw, 0.05), _state(names[:k], words)
     slots = {"k": NUMBER_WORDS[k], "town": self.world.town}
     words = {"do": f"live in {self.world.town}", "does": f"lives in {self.world.town}"}
-    while not self._is_mine(question := expand_one(_SOME if k > 1 else _ONE, slots, draw)):
-        slots = {"k": str(k) if draw.chance(0.2) else NUMBER_WORDS[k], "town": self.world.town}
+    if draw.chance(0.35): slots["k"] = str(k)
+    asked = _SOME if k > 1 else _ONE
+    while not self._is_mine(question := capital(expand_one(asked, dict(slots), draw))): pass
     return question, _state(self.everyone[:k], words)
 
 # %% ../../nbs/post/32c_people.ipynb #e306cf70
@@ -331,13 +275,11 @@ def _owner(self: People, draw):
     person = self.world.residents[i := draw.pick(self.facts["petname"])]
     name, both = person.petname, i in self.facts["pet"] or self.split == "test"
     if both and draw.chance(0.35):
-        return expand_one(_ANIMAL, {"p": name}, draw), f"{name} is {person.first}'s {person.pet}."
-    return expand_one(_OWNER, {"p": name}, draw), f"{name} belongs to {person.first}."
+        return self._asked(_ANIMAL, {"p": name}, draw), f"{name} is {person.first}'s {person.pet}."
+    return self._asked(_OWNER, {"p": name}, draw), f"{name} belongs to {person.first}."
 
 # %% ../../nbs/post/32c_people.ipynb #a5093489
-_OF_TWO = compile_templates([
-    "Who {does}, {n} or {m}?", "Who {does}: {n} or {m}?", "Which of them {does}, {n} or {m}?",
-    "Is it {n} or {m} who {does}?", "[Do you know|Tell me] who {does}, {n} or {m}[.|?]"])
+_OF_TWO = _WIDE["of two"]
 
 # %% ../../nbs/post/32c_people.ipynb #93216cee
 @patch
@@ -359,14 +301,12 @@ def _which_of_two(self: People, draw):
     words = _value_words(attribute, getattr(person, attribute))
     names = [person.first, other.first]
     if draw.chance(0.5): names.reverse()
-    question = expand_one(_OF_TWO, words | dict(zip("nm", names)), draw)
+    words["verb"] = expand_one(_BASE_VERBS[attribute], words, draw)
+    question = self._asked(_OF_TWO, words | dict(zip("nm", names)), draw)
     return question, _state([person.first], words)
 
 # %% ../../nbs/post/32c_people.ipynb #4fdc394a
-_BOTH = compile_templates([
-    "Do both {n} and {m} {verb}?", "Do {n} and {m} both {verb}?",
-    "Is it true that both {n} and {m} {verb}?",
-    "Is it true of {n} and of {m} that they {verb}?", "{n} and {m} both {verb}, right?"])
+_BOTH = _WIDE["both"]
 _BASE_VERBS = {
     "job": "work as {vs}", "street": "live on {v}", "pet": "have {a_v}", "food": "like {v} best",
     "hobby": "like {v}", "birthday": "have a birthday in {v}"}
@@ -384,7 +324,7 @@ def _both(self: People, draw):
     words = _value_words(attribute, value) | {"n": pair[0].first, "m": pair[1].first}
     verb = expand_one(_BASE_VERBS[attribute], words, draw)
     says = " and ".join(expand(SAYS[attribute], p.subject("first"), draw) for p in pair)
-    return expand_one(_BOTH, words | {"verb": verb}, draw), f"{says}, so {'yes' if yes else 'no'}."
+    return self._asked(_BOTH, words | {"verb": verb}, draw), f"{says}, so {'yes' if yes else 'no'}."
 
 # %% ../../nbs/post/32c_people.ipynb #c09421eb
 @patch
@@ -402,5 +342,5 @@ def _town(self: People, draw):
         kind = draw.weighted(_TOWN_SHARES)
         asked, answer = _TOWN[kind]
         own = slots | ({"n": str(len(self.everyone))} if kind == "size" else {})
-        question = capital(expand_one(asked, own, draw))
+        question = after_remark(capital(expand_one(asked, dict(own), draw)), draw, 0.06)
         if self._is_mine(question): return question, expand(answer, own, draw)

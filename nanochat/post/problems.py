@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from ..core.grammar import (
     DAYS, GOODS, PLURALS, THINGS, Draw, capital, compile_template, count, expand, number_word)
 from ..core.words import OUTSIDERS
+from .phrases import after_remark, phrases
 from ..model.sandbox import calculator
 from .tasks import (
     Task, closing_text, compile_pairs, final_number, part_of, user, with_tool)
@@ -198,9 +199,9 @@ _COUNTED = ("coin", "year", "page", "flower", "chair") # "{z_coins}" is the resu
 # %% ../../nbs/post/31_problems.ipynb #5b98f02e
 _VERBS = """
     have do buy get find lose give sell eat need pay spend save read walk drive plant make use
-    bake earn share pack work collect put
+    bake earn share pack work collect put pick win count draw want cut catch carry
     """.split()
-_THIRD = {"have": "has", "do": "does"}
+_THIRD = {"have": "has", "do": "does", "catch": "catches", "carry": "carries"}
 
 def _verbs(third: bool, before: str = "") -> dict: # {before + verb: its form}
     "Return slots of all verbs for he or she, or for I, you and we."
@@ -246,6 +247,11 @@ def _subject(draw: Draw, world) -> dict: # slots
 _NOUNS = PLURALS | {thing: thing + "s" for thing in """
     coin book pencil pen marble sticker balloon ball toy flower orange banana cherry
     potato photo card cookie sweet biscuit stone shell letter ticket cup chair key
+    hen duck cow horse cat dog nut olive grape mango muffin donut sausage pizza bottle plate fork
+    spoon candle lamp button hat sock shoe shirt towel pillow blanket car bike boat plane train kite
+    doll robot puzzle drum bell clock ring brick nail screw hammer comb bag basket bucket jar flag
+    map poster coat tree rose tulip seed magazine comic notebook eraser ruler crayon magnet
+    bead star
     """.split()} | {"potato": "potatoes", "cherry": "cherries", "strawberry": "strawberries",
     "box": "boxes", "knife": "knives", "sheep": "sheep", "fish": "fish", "dress": "dresses"}
 _FOODS = """
@@ -392,6 +398,20 @@ _MORE_PROBLEMS = { # as `_MORE_SUMS`
         ("{x} {kind1} and {y} {kind2} are put into {w} equal groups",
          "how many are in each group", "There are {z} in each group.")])}
 
+# %% ../../nbs/post/31_problems.ipynb #cc05ebb2
+_MORE_SUMS |= {
+    "twice": (lambda draw: (draw.number(2, 40), 2), "{x}*{y}", []),
+    "three times": (lambda draw: (draw.number(2, 20), 3), "{x}*{y}", []),
+    "half": (lambda draw: (2 * draw.number(2, 40), 2), "{x}//{y}", [])}
+
+def _add_wordings(families: dict, lines: dict):
+    "Add the wordings of the file to their families."
+    for name, texts in lines.items():
+        families[name][-1].extend(tuple(re.split(r" *=> *", text)) for text in texts)
+
+_add_wordings(_MORE_SUMS, phrases("problems")["sums"])
+_add_wordings(_MORE_PROBLEMS, phrases("problems")["problems"])
+
 # %% ../../nbs/post/31_problems.ipynb #0e55ed4c
 def _compile_triples(families: dict) -> dict:
     "Compile the wordings of all families. The facts become a list of pairs: joint, clause."
@@ -520,7 +540,7 @@ def _own_words(self: Sums, draw) -> list[dict]:
     words = max(drawn.values()) <= 20 and draw.chance(0.2)
     slots |= {letter: number_word(n) if words else str(n) for letter, n in drawn.items()}
     wording = draw.pick(texts)
-    question = _tell(wording, slots, draw)
+    question = after_remark(re.sub(" +", " ", _tell(wording, slots, draw)), draw, 0.05)
     return [user(question), with_tool(expression, z, expand(wording[2], slots, draw))]
 
 # %% ../../nbs/post/31_problems.ipynb #47f462e3

@@ -13,6 +13,7 @@ from ..core.grammar import (
     WORDS, Draw, capital, compile_templates, count, expand, expand_one, spell)
 from ..core.words import COMMON_WORDS, NAMES, any_word, odd_word, pieced_word
 from ..model.sandbox import calculator
+from .phrases import after_remark, broad, everyday, phrases
 from nanochat.post.tasks import (
     Task, assistant, closing_text, compile_pairs, final_number, part_of, user, visible_text,
     with_tool)
@@ -47,6 +48,12 @@ def _quoted(word: str, draw: Draw) -> str:
     "Return a word as people write it into a question."
     return expand(_QUOTED[draw.weighted({0: 0.65, 1: 0.27, 2: 0.08})], {"w": word}, draw)
 
+# %% ../../nbs/post/31a_spelling.ipynb #501a75a7
+def _opened(question: str) -> str:
+    "Begin a question with a capital, unless it begins with a word that is asked about."
+    first = question.split()[0]
+    return question[0].upper() + question[1:] if first in ("how", "please", "the") else question
+
 # %% ../../nbs/post/31a_spelling.ipynb #571c7b6d
 _SPELL = compile_pairs([
     ("How do you spell {w}?", "The word {w} is spelled {l}."),
@@ -58,7 +65,8 @@ _SPELL = compile_pairs([
     ("Which letters does {w} have?", "The letters of {w} are {l}.")])
 
 # %% ../../nbs/post/31a_spelling.ipynb #db038b5d
-_ASK_SPELLING = compile_templates([
+_WIDE = broad(phrases("words"))
+_ASK_SPELLING = _WIDE["spelling"] + compile_templates([
     "How [do you|do I|do we|does one|would you|can I] spell {q}?",
     "How do you [spell|write] {q} correctly?",
     "How is {q} [spelled|spelt|written]?",
@@ -90,7 +98,8 @@ class Spelling(Task):
     def messages(self, i, draw):
         if self.split == "test": return self._exam(self.words[i % len(self.words)], draw)
         word = _draw_word(draw, self.world)
-        question = expand_one(_ASK_SPELLING, {"q": _quoted(word, draw), "w": word}, draw)
+        slots = {"q": _quoted(word, draw), "w": word}
+        question = after_remark(_opened(expand_one(_ASK_SPELLING, slots, draw)), draw, 0.07)
         return [user(question), assistant(_SPELLED.format(word, spell(word)))]
 
     def _exam(self, word, draw):
@@ -125,7 +134,7 @@ _COUNT = compile_templates([
     'How many times does the letter {c} occur in the word "{w}"?',
     'How often is the letter {c} in "{w}"?', 'Count the letter {c} in "{w}".',
     'How many times is the letter {c} in the word "{w}"?'])
-_ASK_COUNT = compile_templates([
+_ASK_COUNT = _WIDE["count"] + compile_templates([
     "How [many times|often] does [the letter |]{c} [occur|appear|come up] in {q}?",
     "How [many times|often] is [|the letter ]{c} in {q}?",
     "How many {c}'s are [|there ]in {q}?", "How many {cs} are [|there ]in {q}?",
@@ -148,8 +157,8 @@ class Counting(Spelling):
         letter = _letter_for(word, draw)
         asked = letter.upper() if draw.chance(0.1) else letter
         many = asked + ("'s" if letter in "aiu" else "s") # "as" and "is" would be words
-        slots = {"q": _quoted(word, draw), "c": asked, "cs": many}
-        return [user(expand_one(_ASK_COUNT, slots, draw)), self._count(word, letter)]
+        slots = {"q": _quoted(word, draw), "w": word, "c": asked, "cs": many}
+        return [user(_opened(expand_one(_ASK_COUNT, slots, draw))), self._count(word, letter)]
 
     def _exam(self, word, draw):
         letter = _letter_for(word, draw)
@@ -176,19 +185,19 @@ def _letter_for(
 
 # %% ../../nbs/post/31a_spelling.ipynb #5d079543
 _POSITIONS = {"first": 0, "last": -1, "second": 1, "third": 2}
-_ASK_PLACE = compile_templates([
+_ASK_PLACE = _WIDE["place"] + compile_templates([
     "What is the {nth} letter [of|in] {q}?", "Which letter is the {nth} [one |]in {q}?",
     "[What|Which] is {q}'s {nth} letter?", "{Nth} letter of {q}[?|]",
     "Tell me the {nth} letter of {q}.", "Which letter comes {nth} in {q}?",
     "What letter is {nth} in {q}?", "Can you tell me the {nth} letter of {q}?"])
 _ASK_ENDS = { # a word's end: questions
-    "first": compile_templates([
+    "first": _WIDE["first"] + compile_templates([
         "[What|Which] letter does {q} [start|begin] with?", "How does {q} [begin|start]?",
         "With which letter does {q} begin?", "{W} [starts|begins] with [which|what] letter?"]),
-    "last": compile_templates([
+    "last": _WIDE["last"] + compile_templates([
         "[What|Which] letter does {q} end with?", "What does {q} end with?",
         "[With|On] which letter does {q} end?", "{W} ends with [which|what] letter?"])}
-_ASK_BACKWARDS = compile_templates([
+_ASK_BACKWARDS = _WIDE["backwards"] + compile_templates([
     "[Spell|Write|Say] {q} [backwards|in reverse].", "[What is|How do you spell] {q} backwards?",
     "Reverse [the letters of |]{q}.", "Can you [spell|write|say] {q} backwards?",
     "How do you [say|write] {q} backwards?", "{W} backwards[|?]",
@@ -201,22 +210,22 @@ def _place(word: str, draw: Draw) -> tuple[str, dict]: # question, answer
     questions = _ASK_PLACE
     if nth in _ASK_ENDS and draw.chance(0.4): questions = _ASK_ENDS[nth]
     text = f"{_SPELLED.format(word, spell(word))} Its {nth} letter is {word[_POSITIONS[nth]]}."
-    slots = {"q": _quoted(word, draw), "W": word, "nth": nth, "Nth": nth.capitalize()}
+    slots = {"q": _quoted(word, draw), "W": word, "w": word, "nth": nth, "Nth": nth.capitalize()}
     return expand_one(questions, slots, draw), assistant(text)
 
 def _backwards(word: str, draw: Draw) -> tuple[str, dict]:
     "Ask for the letters from the last to the first."
     text = f"{_SPELLED.format(word, spell(word))} Backwards it is {spell(word[::-1])}."
-    slots = {"q": _quoted(word, draw), "W": word}
+    slots = {"q": _quoted(word, draw), "W": word, "w": word}
     return expand_one(_ASK_BACKWARDS, slots, draw), assistant(text)
 
 # %% ../../nbs/post/31a_spelling.ipynb #f8eeba06
-_ASK_LENGTH = compile_templates([
+_ASK_LENGTH = _WIDE["length"] + compile_templates([
     "How many letters [does {q} have|are in {q}|are there in {q}|has {q}]?",
     "How long is {q}?", "[Count|Please count|Can you count] the letters [of|in] {q}[.|?]",
     "What is the length of {q}?", "[The number|Number] of letters in {q}[?|]",
     "[Tell me|Do you know] how many letters {q} has[.|?]", "{W}: how many letters?"])
-_ASK_CONTAINS = compile_templates([
+_ASK_CONTAINS = _WIDE["contains"] + compile_templates([
     "Is there [{a}|the letter] {c} in {q}?", "Does {q} [have|contain] [{a}|the letter] {c}?",
     "Is [the letter |]{c} in {q}?", "Does [the letter |]{c} [occur|appear] in {q}?",
     "Is {c} one of the letters [of|in] {q}?", "Do you see [{a}|the letter] {c} in {q}?"])
@@ -237,17 +246,18 @@ def _contains(word: str, draw: Draw) -> tuple[str, dict]:
     call = f'"{word.lower()}".count("{letter}")'
     n = calculator(call)
     answer = _COUNTED.format(letter, count(int(n), "time"), word)
-    slots = {"q": _quoted(word, draw), "c": letter, "a": "an" if letter in "aefhilmnorsx" else "a"}
+    a = "an" if letter in "aefhilmnorsx" else "a"
+    slots = {"q": _quoted(word, draw), "W": word, "c": letter, "a": a, "A": a.capitalize()}
     question = expand_one(_ASK_CONTAINS, slots, draw)
     return question, with_tool(call, n, f"{'Yes' if int(n) else 'No'}, t{answer[1:]}")
 
 # %% ../../nbs/post/31a_spelling.ipynb #ac73d55d
-_ASK_NEIGHBOUR = compile_templates([
+_ASK_NEIGHBOUR = _WIDE["neighbour"] + compile_templates([
     "[Which|What] letter [comes|is|stands] {side} {c}[| in the alphabet]?",
     "What [comes|is] {side} [the letter |]{c} in the alphabet?",
     "In the alphabet, [what|which letter] comes {side} {c}?",
     "[Tell me|Name] the letter {side} {c}."])
-_ASK_ALPHABET = compile_templates([
+_ASK_ALPHABET = _WIDE["alphabet"] + compile_templates([
     "[Say|Write|Tell me|Recite|Give me|Show me] the alphabet.",
     "[What is|Do you know|Can you say|What are the letters of] the alphabet?"])
 
@@ -338,6 +348,16 @@ def _sentence(draw, world):
     start = draw.number(0, max(0, len(words) - 2))
     return " ".join(words[start:start + draw.number(2, 6)]).strip(".,!?:;=+ ")
 
+def _everyday(draw, world):
+    "Compose an everyday sentence, often with a capital and a mark, sometimes two of them."
+    text = everyday(draw)
+    if text[-1] not in "?!" and draw.chance(0.12):
+        more = everyday(draw)
+        text += draw.pick([". ", ", and ", " and ", ", but ", "! "]) + more
+    if draw.chance(0.5): text = text[0].upper() + text[1:]
+    if text[-1] in "?!" or draw.chance(0.45): return text
+    return text + draw.pick(["."] * 4 + ["!", "?"])
+
 def _cased(text: str, draw) -> str:
     "Sometimes write a text with a capital, in capitals, or with a mark at its end."
     if draw.chance(0.15): text = capital(text)
@@ -346,17 +366,17 @@ def _cased(text: str, draw) -> str:
 
 # %% ../../nbs/post/31a_spelling.ipynb #6dcd4d67
 _TEXTS = { # what to repeat: its probability
-    "saying": 0.2, _some_words: 0.26, _new_words: 0.08, _name: 0.08, _numbers: 0.06,
-    _sentence: 0.32}
+    "saying": 0.12, _some_words: 0.18, _new_words: 0.06, _name: 0.06, _numbers: 0.05,
+    _sentence: 0.13, _everyday: 0.4}
 
 def _text_to_repeat(draw: Draw, world) -> str:
-    "Draw a text of one to ten words."
+    "Draw a text of one to thirty words."
     kind = draw.weighted(_TEXTS)
     text = draw.pick(_SAYINGS) if kind == "saying" else kind(draw, world)
     return _cased(text, draw) if kind in ("saying", _some_words) else text
 
 # %% ../../nbs/post/31a_spelling.ipynb #f09f981c
-_BEFORE = compile_templates([
+_BEFORE = _WIDE["say"]["before"] + compile_templates([
     "[Say|Now say|Just say|Only say|Please say|Always say|Simply say] {x}",
     "[Say|Please say|Now say]: {x}", "Say [this|exactly|after me|the following]: {x}",
     "Say the words: {x}",
@@ -368,13 +388,13 @@ _BEFORE = compile_templates([
     "Please repeat the words {x}", "I want you to [say|repeat]: {x}",
     "[Can|Could|Will|Would] you [say|repeat|write|type|copy] [this|this for me]: {x}",
     "I say something and you repeat it: {x}", "Say back to me: {x}", "Parrot this: {x}"])
-_IN_QUOTES = compile_templates([
+_IN_QUOTES = _WIDE["say"]["quoted"] + compile_templates([
     '[Say|Please say|Now say|Just say|Only say|Write|Type|Print|Repeat|Echo|Copy] "{x}"[.|]',
     '[Say|Write|Repeat|Copy] [the words|this|exactly|the text|this sentence] "{x}"[.|]',
     '[Can|Could|Will|Would] you [please |][say|repeat|write|type] "{x}"[| for me]?',
     'Say "{x}" [and nothing else|to me|for me|now].', 'I want [you to say|to hear] "{x}".',
     'Answer [|only |just ]with "{x}".'])
-_ASKED = compile_templates([
+_ASKED = _WIDE["say"]["asked"] + compile_templates([
     "[Can|Could|Will|Would] you [say|repeat|write|echo] {x}?",
     "[Can|Could] you [say|repeat|write] {x} for me?"])
 

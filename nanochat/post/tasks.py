@@ -180,7 +180,7 @@ _BEFORE = [compile_template(text) for text in ( # of a message
     "[Hi|Hello|Hey|Good morning|Good evening|Hi there|Hiya|Hey there|Dear Pico|Hi Pico|Hey Pico"
     "|Hello Pico|Pico][! |, |. ]",
     "[OK|Oh|Well|So|Now|Please|Sorry|Thanks|Great|Nice|Ah|Hm|Hmm|Wow|Haha|Lol|Yes|No|And|But|Ugh"
-    "|Alright|Cool|Yeah|Ok then|Now then|Then|Also|Oh well|Erm|Umm|Excuse me|Pardon][, |, |! | ... ]",
+    "|Alright|Cool|Yeah|Ok then|Now then|Then|Also|Oh well|Erm|Umm|Excuse me|Pardon][, |, |! |... ]",
     "[One question|I have a question|A quick question|Another question|Next question|Tell me"
     "|By the way|Just curious|Quick one|One more thing|Question|A silly question|Help me out"
     "|Something else|Let me ask you this|Now for something different][: |, |. ]",
@@ -219,7 +219,7 @@ def as_typed(
     if draw.chance(0.4): parts[::2] = map(_contracted, parts[::2])
     if len(parts[-1]) > 1 and parts[-1].endswith("?") and draw.chance(0.1):
         after, mark = draw.pick(_AFTER), "" # a word goes before the mark, a sentence after it
-        if after is _AFTER[0]: parts[-1], mark = parts[-1][:-1], "?"
+        if after is _AFTER[0]: parts[-1], mark = parts[-1][:-1].rstrip(), "?"
         parts[-1] += expand(after, {}, draw) + mark
     if draw.chance(0.15): parts[0] = _introduced(parts[0], draw)
     # parts at odd places are to be kept

@@ -10,10 +10,12 @@ import re
 
 # %% ../../nbs/post/31c_told.ipynb #568c2fec
 from ..core.grammar import (
-    ATTRIBUTES, COLOURS, DAYS, GOODS, HE, JOBS, PETS, PLACES, PLURALS, SHE, THINGS, Draw, article,
-    capital, compile_template, compile_templates, expand, made_up)
+    ATTRIBUTES, COLOURS, DAYS, GOODS, HE, JOBS, PETS, PLACES, PLURALS, SHE, THINGS, Draw,
+    article, capital, compile_template, compile_templates, expand, expand_one, made_up)
 from ..core.world import World
+from .phrases import after_remark, broad, phrases
 from .tasks import visible_text
+from .wordings import WORLD_NAMES
 
 # %% ../../nbs/post/31c_told.ipynb #ff71ba98
 def known_names(world: World) -> list[str]:
@@ -26,10 +28,12 @@ def any_names(
     n: int, # how many
     draw: Draw, # makes the choices
 ) -> list[str]:
-    "Return different first names, of which a third is made up."
+    "Return different first names, of which more than a third are made up or from far away."
     names = []
     while len(names) < n:
-        name = made_up(draw).capitalize() if draw.chance(0.5) else draw.pick(known)
+        kind = draw.weighted({"made up": 0.4, "world": 0.2, "known": 0.4})
+        if kind == "made up": name = made_up(draw).capitalize()
+        else: name = draw.pick(WORLD_NAMES if kind == "world" else known)
         if name not in names and len(name) < 8: names.append(name)
     return names
 
@@ -43,10 +47,22 @@ SPOTS = ( # where a small thing can be
 _JOBS = [*JOBS, *"doctor student singer pilot lawyer writer waiter soldier".split()]
 
 # %% ../../nbs/post/31c_told.ipynb #80013307
+_WIDE = phrases("told")
+
+def _words(text): # a list with one line
+    "Return the words of a line of the file."
+    return text[0].split()
+
+_MORE_WORDS = {slot: _words(text) for slot, text in _WIDE["words"].items()}
+_DEEDS_DONE = [pair.split(":") for pair in _words(_WIDE["deeds"])]
 _WORDS = { # slot: its words
     "colour": COLOURS + ["orange", "golden"], "thing": THINGS, "place": list(PLACES),
     "spot": SPOTS, "goods": list(PLURALS.values()), "day": DAYS, "food": ATTRIBUTES["food"],
     "job": _JOBS, "pet": list(PETS), "good": list(GOODS), "k": list(map(str, range(2, 100)))}
+_WORDS |= _MORE_WORDS | {"thing": THINGS + _MORE_WORDS["thing"],
+                         "dish": ATTRIBUTES["food"] + """
+    pizza pasta soup bread rice salad cheese chicken fish cake chocolate porridge sushi curry
+    sausages beans eggs""".split()}
 
 def _told_slots(
     names: list[str], # one for each person
@@ -54,13 +70,13 @@ def _told_slots(
 ) -> list[dict]: # one for each person
     "Return the slots of some people, who differ in every word."
     columns = {slot: draw.sample(words, len(names) + 1) for slot, words in _WORDS.items()}
-    people = []
+    people, deed = [], dict(zip(("did", "do"), draw.pick(_DEEDS_DONE)))
     for i, name in enumerate(names):
         slots = {slot: words[i] for slot, words in columns.items()}
         # the next person's words are wrong ones for this person
         slots |= {f"{slot}2": words[i + 1] for slot, words in columns.items()}
         slots |= {f"a_{slot}": article(slots[slot]) for slot in ("job", "pet", "good")}
-        people.append(slots | {"n": name, "ns": name + "'s"})
+        people.append(slots | deed | {"n": name, "ns": name + "'s"})
     return people
 
 # %% ../../nbs/post/31c_told.ipynb #8a6b1a49
@@ -154,6 +170,10 @@ _add_relation("pet", ["{n} has {a_pet}", "{ns} pet is {a_pet}", "{n} lives with 
         "What pet does {n} have", "Which animal does {n} have", "Who has [the|a] {pet}",
         "What is {ns} pet", "What kind of animal lives with {n}"]})
 
+# %% ../../nbs/post/31c_told.ipynb #227c3947
+for _name, _table in _WIDE["relations"].items():
+    _add_relation(_name, _table["tells"], _table["asks"])
+
 # %% ../../nbs/post/31c_told.ipynb #586af1bf
 def sentence(text: str, end: str = ".") -> str:
     "Return a text with a capital letter at its beginning and a mark at its end."
@@ -180,20 +200,18 @@ def _facts(world: World, draw: Draw) -> tuple[str, str, str]: # told, question, 
     if relation in ATTRIBUTES: # no message says something else than the documents do
         residents = {person.first for person in world.residents}
         known = [name for name in known if name not in residents]
-    n = draw.weighted({1: 0.35, 2: 0.5, 3: 0.15})
+    n = draw.weighted({1: 0.3, 2: 0.5, 3: 0.2})
     people = _told_slots(any_names(known, n, draw), draw)
-    tell = draw.pick(tells)
-    told = [expand(tell, slots, draw) for slots in people]
+    told = [expand(draw.pick(tells), dict(slots), draw) for slots in people]
     question, answer = draw.pick(asks)
-    slots = draw.pick(people)
+    slots = dict(draw.pick(people))
     return _joined(told, draw), expand(question, slots, draw), expand(answer, slots, draw)
 
 # %% ../../nbs/post/31c_told.ipynb #1591ef04
-_DEGREES = ( # (more, less) of something, between people
-    "taller:shorter older:younger faster:slower stronger:weaker richer:poorer happier:sadder "
-    "bigger:smaller louder:quieter heavier:lighter wiser:sillier braver:shyer kinder:ruder "
-    "busier:lazier").split()
-_THING_DEGREES = "bigger:smaller heavier:lighter older:newer longer:shorter cheaper:dearer".split()
+_COMPARE = _WIDE["compare"]
+# (more, less) of something, between people and between things
+_DEGREES, _THING_DEGREES = _words(_COMPARE["degrees"]), _words(_COMPARE["thing degrees"])
+_TELL_MORE, _ASK_MORE, _ASK_MOST = (broad(_COMPARE[key]) for key in ("tells", "ask", "most"))
 
 def _compare(world: World, draw: Draw) -> tuple[str, str, str]: # told, question, answer
     "Compare people or things by an adjective."
@@ -205,43 +223,41 @@ def _compare(world: World, draw: Draw) -> tuple[str, str, str]: # told, question
     if things: names = ["the " + thing for thing in draw.sample(THINGS, n)]
     else: names = any_names(known_names(world), n, draw)
     first, last = names[0], names[-1]
-    told = [f"{a} is {more} than {b}" for a, b in zip(names, names[1:])]
-    if n == 2 and draw.chance(0.2): told = [f"compared with {last}, {first} is {more}"]
-    kind = "which" if things else "who"
-    asked = draw.pick([
-        f"{kind} is {more}", f"{kind} is {less}", f"{kind} is the {more} one",
-        f"{kind} is the {less} one", f"which of them is {more}", f"which of them is {less}"])
-    answer = f"{first if more in asked else last} is {more if more in asked else less}"
-    if n == 3: # the most and the least
-        most, least = (word.removesuffix("er") + "est" for word in degrees)
-        asked, answer = draw.pick([(f"{kind} is the {most}", f"{first} is the {most}"),
-                                   (f"{kind} is the {least}", f"{last} is the {least}")])
-    elif draw.chance(0.2):
+    def tell(a, b):
+        return expand_one(_TELL_MORE, {"a": a, "b": b, "more": more, "less": less}, draw)
+    told = [tell(a, b) for a, b in zip(names, names[1:])]
+    w, right = draw.pick([(more, first), (less, last)])
+    slots = {"kind": "which" if things else "who"}
+    slots |= dict(zip(("one", "two"), draw.sample([first, last], 2)))
+    if n == 2 and draw.chance(0.15):
         asked, answer = draw.pick([
             (f"is {first} {more} than {last}", f"yes, {first} is {more}"),
             (f"is {last} {more} than {first}", f"no, {first} is {more}")])
-    return _joined(told, draw), sentence(asked, ""), sentence(answer)
+        return _joined(told, draw), sentence(asked, ""), sentence(answer)
+    if n == 3: w = w.removesuffix("er") + "est" # the most and the least
+    asked = expand_one(_ASK_MOST if n == 3 else _ASK_MORE, slots | {"w": w}, draw)
+    return _joined(told, draw), sentence(asked, ""), f"The {w} one is {right}."
 
 # %% ../../nbs/post/31c_told.ipynb #fdaa781e
 _AMOUNTS = { # what two people have a number of: (sentence, [(question, answer)]); {m} has more
     "goods": ("{n} [has|bought|needs] {k} {goods}", [
-        ("Who has [more|the most] {goods}", "{m} has more {goods}."),
-        ("Who has [fewer|less|the fewest] {goods}", "{l} has fewer {goods}."),
-        ("[Which of them|Which one] has more[| {goods}]", "{m} has more {goods}.")]),
+        ("Who has [more|the most] {goods}", "The one with more is {m}."),
+        ("Who has [fewer|less|the fewest] {goods}", "The one with fewer is {l}."),
+        ("[Which of them|Which one] has more[| {goods}]", "The one with more is {m}.")]),
     "age": ("{n} is {k}[| years old]", [
-        ("Who is [older|the older one]", "{m} is older."),
-        ("Who is the oldest", "{m} is the oldest."),
-        ("Who is [younger|the younger one]", "{l} is younger."),
-        ("Who is the youngest", "{l} is the youngest."),
-        ("Which of them is older", "{m} is older.")]),
+        ("Who is [older|the older one]", "The older one is {m}."),
+        ("Who is the oldest", "The oldest one is {m}."),
+        ("Who is [younger|the younger one]", "The younger one is {l}."),
+        ("Who is the youngest", "The youngest one is {l}."),
+        ("Which of them is older", "The older one is {m}.")]),
     "height": ("{n} is {cm} cm tall", [
-        ("Who is [taller|the taller one]", "{m} is taller."),
-        ("Who is the tallest", "{m} is the tallest."),
-        ("Who is [shorter|the shorter one]", "{l} is shorter."),
-        ("Who is the shortest", "{l} is the shortest.")]),
+        ("Who is [taller|the taller one]", "The taller one is {m}."),
+        ("Who is the tallest", "The tallest one is {m}."),
+        ("Who is [shorter|the shorter one]", "The shorter one is {l}."),
+        ("Who is the shortest", "The shortest one is {l}.")]),
     "weight": ("{n} weighs {cm} kilos", [
-        ("Who is [heavier|the heavier one]", "{m} is heavier."),
-        ("Who is [lighter|the lighter one]", "{l} is lighter.")]),
+        ("Who is [heavier|the heavier one]", "The heavier one is {m}."),
+        ("Who is [lighter|the lighter one]", "The lighter one is {l}.")]),
     "price": ("the {good} costs {k} coins", [
         ("[What|Which|Which one] [costs more|is more expensive]", "The {m} costs more."),
         ("[What|Which|Which one] [costs less|is cheaper]", "The {l} costs less.")]),
@@ -285,19 +301,20 @@ def _numbers(world: World, draw: Draw) -> tuple[str, str, str]: # nothing told, 
 # %% ../../nbs/post/31c_told.ipynb #49413c5c
 _EVENTS = [ # (told, [(question, answer), ...])
     ("{a} came [|home |to the {place} ]before {b}", [
-        ("Who came [first|earlier]", "{a} came first."), ("Who came [last|later]",
-    "{b} came last.")]),
+        ("Who came [first|earlier]", "The first one is {a}."), ("Who came [last|later]",
+    "The last one is {b}.")]),
     ("[First|At first] {a} came, [then|and then] {b}[| came]", [
-        ("Who came [first|earlier]", "{a} came first."), ("Who came [last|later]",
-    "{b} came last.")]),
+        ("Who came [first|earlier]", "The first one is {a}."),
+        ("Who came [last|later]", "The last one is {b}.")]),
     ("{a} was first, {b} was second and {c} was third", [
-        ("Who [won|was first|came first]", "{a} won."),
-        ("Who [was|came] second", "{b} was second."),
-        ("Who [was|came] [last|third]", "{c} was last.")]),
+        ("Who [won|was first|came first]", "The first one is {a}."),
+        ("Who [was|came] second", "The second one is {b}."),
+        ("Who [was|came] [last|third]", "The last one is {c}.")]),
     ("{a} won the [race|game] [against|before] {b}", [
-        ("Who won[| the race| the game]", "{a} won."), ("Who lost[| the race| the game]",
-    "{b} lost.")]),
-    ("{a} [gave|sold|lent|brought|sent] [a {thing} to {b}|{b} a {thing}]", [
+        ("Who won[| the race| the game]", "The first one is {a}."),
+        ("Who lost[| the race| the game]",
+    "The last one is {b}.")]),
+    ("{a} [gave|sold|lent|brought|sent|handed|passed|threw] [a {thing} to {b}|{b} a {thing}]", [
         ("Who has the {thing}[| now]", "{b} has the {thing}."),
         ("Who got [the|a] {thing}", "{b} got the {thing}."),
         ("What did {b} get", "{b} got a {thing}."), ("What does {b} have[| now]",
@@ -337,6 +354,14 @@ def _event(world: World, draw: Draw) -> tuple[str, str, str]: # told, question, 
     return sentence(told), question, answer
 
 # %% ../../nbs/post/31c_told.ipynb #b208a5cb
+_ASK_FRAMES, _INTROS = broad(_WIDE["frame"]), broad(_WIDE["intro"])
+_QUESTION_WORDS = "What Which Who Where When How Is Does Did Do Can Has Whose Whom At".split()
+
+def _lower(text: str) -> str:
+    "Begin a text in lower case, if it begins with a question word or an article."
+    first = text.split()[0]
+    return text[0].lower() + text[1:] if first in [*_QUESTION_WORDS, "The", "There", "In"] else text
+
 _KINDS = { # function: its share
     _facts: 0.5, _compare: 0.18, _amounts: 0.14, _event: 0.13, _numbers: 0.05}
 
@@ -346,9 +371,11 @@ def told_exchange(
 ) -> tuple[str, str]: # a message and the answer
     "Return a message that tells something and asks for a part of it, and the answer."
     told, question, answer = draw.weighted(_KINDS)(world, draw)
-    parts = [told, question + "?"] if told else [question + "?"]
-    if draw.chance(0.15): parts.reverse()
-    return " ".join(parts), answer
+    asked = expand_one(_ASK_FRAMES, {"q": question, "l": _lower(question)}, draw)
+    if not told: return asked, answer
+    if draw.chance(0.15): return f"{question}? {told}", answer
+    if draw.chance(0.2): told = expand_one(_INTROS, {"t": told, "l": _lower(told)}, draw)
+    return after_remark(f"{told} {asked}", draw, 0.05), answer
 
 # %% ../../nbs/post/31c_told.ipynb #afee49c4
 def copied(messages: list[dict]) -> list[str]:

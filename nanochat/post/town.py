@@ -14,13 +14,14 @@ from fastcore.basics import patch
 # %% ../../nbs/post/32_town.ipynb #96f9a95b
 from ..core.grammar import (
     ANSWERS, ATTRIBUTES, COLOURS, DAYS, FAMILIES, HE, JOBS, NUMBER_WORDS, PETS, PLACES, QUESTIONS,
-    SHE, THINGS, Draw, article, compile_template, compile_templates, expand, expansions)
+    SHE, THINGS, Draw, article, capital, compile_template, compile_templates, expand, expansions)
 from ..core.world import Resident, option_lines, question_and_answer, wrong_values
 from .tasks import (
     Task, assistant, choice_prompt, closing_text, compile_pairs, mentions, part_of, user)
 from .wordings import (
     ASK_WHO, answer_fact, ask_both, ask_fact, ask_hidden, ask_outside, ask_pronoun, ask_same,
-    ask_star, ask_stranger, fact_turn, name_slots, stranger_name)
+    ask_star, ask_stranger, ask_two, fact_turn, name_slots, stranger_name)
+from .phrases import after_remark, broad, phrases
 
 # %% ../../nbs/post/32_town.ipynb #007f5e27
 def _all_texts(templates: list[str]) -> list[str]:
@@ -156,15 +157,21 @@ class TownChoice(Facts):
         return [user(asked), assistant(f"{right}={letter}")]
 
     def keep(self, messages): # the options stay as they are
-        return [re.search(r"(\n| \(?A[.:)]).*", messages[0]["content"], re.DOTALL)[0]]
+        return [re.search(r"(\n| \(?A(?:[.:)]| [-=] )).*", messages[0]["content"], re.DOTALL)[0]]
 
     def is_right(self, reference, completion):
         def letters(text): return re.findall(r"\b[A-D]\b", closing_text(text))
         return letters(completion) == letters(reference)[-1:]
 
 # %% ../../nbs/post/32_town.ipynb #1f2d383a
-_WANTED = ["Which line is right?", "Which is right?", "Answer with the letter.", "Choose one.",
-           "Which one is it?", "Which answer is right?", "Pick the right one.", ""]
+_WANTED = """
+    Which line is right?|Which is right?|Answer with the letter.|Choose one.|Which one is it?|
+    Which answer is right?|Pick the right one.||Which one?|Pick one.|Choose the right answer.|
+    Which letter is right?|Just the letter, please.|Give me the letter.|What do you say?|
+    A, B, C or D?|Only one is right.|Your choice?|Tell me the letter.|Select one option.|
+    Which option is correct?|What is the correct answer?|Choose wisely!|Multiple choice.
+    """
+_WANTED = [text.strip() for text in _WANTED.split("|")]
 
 def _lay_out(
     question: str,
@@ -173,11 +180,14 @@ def _lay_out(
 ) -> tuple[str, bool]: # the message, whether a letter stands after its option
     "Write options as people do."
     wanted = draw.pick(_WANTED)
-    if draw.chance(0.6): # as in the test
+    if wanted == "A, B, C or D?": wanted = "Which one?" if len(options) < 4 else wanted
+    if draw.chance(0.45): # as in the test
         return "\n".join([question, *option_lines(options), wanted]).strip(), True
-    mark, joint = draw.pick(("{})", "{}.", "{}:", "({})")), draw.pick(("\n", "\n", ", ", " "))
+    mark = draw.pick(("{})", "{})", "{}.", "{}:", "({})", "{} -", "{} ="))
+    joint = draw.pick(("\n", "\n", ", ", " ", "; ", " / ", " or ", ", or "))
     items = [f"{mark.format(letter)} {option}" for letter, option in zip("ABCD", options)]
     start, end = ("\n", "\n") if joint == "\n" else (" ", draw.pick((". ", "? ", " ")))
+    if question[-1].isalnum(): start = draw.pick((": ", ", ", start))
     return (question + start + joint.join(items) + end + wanted).strip(), False
 
 # %% ../../nbs/post/32_town.ipynb #cf112758
@@ -306,17 +316,7 @@ _ONWARD = {attribute: compile_pairs(pairs) for attribute, pairs in _ONWARD.items
 _LATER = {place for place, _ in JOBS.values()} | {text for pair in PETS.values() for text in pair}
 
 # %% ../../nbs/post/32_town.ipynb #9850db74
-_ONWARD_MORE = { # further questions, for training only
-    "pet": [
-        "[Can you tell me|Do you know] what {ns} pet [eats|likes to eat]",
-        "What [do I feed|can I feed|does one give] to {ns} [pet|animal]",
-        "What [should|must] {ns} pet eat", "What food is good for {ns} pet"],
-    "job": [
-        "[Can you tell me|Do you know|Any idea] where {n} works",
-        "[Where|In which place|In what building] does {n} work", "Where does {n} go to work",
-        "What is {ns} [workplace|place of work]", "Where is {n} [during the day|when at work]"]}
-_ONWARD_MORE = {attribute: compile_templates([text + "?" for text in texts])
-                for attribute, texts in _ONWARD_MORE.items()}
+_ONWARD_MORE = broad(phrases("wordings")["onward"]) # further questions, for training only
 
 # %% ../../nbs/post/32_town.ipynb #929c6615
 class TwoFacts(Task):
@@ -357,13 +357,27 @@ class TwoFacts(Task):
 def _both_new(self: TwoFacts, first, second, draw):
     "Ask for two facts of one person at once, or ask two questions about two people."
     (i, a), (j, b) = first, second
-    if (i, b) in self.world.asked and draw.chance(0.7): j = i # mostly one person
+    if draw.chance(0.3): return self._both_people(i, a, draw)
+    if (i, b) in self.world.asked and draw.chance(0.75): j = i # mostly one person
     form, people = draw.weighted(_FORMS), self.world.residents
     slots, slots2 = (people[k].subject(form) for k in (i, j))
     answer = f"{answer_fact(a, slots, draw)} {answer_fact(b, slots2, draw)}"
     if i == j: question = ask_both((a, b), slots, people[i].she, draw)
-    else: question = f"{ask_fact(a, slots, draw)} {ask_fact(b, slots2, draw)}"
+    else:
+        question, second = ask_fact(a, slots, draw), ask_fact(b, slots2, draw)
+        question += " " if question[-1] in ".?!" else draw.pick([", ", " and ", "; "])
+        question += draw.pick(["", "", "And "]) + second
     return [user(question), assistant(answer)]
+
+# %% ../../nbs/post/32_town.ipynb #a712a1a2
+@patch
+def _both_people(self: TwoFacts, i, attribute, draw):
+    "Ask for one attribute of two people at once."
+    j = draw.pick([j for j, name in self.world.asked if name == attribute and j != i])
+    form = draw.weighted(_FORMS)
+    slots, slots2 = (self.world.residents[k].subject(form) for k in (i, j))
+    answer = f"{answer_fact(attribute, slots, draw)} {answer_fact(attribute, slots2, draw)}"
+    return [user(ask_two(attribute, (slots["n"], slots2["n"]), draw)), assistant(answer)]
 
 # %% ../../nbs/post/32_town.ipynb #87d2482e
 @patch
@@ -397,7 +411,11 @@ def _onward(self: TwoFacts, draw):
     slots |= dict(zip(("eats", "likes"), PETS[person.pet]))
     question, answer = draw.pick(_ONWARD[attribute])
     if self._new(draw): # the question may be another one, the answer fits where "eats" fits
-        question, answer = draw.pick(_ONWARD_MORE[attribute]), _ONWARD[attribute][0][1]
+        likes = attribute == "pet" and draw.chance(0.25)
+        question = draw.pick(_ONWARD_MORE["likes" if likes else attribute])
+        answer = _ONWARD[attribute][2 if likes else 0][1]
+        asked = after_remark(capital(expand(question, slots, draw)), draw)
+        return [user(asked), assistant(expand(answer, slots, draw))]
     return [user(expand(question, slots, draw)), assistant(expand(answer, slots, draw))]
 
 # %% ../../nbs/post/32_town.ipynb #7abed463
@@ -530,6 +548,8 @@ def _stranger_new(self: Unknown, draw):
             name = draw.pick((draw.pick(self.strangers), stranger_name(draw), stranger_name(draw)))
             if draw.chance(0.15): name = name.lower()
             question = ask_stranger(name, town, self.world.used, draw)
+            # as the answer writes it, also where a sentence begins with it
+            question = re.sub(re.escape(name), name, question, flags=re.I)
         if not set(name.title().split()) & self.taken: break
     return question, f"I do not know {name}. I only know the people of {town}."
 

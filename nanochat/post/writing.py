@@ -22,10 +22,12 @@ from ..core.stories import (
 from ..core.verses import (
     RIDDLES, haiku, haiku_faults, joke, joke_faults, poem, poem_faults, riddle)
 from ..core.world import World
+from .phrases import after_remark, broad, phrases
 from .tasks import Task, assistant, closing_text, normal, part_of, user
 
 # %% ../../nbs/post/32e_writing.ipynb #8ef154bb
-_FRAMES = compile_templates([
+_WIDE = phrases("writing")
+_FRAMES = broad(_WIDE["frames"]) + compile_templates([
     "[{V}|Please {v}] {it}[.|!]", "{V} {it}, please.",
     "[Can|Could|Will|Would] you [please |]{v} {it}?",
     "[Can|Could|May] [I|we] [hear|have|get|read] {it}[|, please]?",
@@ -44,13 +46,7 @@ _FRAMES = compile_templates([
      "[{V}|Please {v}] {it}.")])
 
 # %% ../../nbs/post/32e_writing.ipynb #eaa40ea6
-_VERBS = {
-    "story": ("[tell me|tell me|tell us|tell|write|write me|make up|invent|think of|come up with|"
-              "read me]"),
-    "poem": "[write|write|write me|make up|compose|recite|make|create|come up with|say|read me]",
-    "joke": "[tell me|tell me|tell us|tell|share|make|say]",
-    "riddle": "[tell me|ask me|give me|ask us|give us|tell us|make up|think of]"}
-_VERBS = {kind: compile_template(verbs) for kind, verbs in _VERBS.items()}
+_VERBS = {kind: compile_template(text[0]) for kind, text in _WIDE["verbs"].items()}
 
 # %% ../../nbs/post/32e_writing.ipynb #33ec9e3b
 _NOUNS = {
@@ -66,7 +62,7 @@ _NOUNS = {
     "couplet": [
         "[a|a little|a nice] [short poem|rhyme|verse|couplet]",
         "[two lines|a couple of lines] that rhyme",
-        "a [very short|tiny|small] poem", "a poem [of|with] two lines"],
+        "a [very short|small] poem", "a poem [of|with] two lines"],
     "haiku": ["[a|a|a short|a nice|a little|one] haiku", "a haiku poem", "a poem in haiku form"],
     "joke": [
         "[a|a|a good|a funny|a short|a nice|a silly] joke",
@@ -75,7 +71,7 @@ _NOUNS = {
     "riddle": [
         "[a|a|a good|an easy|a short|a nice] riddle", "a riddle for [me|us|my son|children]",
         "[one of your riddles|one riddle|a little puzzle|something to guess]"]}
-_NOUNS = {kind: compile_templates(nouns) for kind, nouns in _NOUNS.items()}
+_NOUNS = {kind: broad(nouns + _WIDE["nouns"][kind]) for kind, nouns in _NOUNS.items()}
 
 # %% ../../nbs/post/32e_writing.ipynb #6864b4cd
 _FIXED = { # requests that the frames do not make
@@ -96,22 +92,13 @@ _FIXED = { # requests that the frames do not make
     "riddle": [
         "Do you know [any|some] [good |]riddles?", "[Riddle|A riddle][!|, please.]",
         "Let's play a guessing game[.|!]", "[Let me guess something|Test me with a riddle]."]}
-_FIXED = {kind: compile_templates(texts) for kind, texts in _FIXED.items()}
+_FIXED = {kind: broad(texts + _WIDE["fixed"][kind]) for kind, texts in _FIXED.items()}
 
 # %% ../../nbs/post/32e_writing.ipynb #9d248f95
-_ABOUT = compile_templates([
-    "{it} about {x}", "{it} about {x}", "{it} about {x}", "{it} on {x}", "{it} with {x}",
-    "{it} in which {x} [appears|plays a part]", "{it} that has {x} in it",
-    "{it} on the subject of {x}"])
-_ABOUT_VERSE = compile_templates([
-    "{it} about {x}", "{it} about {x}", "{it} about {x}", "{it} on {x}", "{it} for {x}",
-    "{it} to {x}"])
-_ABOUT_JOKE = compile_templates(["{it} about {x}"])
+_ABOUT, _ABOUT_VERSE, _AFTER = (broad(_WIDE[key]) for key in ("about", "about verse", "after"))
+_FOR, _WHY = broad(_WIDE["for"]), broad(_WIDE["why"]) # for whom, and why
+_ABOUT_JOKE = compile_templates(["{it} about {x}", "{it} about {x}", "{it} [on|with] {x}"])
 _ABOUT_OF = {"story": _ABOUT, "joke": _ABOUT_JOKE, "riddle": _ABOUT_JOKE} # verses: _ABOUT_VERSE
-_AFTER = compile_templates([ # a second sentence that names the subject
-    "[It should be|Make it|It must be|Let it be] about {x}.",
-    "[The subject is|The topic is|Topic:] {x}.",
-    "I like {x}.", "About {x}, please."])
 
 # %% ../../nbs/post/32e_writing.ipynb #b63a8c30
 def _request(
@@ -120,13 +107,17 @@ def _request(
     draw: Draw,
 ) -> str:
     "Ask for a text."
-    if not x and draw.chance(0.15): return expand_one(_FIXED[kind], {}, draw)
+    if not x and draw.chance(0.15): return re.sub(" +", " ", expand_one(_FIXED[kind], {}, draw))
     verbs = _VERBS.get("poem" if kind in ("couplet", "haiku") else kind)
     verb, it, after = expand(verbs, {}, draw), expand_one(_NOUNS[kind], {}, draw), ""
     if x and draw.chance(0.1): after = " " + expand_one(_AFTER, {"x": x}, draw)
     elif x: it = expand_one(_ABOUT_OF.get(kind, _ABOUT_VERSE), {"it": it, "x": x}, draw)
     slots = {"v": verb, "V": capital(verb), "it": it, "It": capital(it)}
-    return expand_one(_FRAMES, slots, draw) + after
+    slots |= {"t_for": expand_one(_FOR, {}, draw), "t_why": expand_one(_WHY, {}, draw)}
+    said = capital(expand_one(_FRAMES, slots, draw))
+    said = re.sub(" +", " ", said)
+    if after and said[-1] not in ".?!": said += "."
+    return said + after
 
 # %% ../../nbs/post/32e_writing.ipynb #264ebeb9
 _COUNTABLE = """
@@ -160,7 +151,12 @@ _OTHERS = [ # without an article, or with "the"
     "a talking tree", "a haunted house", "a broken heart", "a magic hat", "an angry chef",
     "a black hole", "a lost sock", "two friends", "three pigs", "seven dwarfs",
     "a hundred spoons", "a cat and a mouse", "a knight and a dragon", "a robot and a flower",
-    "the sun and the moon"]
+    "the sun and the moon", "winter and snow", "love and peace", "cats and dogs",
+    "bread and butter", "autumn leaves", "spring flowers", "friendship", "happiness", "rain",
+    "snow", "the sea",
+    "the stars", "the moon", "rain and wind", "sun and sand", "tea and cake", "old friends",
+    "a rainy Sunday", "a long journey", "freedom", "music", "silence", "a red rose", "a cold night",
+    "home", "family", "a new day", "night and day", "summer nights"]
 
 # %% ../../nbs/post/32e_writing.ipynb #5e744fd2
 _MINE = """
@@ -300,10 +296,13 @@ _SAME_WORK = { # task in the title: what the question may say
     "make a kite": "[make|build] [a kite|my own kite]",
     "repair a flat tyre": "[repair|fix|mend] [a flat tyre|a flat tire|my flat tyre|a tyre]",
     "cook soup": "[cook|make] [soup|a soup|some soup|vegetable soup]"}
+_SAME_WORK |= {task: f"[{_SAME_WORK[task]}|{text[0]}]" for task, text in _WIDE["work"].items()}
 _SAME_WORK = {task: compile_template(text) for task, text in _SAME_WORK.items()}
+_NOUN_WORK = {task: compile_template(text[0]) for task, text in _WIDE["noun work"].items()}
 
 # %% ../../nbs/post/32e_writing.ipynb #e4b6f524
-_HOW = compile_templates([
+_HOW_NOUN = broad(_WIDE["noun how"])
+_HOW = broad(_WIDE["how"]) + compile_templates([
     "How [do I|do you|can I|should I|does one|would you] {do}?", "How to {do}?",
     "[Can|Could|Will] you [tell me|explain|show me|explain to me] how to {do}?",
     "[Tell me|Explain|Explain to me|Show me|Please tell me] how to {do}.",
@@ -321,8 +320,12 @@ def _howto(
     "Ask for instructions."
     title, answer = expand_one(HOWTOS, {"town": world.town}, draw).split(". ", 1)
     task = title.removeprefix("How to ").replace(" your ", " my ")
+    if task in _NOUN_WORK and draw.chance(0.2):
+        asked = expand_one(_HOW_NOUN, {"do": expand(_NOUN_WORK[task], {}, draw)}, draw)
+        return after_remark(asked, draw, 0.05), answer
     if task in _SAME_WORK: task = expand(_SAME_WORK[task], {}, draw)
-    return expand_one(_HOW, {"do": task}, draw), answer
+    asked = capital(expand_one(_HOW, {"do": task, "Do": capital(task)}, draw))
+    return after_remark(asked, draw, 0.05), answer
 
 # %% ../../nbs/post/32e_writing.ipynb #00439a68
 @cache
@@ -367,8 +370,8 @@ class Writing(Task):
     "Requests for stories, poems, haiku, jokes, riddles and instructions."
     max_new_tokens = 200 # a story has up to 150 words
     kinds = { # kind of text: its share
-        "story": 0.42, "poem": 0.12, "couplet": 0.05, "haiku": 0.07, "joke": 0.11, "riddle": 0.12,
-        "howto": 0.11}
+        "story": 0.38, "poem": 0.14, "couplet": 0.05, "haiku": 0.08, "joke": 0.11, "riddle": 0.1,
+        "howto": 0.14}
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -440,9 +443,11 @@ def _riddle(self: Writing, kind, draw):
 @cache
 def _asking_words() -> frozenset[str]:
     "Return the words of requests, without their subjects."
-    tables = [_FRAMES, _ABOUT, _ABOUT_VERSE, _AFTER, _MORE, _NOW_ABOUT]
+    tables = [_FRAMES, _FOR, _WHY, _ABOUT_JOKE, _ABOUT, _ABOUT_VERSE, _AFTER, _MORE, _NOW_ABOUT]
     for table in (_VERBS, _NOUNS, _FIXED): tables += table.values()
-    return frozenset(template_words(tables) | {name.lower() for name in FAMILIES} | {"an"})
+    asking = template_words(tables) | {name.lower() for name in FAMILIES} | {"an"}
+    subjects = {word.lower() for text in _COUNTABLE + _OTHERS + _MINE for word in words_of(text)}
+    return frozenset(asking - (subjects - table_words() - {"the", "and", "a", "two", "in"}))
 
 # %% ../../nbs/post/32e_writing.ipynb #ee2b43ca
 def _asked_for(
@@ -451,8 +456,12 @@ def _asked_for(
 ) -> str: # such as "red kite"; may be empty
     "Return the words of a request that name its subject."
     given = {word.lower() for word in words_of(reference)}
-    words = [word for word in words_of(request) if word.lower() in given - _asking_words()]
-    return " ".join(words)
+    asked, words = given - _asking_words(), words_of(request)
+    places = [i for i, word in enumerate(words) if word.lower() in asked]
+    if not places: return ""
+    span = words[places[0]:places[-1] + 1] # with "and a" in it, or only the words that were found
+    joined = all(word.lower() in asked | {"and", "a", "an", "the"} for word in span)
+    return " ".join(span if joined else [words[i] for i in places])
 
 # %% ../../nbs/post/32e_writing.ipynb #ef04b4d2
 @patch
