@@ -279,7 +279,7 @@ def evaluate_task(
     right = sum(passed) / samples
     result = {
         "name": task.name, "n": n, "accuracy": right / n, "ci95": list(wilson_interval(right, n)),
-        "chance": sum(chances) / n, "tokens": tokens,
+        "chance": sum(chances) / n or getattr(task, "chance", 0.0), "tokens": tokens,
         "seconds": round(time.perf_counter() - start, 2),
         "too_long": sum("too_long" in item for item in items)}
     if not any(chances):

@@ -141,6 +141,7 @@ def _next(self: Facts, index, attribute, form, draw, said):
 class TownChoice(Facts):
     "Questions about residents with two to four options."
     draw_name = "choice"
+    chance = 0.25 # of a letter that is guessed
     kinds = {"_fact": 0.5, "_told": 0.2, "_kind": 0.15, "_read": 0.15} # method: share in training
 
     def messages(self, i, draw):

@@ -255,6 +255,7 @@ def _base_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
 
 # %% ../../nbs/train/22_estimate.ipynb #3f53d6a2
 _HELD_OUT = 1 / 20 # held-out conversations for each one of the mixture
+_MOST_HELD_OUT = 200 # of one task
 
 # %% ../../nbs/train/22_estimate.ipynb #a36ee801
 def _finetune_parts(
@@ -266,8 +267,11 @@ def _finetune_parts(
     tokens, B = stage_tokens(c, stage), c[f"{stage}.batch_tokens"]
     training = tokens / training_rate(c, hw, B)
     evaluations = tokens // B // c[f"{stage}.eval_every"] + 1
-    one_epoch = tokens / c[f"{stage}.epochs"]
-    evaluation = _reading_seconds(c, hw, evaluations * _HELD_OUT * one_epoch)
+    T, held_out = c["model.sequence_len"], 0.0 # tokens
+    for task, weight in mixture_of(c, stage).items():
+        size, mean = _task_size(task, weight.split, c["model.vocab_size"])
+        held_out += min(_MOST_HELD_OUT, _HELD_OUT * weight.count(size)) * min(mean, T)
+    evaluation = _reading_seconds(c, hw, evaluations * held_out)
     return {"training": training, "evaluation": evaluation,
             "compilation": _compile_seconds(c, hw, stage),
             "checkpoints": _checkpoint_seconds(c, hw, stage, evaluations, training)}
