@@ -13,7 +13,7 @@ from importlib.resources import files
 import yaml
 
 # %% ../../nbs/post/30a_phrases.ipynb #ba40a68c
-from ..core.grammar import Draw, add_rules, capital, compile_template, expand, expand_one
+from ..core.grammar import Draw, add_rules, capital, expand_one
 from ..core.itself import compile_broad
 
 # %% ../../nbs/post/30a_phrases.ipynb #9f3f34ee
