@@ -242,6 +242,31 @@ def _refuse_budget(given: dict, hw: Hardware):
     raise UserError(f"{budget} on {hw.name} buy not even one layer and a hundred steps besides "
                     "the other stages: raise the budget, or end earlier with until=base.")
 
+# %% ../../nbs/train/24_budget.ipynb #ee29bb50
+_TALKS = 0.5 # largest share of a budget that mid-training and SFT get
+# the size of a model for this estimate
+_LAPTOP = {"dial.depth": 4, "model.n_embd": 128, "tokenizer.vocab_size": 2048,
+           "dial.head_dim": 64, "model.window_pattern": "L", "model.sequence_len": 256}
+
+def _shrinks(name: str) -> bool: # a setting by its full name
+    "Is this a number of conversations or of RL steps?"
+    return ".mixture." in name or name in ("mid.replay", "sft.replay", "rl.steps")
+
+def _fewer_conversations(
+    given: dict, # settings by full name, without a depth
+    said: dict, # those of them that a person gave
+    hw: Hardware,
+) -> dict: # settings by full name
+    "Shrink mixtures and RL to the budget."
+    seconds = stage_seconds(_filled(_LAPTOP | given, 1_000_000, hw), hw)
+    talks = seconds.get("mid", 0) + seconds.get("sft", 0)
+    share = _TALKS * _budget_seconds(given, hw) / max(talks, 1e-9)
+    if share >= 1: return given
+    counts = [name for name in given.keys() - said.keys()
+              if _shrinks(name) and isinstance(given[name], int)]
+    fewer = {name: math.ceil(share * given[name]) for name in counts}
+    return given | fewer
+
 # %% ../../nbs/train/24_budget.ipynb #8e9f3acf
 def _choose(
     given: dict, # settings by full name
@@ -249,6 +274,7 @@ def _choose(
     hw: Hardware,
 ) -> tuple[dict, list[Candidate]]: # settings; the candidates, the chosen one first
     "Choose the model for a small machine."
+    given = _fewer_conversations(given, said, hw)
     fixed = {name: value for name, value in given.items() if name in said or name not in _CHOSEN}
     shapes = _shapes(fixed)
     best = _best(_candidate(shape, hw) for shape in shapes)[:4]
@@ -297,4 +323,5 @@ def earlier_choice(
     dial = before.get("dial", {})
     budget = [given.get(f"dial.{name}", 0.0) for name in ("minutes", "dollars")]
     if "dial.depth" in given or [dial.get("minutes"), dial.get("dollars")] != budget: return {}
-    return {name: value for name, value in flatten(before).items() if name in _CHOSEN}
+    return {name: value for name, value in flatten(before).items()
+            if name in _CHOSEN or _shrinks(name)}

@@ -379,9 +379,10 @@ def make_plan(
 
     # the depth, if none is given, and all settings that follow from it
     considered = []
-    given |= earlier_choice(given, before or {})
+    said, earlier = checked_settings(overrides), earlier_choice(given, before or {})
+    given |= {name: value for name, value in earlier.items() if name not in said}
     if "dial.depth" not in given:
-        given, considered = spend_budget(given, checked_settings(overrides), hw)
+        given, considered = spend_budget(given, said, hw)
     c = derive(given, hw)
     _check_hardware(c, hw)
     check_shape(model_fields(c))
