@@ -14,7 +14,7 @@ import shutil
 import signal
 from collections.abc import Iterable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from ..model.optim import lr_multiplier
 from ..train.checkpoint import load_model
 from ..train.loop import bits_per_byte, train
 from ..train.pretrain import grad_accum_steps, loop_settings, optimizer_for, prepare_model
+from .public import TASKS
 from .mixture import card_of, open_mixture, take
 from .chat_eval import evaluate_stage
 
@@ -119,6 +120,7 @@ class Rendered:
     starts: np.ndarray # (n,) index in `ids` where each conversation begins
     lengths: np.ndarray # (n,) how many of its tokens are used; 0: it is left out
     cut: np.ndarray # (n,) bool: was it shortened to fit a row?
+    follows: bool = False # may it continue another conversation in its row, as the next turns?
 
     def learned_tokens(self) -> np.ndarray: # (n,)
         "Count the learned tokens among the used tokens of each conversation."
@@ -202,6 +204,8 @@ def _choose(
     return chosen, of_task, item
 
 # %% ../../nbs/post/37_finetune.ipynb #2db797b4
+_CONTINUED = 0.4 # probability that a conversation continues the one before it
+
 def pack_conversations(
     tasks: list[Rendered], # from `fit_conversations`
     bos_id: int, # the padding token
@@ -228,14 +232,19 @@ def pack_conversations(
     plan = pack_rows(lengths, capacity, max_gap=capacity)
     dtype = tasks[0].ids.dtype
     tokens, mask = _new_arrays((len(plan), capacity), dtype, folder)
+    chance = np.random.default_rng(seed)
     for r in range(len(plan)):
         row, learned, end = np.full(capacity, bos_id, dtype), np.zeros(capacity, bool), 0
+        before = None # the task of the conversation before
         for i, _, length in plan.pieces(r):
             task = tasks[of_task[i]]
-            start = task.starts[item[i]]
-            row[end:end + length] = task.ids[start:start + length]
-            learned[end:end + length] = task.learned[start:start + length]
-            end += length
+            # without its BOS, a conversation continues the one before it
+            may = seed is not None and before and before.follows and task.follows
+            skipped = 1 if may and chance.random() < _CONTINUED else 0
+            part = slice(task.starts[item[i]] + skipped, task.starts[item[i]] + length)
+            row[end:end + length - skipped] = task.ids[part]
+            learned[end:end + length - skipped] = task.learned[part]
+            end, before = end + length - skipped, task
         tokens[r], mask[r] = row, learned
     return PackedConversations(tokens, mask, counts)
 
@@ -265,7 +274,9 @@ def _fit_mixture(
     section, fitted = run.config[stage], {"train": [], "test": []}
     def fit(name, some, asked): return fit_conversations(name, some, asked, tokenizer, capacity)
     for entry in open_mixture(section["mixture"], run.seed, card_of(run.config)):
-        fitted["train"].append(fit(entry.name, take(entry), entry.asked))
+        train = fit(entry.name, take(entry), entry.asked)
+        # what a user told before must not contradict a conversation about what was told
+        fitted["train"].append(replace(train, follows=entry.name in TASKS and entry.name != "memory"))
         fitted["test"].append(fit(entry.name, take(entry, held_out=True), entry.asked_held_out))
     if replay := section.get("replay", 0):
         shards = Shards(prepare_tokens(run), "train", tokenizer.hash)

@@ -80,7 +80,7 @@ ANSWER_TOKENS = {"arc-easy": 50, "arc-challenge": 50, "mmlu": 50, "gsm8k": 256, 
 REWARDED = (*WORLD_TASKS, *(task for task in ANSWER_TOKENS if task != "humaneval"))
 # exams that nothing trains on, with the most tokens of an answer
 EXAM_TASKS = {"wild": 200}
-EXAM_SHARE = 4 # questions of an exam for each question of another task
+EXAM_SHARE = 8 # questions of an exam for each question of another task
 
 # %% ../../nbs/train/21_settings.ipynb #9f9b947f
 def check_split(
