@@ -259,7 +259,7 @@ class CardIdentity(Task):
 
     def messages(self, i, draw):
         if self.split == "test": return identity_messages(self.card, draw, *self.exam[i])
-        if not model_topics(self.card) or draw.chance(0.85):
+        if not model_topics(self.card) or draw.chance(0.97):
             return identity_messages(self.card, draw)
         return _ask_itself(self.card, draw, self.held_out)
 
