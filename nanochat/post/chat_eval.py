@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROUNDING', 'BATCH_TOKENS', 'CHAT_CORE', 'SAMPLES', 'items_to_tell_apart', 'mcnemar', 'length_groups',
-           'greedy_answers', 'pass_at_k', 'evaluate_task', 'world_score', 'chat_core', 'overlap', 'read_task_names',
-           'evaluate_chat', 'save_evaluation', 'evaluate_stage']
+           'greedy_answers', 'pass_at_k', 'plain_text', 'evaluate_task', 'world_score', 'chat_core', 'overlap',
+           'read_task_names', 'evaluate_chat', 'save_evaluation', 'evaluate_stage']
 
 # %% ../../nbs/post/36_chat_eval.ipynb #d72dc463
 import json
@@ -166,7 +166,7 @@ def pass_at_k(
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
 # %% ../../nbs/post/36_chat_eval.ipynb #625d559c
-def _plain_text(content: str | list[dict]) -> str:
+def plain_text(content: str | list[dict]) -> str:
     "Return a message's content as one string, without tool calls and their results."
     if isinstance(content, str): return content
     return "".join(part["text"] for part in content if part["type"] == "text")
@@ -202,7 +202,7 @@ def _item(index: int, conversation: dict) -> dict:
     question = [m for m in conversation["messages"] if m["role"] == "user"][-1]
     letters = conversation.get("letters")
     item = {
-        "index": index, "prompt": _plain_text(question["content"]), "answer": "", "right": False,
+        "index": index, "prompt": plain_text(question["content"]), "answer": "", "right": False,
         "passed": 0, "tokens": 0, "finished": 0, "chance": 1 / len(letters) if letters else 0.0}
     return item | {"kind": conversation["kind"]} if "kind" in conversation else item
 

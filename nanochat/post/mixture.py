@@ -22,7 +22,8 @@ from ..core.files import UserError, atomic_write, run_command, say
 from ..core.world import World
 from ..core.identity import read_card
 from ..core.dataset import conversation_files, conversations
-from ..train.settings import SET_SIZES, TASK_SIZE, check_split, read_weight
+from ..train.settings import (
+    MOST_HELD_OUT, SET_SIZES, TASK_SIZE, check_split, read_weight)
 from .tasks import Task
 from .conversation import CardIdentity
 from .public import EXAMS, REAL_TASKS, TASKS, RealTask, make_task
@@ -52,8 +53,6 @@ def _user_key(row: dict) -> int:
     return zlib.crc32("\n".join(texts).lower().encode("utf-8", "replace"))
 
 # %% ../../nbs/post/34_mixture.ipynb #a5b5ee15
-_MOST_HELD_OUT = 200 # conversations of a task, so that measuring the loss stays quick
-
 def _split_held_out(
     conversations: list[dict],
     name: str = "a set", # for the error message
@@ -67,7 +66,7 @@ def _split_held_out(
         raise UserError(f"{name} holds {held}, and one has to be held out: "
                         "write at least two that differ.")
     # hold out complete groups until a fiftieth is reached; at least one group is trained on
-    wanted, n, held = min(_MOST_HELD_OUT, max(1, len(keys) // 50)), 0, set()
+    wanted, n, held = min(MOST_HELD_OUT, max(1, len(keys) // 50)), 0, set()
     for key in sorted(groups)[:-1]:
         if n >= wanted: break
         held.add(key)
@@ -127,7 +126,7 @@ def open_mixture(
             asked, task = weight.count(TASK_SIZE), open_task(name, "train", seed, world, card)
             task.size = max(task.size, asked)
             test = open_task(name, "test", seed, world, card)
-            asked_held_out = max(1, min(_MOST_HELD_OUT, asked // 20))
+            asked_held_out = max(1, min(MOST_HELD_OUT, asked // 20))
             yield _Entry(name, asked, task, asked_held_out, test)
         else: # a public set or your own files: a fixed number
             if name in SET_SIZES: rows = make_task(name, weight.split).conversations

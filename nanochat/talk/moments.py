@@ -28,7 +28,7 @@ from ..model.engine import Engine, Sampling
 from ..train.checkpoint import load_snapshot, snapshots_in
 from ..post.public import TASKS
 from ..post.mixture import card_of, open_task
-from ..post.chat_eval import read_task_names
+from ..post.chat_eval import plain_text, read_task_names
 
 # %% ../../nbs/talk/47_moments.ipynb #5d6eede5
 class Moment(NamedTuple):
@@ -86,11 +86,6 @@ def to(
     return self.engine
 
 # %% ../../nbs/talk/47_moments.ipynb #884618c8
-def _as_text(content: str | list[dict]) -> str:
-    "Return a message's content without calculator calls and their results."
-    if isinstance(content, str): return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
-
 _QUIZ = {"user": "Question: ", "assistant": "Answer: "} # before a message, in a quiz
 
 # %% ../../nbs/talk/47_moments.ipynb #75f8ee2e
@@ -102,7 +97,7 @@ def moment_prompt(
     "Return the prompt for a conversation: for the base model, the beginning of a quiz."
     if messages[-1]["role"] == "assistant": messages = messages[:-1]
     if stage != "base": return tokenizer.render_for_completion({"messages": messages})
-    lines = [_QUIZ.get(m["role"], "") + _as_text(m["content"]) for m in messages]
+    lines = [_QUIZ.get(m["role"], "") + plain_text(m["content"]) for m in messages]
     return [tokenizer.bos_id, *tokenizer.encode("\n".join([*lines, "Answer:"]))]
 
 # %% ../../nbs/talk/47_moments.ipynb #683614a6

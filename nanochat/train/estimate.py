@@ -19,8 +19,9 @@ from ..core.dataset import (
 from ..model.shape import (
     count_params, flops_per_token, layer_windows, scaling_params)
 from .hardware import Hardware, Kernels, attained, token_parts
-from .settings import (
-    ANSWER_TOKENS, EXAM_SHARE, EXAM_TASKS, SET_SIZES, TASK_SIZE, WORLD_TASKS, mixture_of)
+from nanochat.train.settings import (
+    ANSWER_TOKENS, EXAM_SHARE, EXAM_TASKS, MOST_HELD_OUT, SET_SIZES, TASK_SIZE, WORLD_TASKS,
+    mixture_of)
 
 # %% ../../nbs/train/22_estimate.ipynb #d25752bf
 # mean tokens of a conversation in a public set, with a vocabulary of 32,768
@@ -74,18 +75,27 @@ def _task_size(
     return n, (size / per_token + 2 * messages) / n + 1
 
 # %% ../../nbs/train/22_estimate.ipynb #c3718891
+def _mixture_tokens(
+    c: dict, # settings by full name
+    stage: str, # mid or sft
+    share: float = 1.0, # of the conversations
+    most: float = math.inf, # conversations of one task
+) -> float:
+    "Estimate the tokens of a mixture's conversations."
+    T, tokens = c["model.sequence_len"], 0.0
+    for task, weight in mixture_of(c, stage).items():
+        size, mean = _task_size(task, weight.split, c["model.vocab_size"])
+        tokens += min(most, share * weight.count(size)) * min(mean, T)
+    return tokens
+
 def stage_tokens(
     c: dict, # settings by full name
     stage: str, # mid or sft
 ) -> int:
     "Estimate the tokens that mid-training or SFT reads, in all its epochs."
-    T, tokens = c["model.sequence_len"], 0.0
-    for task, weight in mixture_of(c, stage).items():
-        size, mean = _task_size(task, weight.split, c["model.vocab_size"])
-        tokens += weight.count(size) * min(mean, T)
     document = _DOCUMENT_TOKENS["world" if c["data.source"] == "world" else "web"]
-    tokens += c.get(f"{stage}.replay", 0) * min(document, T)
-    return round(tokens * c[f"{stage}.epochs"])
+    replayed = c.get(f"{stage}.replay", 0) * min(document, c["model.sequence_len"])
+    return round((_mixture_tokens(c, stage) + replayed) * c[f"{stage}.epochs"])
 
 # %% ../../nbs/train/22_estimate.ipynb #49c424e2
 def model_fields(
@@ -255,7 +265,6 @@ def _base_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
 
 # %% ../../nbs/train/22_estimate.ipynb #3f53d6a2
 _HELD_OUT = 1 / 20 # held-out conversations for each one of the mixture
-_MOST_HELD_OUT = 200 # of one task
 
 # %% ../../nbs/train/22_estimate.ipynb #a36ee801
 def _finetune_parts(
@@ -267,10 +276,7 @@ def _finetune_parts(
     tokens, B = stage_tokens(c, stage), c[f"{stage}.batch_tokens"]
     training = tokens / training_rate(c, hw, B)
     evaluations = tokens // B // c[f"{stage}.eval_every"] + 1
-    T, held_out = c["model.sequence_len"], 0.0 # tokens
-    for task, weight in mixture_of(c, stage).items():
-        size, mean = _task_size(task, weight.split, c["model.vocab_size"])
-        held_out += min(_MOST_HELD_OUT, _HELD_OUT * weight.count(size)) * min(mean, T)
+    held_out = _mixture_tokens(c, stage, _HELD_OUT, MOST_HELD_OUT)
     evaluation = _reading_seconds(c, hw, evaluations * held_out)
     return {"training": training, "evaluation": evaluation,
             "compilation": _compile_seconds(c, hw, stage),
