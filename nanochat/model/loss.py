@@ -131,7 +131,7 @@ def _rows_at_a_time(
 ) -> tuple[int, int]: # rows of a matrix product, rows of an elementwise step
     "Choose how many rows of logits to compute at once."
     many = (8 if x.is_cuda else 1) * CHUNK_LOGITS // V
-    many = min(len(x), max(16, many))
+    many = max(1, min(len(x), max(16, many)))
     if not x.is_cuda: few = _CACHE_LOGITS // V
     else: few = many if _use_triton(x) else many // 4 # without Triton float32 copies are made
     return many, max(1, few)
@@ -237,5 +237,10 @@ def head_loss(
     kinds = {"sum": _SumOfLosses, "none": _EachLoss}
     if reduction not in kinds:
         raise ValueError(f"reduction is {reduction!r}, not 'sum' or 'none'")
+    count = None
+    if x.device.type == "cpu" and (targets < 0).any(): count = (targets >= 0).nonzero()[:, 0]
+    rows, wanted = (x, targets) if count is None else (x.index_select(0, count), targets[count])
     with torch.autocast(x.device.type, enabled=False):
-        return kinds[reduction].apply(x, weight, targets, float(softcap))
+        losses = kinds[reduction].apply(rows, weight, wanted, float(softcap))
+    if count is None or reduction == "sum": return losses
+    return torch.zeros(len(x)).index_copy(0, count, losses)

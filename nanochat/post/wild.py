@@ -221,7 +221,8 @@ def _fact(answer, wanted, scene):
 def _same(answer, attribute, scene):
     same = _value(scene.a, attribute) == _value(scene.b, attribute)
     facts = [attribute, f"b.{attribute}"]
-    return _starts(answer, "Yes" if same else "No", scene) and _fact(answer, facts, scene)
+    said = {"yes", "no"} & {word.lower() for word in _words_of(answer)} # at the beginning or the end
+    return said == {"yes" if same else "no"} and _fact(answer, facts, scene)
 
 # %% ../../nbs/post/32f_wild.ipynb #c259bca7
 @rule
