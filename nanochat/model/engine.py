@@ -12,7 +12,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 # %% ../../nbs/model/17_engine.ipynb #6f5d0cfc
@@ -680,14 +680,15 @@ def trim_conversation(
 def chat(
     self: Engine,
     conversation: dict, # {"messages": [...]}, the last one is the user's
-    sampling: Sampling = Sampling(), # at most half of the context is for the answer
+    sampling: Sampling = Sampling(),
     **kwargs, # seed, tools, stop: as in `Engine.generate`
 ) -> str: # the answer's text
     "Answer a conversation. Older messages that do not fit are left out; a printed line says so."
+    # messages are left out until half of the context is free; an answer may take all that is free
     room = min(sampling.max_new_tokens, self.context // 2)
     conversation, left_out = trim_conversation(self.tokenizer, conversation, self.context - room)
     if left_out:
         say(f"The conversation is longer than the model's context of {self.context} tokens: "
             f"{left_out} older messages were left out.")
     prompt = self.tokenizer.render_for_completion(conversation)
-    return self.generate([prompt], replace(sampling, max_new_tokens=room), **kwargs)[0].text
+    return self.generate([prompt], sampling, **kwargs)[0].text

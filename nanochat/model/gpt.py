@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.files import UserError
 from .shape import (
     check_shape, count_params, layer_windows, padded_vocab)
-from .attention import KVCache, RowCache, attention
+from .attention import KVCache, RowCache, attention, delayed
 from .loss import head_loss
 from .precision import apply_linears, int8_linear, quantize_int8
 
@@ -43,6 +43,7 @@ class GPTConfig:
     value_embeds: bool = True # add token embeddings to the values of every other layer
     resid_lambdas: bool = True # in every layer, a learned scale of the stream and of the embedding
     smear: bool = True # add a gated share of the previous token's embedding
+    key_offset: bool = False # take half of each key's channels from the previous token
     backout: bool = True # at the end, subtract a share of the stream after the middle layer
     softcap: float = 15.0 # logits stay within ± this
 
@@ -59,6 +60,16 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int: return self.n_embd // self.n_head
+
+    @property
+    def kv_channels(self) -> int:
+        "Channels of a layer's keys, all heads together, and of its values."
+        return self.n_kv_head * self.head_dim
+
+    @property
+    def n_previous(self) -> int:
+        "Channels that a cache keeps of the last token: its embedding, and the keys of all layers."
+        return self.smear * self.n_embd + self.key_offset * self.n_layer * self.kv_channels
 
     @property
     def padded_vocab_size(self) -> int:
@@ -276,7 +287,7 @@ class GPT(nn.Module):
         wte = Embedding(table, n_embd)
         blocks = nn.ModuleList(Block(config, ve) for ve in has_ve)
         self.transformer = nn.ModuleDict({"wte": wte, "h": blocks})
-        kv_channels = config.n_kv_head * config.head_dim
+        kv_channels = config.kv_channels
         tables = {str(i): Embedding(table, kv_channels) for i in range(n_layer) if has_ve[i]}
         self.value_embeds = nn.ModuleDict(tables)
         self.lm_head = Linear(n_embd, table)
@@ -351,7 +362,8 @@ def new_cache(
     weight, c = self.transformer.wte.weight, self.config
     device, dtype = weight.device, weight.dtype
     if torch.is_autocast_enabled(device.type): dtype = torch.get_autocast_dtype(device.type)
-    return KVCache(c.n_layer, batch_size, c.n_kv_head, max_len, c.head_dim, device, dtype)
+    return KVCache(c.n_layer, batch_size, c.n_kv_head, max_len, c.head_dim, device, dtype,
+                   c.n_previous)
 
 # %% ../../nbs/model/14_gpt.ipynb #bf6b9f80
 @patch
@@ -365,23 +377,16 @@ def new_rows(
     self._check_length(max_len, "cache", "shorten the conversation")
     weight, c = self.transformer.wte.weight, self.config
     windows = [w if w < c.sequence_len else None for w in c.windows]
-    return RowCache(windows, n_rows, c.n_kv_head, max_len, c.head_dim, c.n_embd,
+    return RowCache(windows, n_rows, c.n_kv_head, max_len, c.head_dim, c.n_previous,
                     weight.device, weight.dtype, static)
 
 # %% ../../nbs/model/14_gpt.ipynb #3365e420
 @patch
 def _smear(self: GPT, x, kv_cache, valid):
     "Add to each token's embedding a gated share of the previous token's."
-    first = x.new_zeros(len(x), 1, x.size(2)) # the first token has no previous one
-    if kv_cache is not None:
-        if kv_cache.previous is not None: first = kv_cache.previous[:, None]
-        if valid is None: kv_cache.previous = x[:, -1]
-        else: # each row's last real token; if it has none, the previous one stays
-            rows = torch.arange(len(x), device=x.device)
-            kv_cache.previous = torch.cat([first, x], 1)[rows, valid]
     gate = torch.sigmoid(self.smear_gate(x[..., :self.smear_gate.in_features])) # (B, T, 1)
     gate = self.smear_lambda.to(x.dtype) * gate
-    before = torch.cat([first, x[:, :-1]], 1)
+    before = delayed(x) if kv_cache is None else kv_cache.delay(0, x, valid)
     return torch.addcmul(x, gate, before)
 
 # %% ../../nbs/model/14_gpt.ipynb #5cad0453
@@ -456,6 +461,37 @@ def for_training(
     pieces = (embed, _recomputed_layer if recompute else layer, finish)
     self._pieces = tuple(map(compiler, pieces)) if compiler else pieces
 
+# %% ../../nbs/model/14_gpt.ipynb #6276b9a2
+def _offset_attention(
+    attend: Callable, # attention that takes the next three
+    delay: Callable, # shifts the keys (B, T, channels) by one token
+    q: torch.Tensor, # (B, T, n_head, head_dim)
+    k: torch.Tensor, # (B, T, n_kv_head, head_dim)
+    v: torch.Tensor, # (B, T, n_kv_head, head_dim)
+    **options, # for `attend`
+) -> torch.Tensor: # (B, T, n_head, head_dim)
+    "Attention with keys whose slowly rotating half comes from the token before."
+    pairs = 2, k.size(-1) // 2 # RoPE rotates channels i and head_dim / 2 + i together
+    fast = pairs[1] // 2 # the first pairs rotate fast
+    before = delay(k.flatten(2)).view_as(k).unflatten(-1, pairs)
+    k = torch.cat([k.unflatten(-1, pairs)[..., :fast], before[..., fast:]], -1).flatten(-2)
+    return attend(q, k, v, **options)
+
+def _attend_with_offset(q, k, v, **options):
+    "Attention with the key offset in training."
+    return _offset_attention(attention, delayed, q, k, v, **options)
+
+# %% ../../nbs/model/14_gpt.ipynb #950720be
+@patch
+def _attend(self: GPT, i, kv_cache, valid) -> Callable:
+    "Return the attention of layer i."
+    c = self.config
+    if kv_cache is None: return _attend_with_offset if c.key_offset else attention
+    attend = partial(kv_cache.attend, i)
+    if not c.key_offset: return attend
+    at = c.smear * c.n_embd + i * c.kv_channels # the layer's columns in what the cache keeps
+    return partial(_offset_attention, attend, partial(kv_cache.delay, at, valid=valid))
+
 # %% ../../nbs/model/14_gpt.ipynb #c0a10008
 @patch
 def _scales(self: GPT) -> list: # a pair for each layer, or None
@@ -484,7 +520,7 @@ def trunk(
     for i, (block, window) in enumerate(zip(self.transformer.h, c.windows)):
         table = self.value_embeds[str(i)] if str(i) in self.value_embeds else None
         if window >= c.sequence_len: window = None
-        attend = attention if kv_cache is None else partial(kv_cache.attend, i)
+        attend = self._attend(i, kv_cache, valid)
         x = layer(block, x, x0, scales[i], table, idx, cos, sin, window, attend)
         if i == c.n_layer // 2: middle = x
     if kv_cache is not None: kv_cache.advance()

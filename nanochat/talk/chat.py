@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../../nbs/talk/41_chat.ipynb #4e010783
@@ -103,14 +103,13 @@ def stream_answer(
 ) -> Iterator[Piece]:
     "Stream the answer to a conversation, after a note if older turns had to be left out."
     kinds = kinds_after(engine.tokenizer)
-    # at least half of the context is for the conversation
+    # messages are left out until half of the context is free; an answer may take all that is free
     room = min(sampling.max_new_tokens, engine.context // 2)
     conversation, left_out = trim_conversation(
         engine.tokenizer, {"messages": messages}, engine.context - room)
     if left_out: yield Piece(left_out_note(left_out), "note")
     # a token has the kind that the last special token began
     prompt, kind = engine.tokenizer.render_for_completion(conversation), "text"
-    sampling = replace(sampling, max_new_tokens=room)
     for e in engine.stream(prompt, sampling, seed=seed, stop=stop):
         if e.token in kinds: kind = kinds[e.token]
         elif e.text or e.finish:
@@ -187,6 +186,7 @@ class Talk:
         self.messages = []
         self.pieces = {} # index of a message: its `Piece`s
         self.replaced = [] # earlier answers to the last question, before `retry`
+        self.noted = False # has a note said that messages were left out?
 
     @property
     def ended(self) -> bool:
@@ -220,6 +220,8 @@ def reply(self: Talk, stop: threading.Event | None = None) -> Iterator[Piece]:
     self.messages.append(message)
     try:
         for piece in stream:
+            if piece.kind == "note" and self.noted: continue # once in a conversation
+            self.noted |= piece.kind == "note"
             pieces.append(piece)
             yield piece
     finally:

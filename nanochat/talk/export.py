@@ -41,7 +41,7 @@ def transformers_names(
 def _additions(config: GPTConfig) -> list[str]:
     "List the additions of 2026 that a model has."
     plain = GPTConfig.plain2025(n_head=config.n_head)
-    switches = ("value_embeds", "resid_lambdas", "smear", "backout")
+    switches = ("value_embeds", "resid_lambdas", "smear", "key_offset", "backout")
     extra = [name for name in switches if getattr(config, name)]
     if config.qk_scale != plain.qk_scale: extra.append(f"qk_scale={config.qk_scale:g}")
     if any(window < config.sequence_len for window in config.windows):

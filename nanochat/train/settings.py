@@ -191,6 +191,8 @@ _MODEL = [
     _Setting("model.resid_lambdas", bool, True, "",
              "learned scales of the stream and of the embedding in every layer"),
     _Setting("model.smear", bool, True, "", "add a gated share of the previous token's embedding"),
+    _Setting("model.key_offset", bool, False, "",
+             "take half of each key's channels from the previous token"),
     _Setting("model.backout", bool, True, "",
              "subtract a share of the middle of the stream at its end"),
     _Setting("model.softcap", float, 15.0, "", "logits are squashed to within ± this", 0.001),
