@@ -225,6 +225,17 @@ class _EachLoss(torch.autograd.Function):
         _, grad_x, grad_weight = _walk(x, head, targets, ctx.softcap, grad.float())
         return grad_x, grad_weight.to(weight.dtype), None, None
 
+# %% ../../nbs/model/12_loss.ipynb #b31d6365
+_ROUND = 256 # numbers of rows are multiples of this: each new shape costs oneDNN time and memory
+
+def _rows_that_count(
+    targets: torch.Tensor, # (N,) int64; -1 is ignored
+) -> torch.Tensor | None: # indices of rows; None: all
+    "Return the rows that have a target, and a few more to fill up; None on a GPU."
+    if targets.device.type != "cpu": return None
+    n = -(-int((targets >= 0).sum()) // _ROUND) * _ROUND
+    return None if n >= len(targets) else (targets < 0).sort(stable=True).indices[:n]
+
 # %% ../../nbs/model/12_loss.ipynb #042359bc
 def head_loss(
     x: torch.Tensor, # (N, C) the last layer's output, in the dtype of the matrix products
@@ -237,10 +248,9 @@ def head_loss(
     kinds = {"sum": _SumOfLosses, "none": _EachLoss}
     if reduction not in kinds:
         raise ValueError(f"reduction is {reduction!r}, not 'sum' or 'none'")
-    count = None
-    if x.device.type == "cpu" and (targets < 0).any(): count = (targets >= 0).nonzero()[:, 0]
-    rows, wanted = (x, targets) if count is None else (x.index_select(0, count), targets[count])
+    some = _rows_that_count(targets)
+    rows, wanted = (x, targets) if some is None else (x.index_select(0, some), targets[some])
     with torch.autocast(x.device.type, enabled=False):
         losses = kinds[reduction].apply(rows, weight, wanted, float(softcap))
-    if count is None or reduction == "sum": return losses
-    return torch.zeros(len(x)).index_copy(0, count, losses)
+    if some is None or reduction == "sum": return losses
+    return torch.zeros(len(x)).index_copy(0, some, losses)

@@ -266,6 +266,14 @@ def _base_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
 # %% ../../nbs/train/22_estimate.ipynb #3f53d6a2
 _HELD_OUT = 1 / 20 # held-out conversations for each one of the mixture
 
+# %% ../../nbs/train/22_estimate.ipynb #b115a247
+_COUNTED = 0.45 # share of the conversations' tokens that count in the loss
+
+def _spared(model: dict) -> float: # the fields of `GPTConfig`
+    "Return the share of a training step's operations that fine-tuning spares."
+    head = 6 * count_params(model)["head"] / flops_per_token(model)
+    return (1 - _COUNTED) * head
+
 # %% ../../nbs/train/22_estimate.ipynb #a36ee801
 def _finetune_parts(
     c: dict, # settings by full name
@@ -275,6 +283,7 @@ def _finetune_parts(
     "Estimate the time of mid-training or SFT."
     tokens, B = stage_tokens(c, stage), c[f"{stage}.batch_tokens"]
     training = tokens / training_rate(c, hw, B)
+    if hw.device == "cpu": training *= 1 - _spared(model_fields(c))
     evaluations = tokens // B // c[f"{stage}.eval_every"] + 1
     held_out = _mixture_tokens(c, stage, _HELD_OUT, MOST_HELD_OUT)
     evaluation = _reading_seconds(c, hw, evaluations * held_out)
