@@ -18,6 +18,7 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 # %% ../../nbs/lab/55_stages.ipynb #b123c391
@@ -103,13 +104,15 @@ def _tokenizer_stage(run: Run) -> dict: # the manifest
     from nanochat.core.dataset import iter_texts, prepare_text
     from nanochat.core.dataloader import prepare_tokens, start_download
     from nanochat.core.tokenizer import Tokenizer
+    from nanochat.post.mixture import sample_messages
     started, section = time.perf_counter(), run.config["tokenizer"]
     run.needs("data")
     limit = section["max_characters"]
     with start_download(run.config) as arriving:
         text = prepare_text(run.config, first=limit)
         documents = iter_texts(text, "train", limit, section["max_doc_characters"])
-        tokenizer = Tokenizer.train(documents, section["vocab_size"])
+        messages = sample_messages(run.config, section["conversations"])
+        tokenizer = Tokenizer.train(chain(documents, messages), section["vocab_size"])
         tokenizer.save(run.stage_dir("tokenizer"))
         counts = _token_counts(prepare_tokens(run, arriving))
     return run.finish("tokenizer", seconds=_since(started), hash=tokenizer.hash,

@@ -162,8 +162,8 @@ def _shortened(text: str) -> str: # in lower case
 
 # %% ../../nbs/post/30_tasks.ipynb #7745a63b
 _STYLES = { # how a message is typed: probability
-    "careful": 0.34, "small": 0.10, "small and open": 0.16, "bare": 0.16, "open": 0.06,
-    "mistyped": 0.12, "short": 0.04, "doubled": 0.02}
+    "careful": 0.30, "small": 0.10, "small and open": 0.16, "bare": 0.16, "open": 0.06,
+    "mistyped": 0.12, "short": 0.08, "doubled": 0.02}
 _OPEN = ("small and open", "bare", "open", "short") # without a mark at the end
 
 def _styled(text: str, style: str, draw: Draw) -> str:
@@ -174,6 +174,21 @@ def _styled(text: str, style: str, draw: Draw) -> str:
     if style == "short": text = _shortened(text)
     if style == "doubled" and text[-1:] in ("?", "!"): text += text[-1] * draw.number(1, 2)
     return text
+
+# %% ../../nbs/post/30_tasks.ipynb #669ea263
+_FILLERS = """so just now actually really maybe like right also even ever too again kindly quickly
+    man dude mate bro friend dear here there then today lol haha hm uh well ok yes no please thanks
+    exactly perhaps anyway though once simply still already finally honestly""".split()
+_FILLERS += ["you know", "i mean", "i guess", "i think", "sort of", "by the way", "of course"]
+_SMALL_WORD = re.compile(r"\b(?:a|an|the|is|are|do|does|of|please|me|to|it|for) (?=\w)")
+
+def _loose(text: str, draw: Draw) -> str:
+    "Put a word between two words, or leave out a small one."
+    places = [found.end() for found in re.finditer(r"(?<=[a-z]) (?=[a-z])", text)]
+    if draw.chance(0.4): return _SMALL_WORD.sub("", text, count=1)
+    if not places: return text
+    at = draw.pick(places)
+    return f"{text[:at]}{draw.pick(_FILLERS)} {text[at:]}"
 
 # %% ../../nbs/post/30_tasks.ipynb #e8a6c179
 _BEFORE = [compile_template(text) for text in ( # of a message
@@ -222,6 +237,7 @@ def as_typed(
         if after is _AFTER[0]: parts[-1], mark = parts[-1][:-1].rstrip(), "?"
         parts[-1] += expand(after, {}, draw) + mark
     if draw.chance(0.15): parts[0] = _introduced(parts[0], draw)
+    elif draw.chance(0.15): parts[::2] = [_loose(part, draw) for part in parts[::2]]
     # parts at odd places are to be kept
     style = draw.weighted(_STYLES)
     parts[::2] = [_styled(part, style, draw) for part in parts[::2]]

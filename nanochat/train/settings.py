@@ -173,6 +173,8 @@ _TEXT = [
              "text that the tokenizer is trained on; at most two billion", 1),
     _Setting("tokenizer.max_doc_characters", int, 10_000, "characters",
              "longest part of a document that the tokenizer is trained on", 1),
+    _Setting("tokenizer.conversations", int, 0, "conversations",
+             "of the mixture of mid-training, that the tokenizer is trained on besides", 0),
 ]
 
 # %% ../../nbs/train/21_settings.ipynb #7fc4d160
