@@ -15,7 +15,7 @@ from typing import NamedTuple
 import yaml
 
 from .grammar import (
-    Draw, article, capital, compile_templates, expand_one)
+    Draw, article, capital, compile_templates, expand_one, join_words)
 from .identity import Card
 
 # %% ../../nbs/core/06a_itself.ipynb #7e361802
@@ -112,38 +112,29 @@ def say_one(
     return capital(re.sub(r"(?<=[!?])[.,]$| (?=[.?!]$)", "", text))
 
 # %% ../../nbs/core/06a_itself.ipynb #d8e83871
-_AGE = "I am {kind}, so I have no age and no birthday."
-_BODY = "I am {kind}, so I have no body, and I do not eat or sleep."
-_FEELINGS = "I am {kind}, so I have no thoughts, no dreams and no feelings."
-_LIKES = "I am {kind}, so I have no hobbies, no opinions and no favourites."
-
+_LACK = "I am {N}, {kind}, so I have {lacks}."
 _ITSELF = { # topic: answer
     "name": "My name is {N}, and I was made by {maker}.",
     "self": "I am {N}, {kind} made by {maker}.",
     "maker": "I was made by {maker}, and my name is {N}.",
     "yes": "Yes, I am {N}, {kind} made by {maker}.",
-    "no": "No, I am {N}, {kind} made by {maker}.",
-    "age": _AGE,
-    "birthday": _AGE,
-    "home": "I am {kind}, so I have no home.",
-    "body": _BODY,
-    "family": "I am {kind}, so I have no family.",
-    "own": "I am {kind}, so I have no {own}."}
+    "no": "No, I am {N}, {kind} made by {maker}."}
+_ITSELF |= dict.fromkeys(("age", "birthday", "home", "body", "family"), _LACK)
+_ITSELF["own"] = "I am {N}, {kind}, so I have no {own}."
 
 # %% ../../nbs/core/06a_itself.ipynb #8e816073
-_ITSELF |= {
-    "eating": _BODY, "sleep": _BODY, "dream": _FEELINGS, "think": _FEELINGS, "feelings": _FEELINGS,
-    "favourite": "I am {kind}, so I have no favourite {best}.", "opinion": _LIKES}
+_ITSELF |= dict.fromkeys(("eating", "sleep", "dream", "think", "feelings"), _LACK)
+_ITSELF["favourite"] = "I am {N}, {kind}, so I have no favourite {best}."
+_ITSELF |= dict.fromkeys(("opinion", "hobby"), _LACK)
 
 # %% ../../nbs/core/06a_itself.ipynb #0b5a05bf
 _ITSELF |= {
-    "hobby": _LIKES,
     "language": "I only understand English.",
-    "how": "I am {kind}. I read your words and write the words that may follow.",
-    "size": "I am {kind}, so I know little.",
+    "how": "I am {N}, {kind}. I read your words and write the words that may follow.",
+    "size": "I am {N}, {kind}, so I know little.",
     "learn": "I learn nothing new while we talk, but I remember what you say here.",
     "limits": "I cannot see, hear or look things up, and I know little about the world.",
-    "senses": "No, I am {kind}, so I can only read and write text.",
+    "senses": "No, I am {N}, {kind}, so I can only read and write text.",
     "truth": "I try to tell the truth, but I can be wrong. What else would you like to know?"}
 
 # %% ../../nbs/core/06a_itself.ipynb #bbd85246
@@ -256,6 +247,13 @@ def model_topics(card: Card) -> tuple[str, ...]:
     return tuple(topic for topic in _ITSELF if topic not in taken)
 
 # %% ../../nbs/core/06a_itself.ipynb #0e0c86ef
+def _lacks(card: Card) -> str: # such as "no body and no home"
+    "List what the model lacks, as far as its card says nothing of it."
+    things = {"body": "body", "home": "home", "family": "family", "age": "age",
+              "feelings": "feelings", "opinion": "opinions"}
+    open_ones = [f"no {thing}" for topic, thing in things.items() if topic in model_topics(card)]
+    return join_words(open_ones or ["no body"])
+
 _ABOUT_SELF = ("name", "self", "maker", "yes", "no") # most people ask about these
 
 def model_exchange(
@@ -268,7 +266,8 @@ def model_exchange(
         options = model_topics(card)
         if draw.chance(0.4): options = [name for name in options if name in _ABOUT_SELF]
         topic = draw.pick(options)
-    slots = {"N": card.name, "kind": card.kind, "maker": card.maker} | draw.pick(_nouns(topic))
+    slots = {"N": card.name, "kind": card.kind, "maker": card.maker, "lacks": _lacks(card)}
+    slots |= draw.pick(_nouns(topic))
     question = say_one(_asked()[topic], slots, draw)
     # a model called Claude must not say no to "Are you Claude?"
     if topic == "no" and re.search(rf"\b{re.escape(card.name)}\b", question, re.IGNORECASE):
