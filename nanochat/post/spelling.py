@@ -144,7 +144,7 @@ _ASK_COUNT = _WIDE["count"] + compile_templates([
     "[Count|Please count|Can you count] the [letter {c}|{c}'s|letters {c}] in {q}[.|?|]",
     "In {q}, how many [{c}'s|times {c}] are there?", "[The number|Number] of {c}'s in {q}[?|]",
     "[Tell me|Do you know|I want to know] how many {c}'s are in {q}[.|?]"])
-_COUNTED = 'The letter {} occurs {} in "{}".'
+_COUNTED = "The letter {} occurs {} in {}."
 
 # %% ../../nbs/post/31a_spelling.ipynb #124febee
 class Counting(Spelling):
@@ -167,7 +167,7 @@ class Counting(Spelling):
 
     def _count(self, word, letter):
         "Return the answer, with its call of the tool."
-        call = f'"{word.lower()}".count("{letter}")'
+        call = f'" {word.lower()}".count("{letter}")'
         n = calculator(call)
         return with_tool(call, n, _COUNTED.format(letter, count(int(n), "time"), word))
 
@@ -234,16 +234,16 @@ _ASK_CONTAINS = _WIDE["contains"] + compile_templates([
 def _length(word: str, draw: Draw) -> tuple[str, dict]:
     "Ask how many letters a word has."
     if word.isupper(): word = word.lower()
-    call = f'"{word}".count("")-1'
+    call = f'" {word}".count("")-2'
     n = calculator(call)
     question = expand_one(_ASK_LENGTH, {"q": _quoted(word, draw), "W": word}, draw)
-    return question, with_tool(call, n, f'The word "{word}" has {count(int(n), "letter")}.')
+    return question, with_tool(call, n, f"The word {word} has {count(int(n), 'letter')}.")
 
 def _contains(word: str, draw: Draw) -> tuple[str, dict]:
     "Ask whether a word has a letter."
     if word.isupper(): word = word.lower()
     letter = _letter_for(word, draw) if draw.chance(0.5) else draw.pick("abcdefghiklmnoprstuwxyz")
-    call = f'"{word.lower()}".count("{letter}")'
+    call = f'" {word.lower()}".count("{letter}")'
     n = calculator(call)
     answer = _COUNTED.format(letter, count(int(n), "time"), word)
     a = "an" if letter in "aefhilmnorsx" else "a"
