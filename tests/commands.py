@@ -21,6 +21,7 @@ import nanochat.talk.chat
 import nanochat.train.check
 import nanochat.train.loop
 import nanochat.train.plan
+from nanochat.train.hardware import cpu_hardware
 
 
 def become(args, env, folder, stdout, stderr):
@@ -53,6 +54,7 @@ def run():
 
 
 if __name__ == "__main__":
+    cpu_hardware() # the forks need not measure it again
     gc.freeze() # what is never collected stays shared with the forks
     if job := next_job():
         become(**job)

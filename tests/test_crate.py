@@ -20,7 +20,7 @@ def needs(component):
 
 
 def test_cargo_test():
-    done = cargo("test", "--quiet")
+    done = cargo("test", "--quiet", "--lib")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "test result: ok" in done.stdout
 

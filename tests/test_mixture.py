@@ -241,8 +241,8 @@ def ada(tmp_path_factory):
     mp.setenv("NANOCHAT_BASE_DIR", str(tmp/"base"))
     (tmp/"ada.yaml").write_text(CARD)
     own = write(tmp/"talks"/"colours.jsonl", [talk(f"Which colour is number {i}?", f"Number {i} is {'red' if i % 2 else 'blue'}.") for i in range(120)])
-    settings = NO_WORLD | {"card": str(tmp/"ada.yaml"), "mid.mixture.identity": 6000, f"mid.mixture.{own.parent}": "2x", "sft.mixture.identity": 1000, f"sft.mixture.{own.parent}": 100,
-                           "dial.depth": 3, "model.n_embd": 96, "base.steps": 30, "mid.batch_tokens": 1024, "mid.lr_scale": 1.0, "sft.lr_scale": 0.3, "eval.questions": 30, "eval.max_new_tokens": 48}
+    settings = NO_WORLD | {"card": str(tmp/"ada.yaml"), "mid.mixture.identity": 3500, f"mid.mixture.{own.parent}": "2x", "sft.mixture.identity": 1000, f"sft.mixture.{own.parent}": 100,
+                           "dial.depth": 3, "model.n_embd": 96, "base.steps": 30, "mid.batch_tokens": 1024, "mid.lr_scale": 1.0, "mid.eval_every": 100, "sft.lr_scale": 0.3, "eval.questions": 30, "eval.max_new_tokens": 48}
     run = Run.create("ada", plan(settings).config)
     for stage in ("data", "tokenizer", "base"): run_stage(run, stage)
     run.config["eval"]["tasks"] = "identity"

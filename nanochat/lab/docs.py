@@ -126,9 +126,11 @@ def _process_notebooks(
     force: bool, # process unchanged notebooks, too
 ):
     "Run nbdev's first step in a process of its own."
-    workers = min(8, os.cpu_count() or 1)
-    arguments = f"'.', n_workers={workers}, force={force}, skip_folder_re={_SKIP!r}"
-    call = f"from nbdev.serve import proc_nbs; proc_nbs({arguments})"
+    # more processes would import torch again
+    arguments = f"'.', n_workers=0, force={force}, skip_folder_re={_SKIP!r}"
+    # IPython would end by collecting garbage once for each notebook, for half a minute
+    patch = "from IPython.core.displayhook import DisplayHook as D; D.flush = lambda hook: None"
+    call = f"{patch}; from nbdev.serve import proc_nbs; proc_nbs({arguments})"
     quiet = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", call], cwd=root,
                           capture_output=True, text=True, env=os.environ | quiet)
@@ -294,7 +296,8 @@ class _Page(HTMLParser):
         super().__init__()
         self.ids, self.links, self.loads, self.styles = set(), [], [], []
         self.in_style = False
-        self.feed(text)
+        # most tags only colour code
+        self.feed(re.sub(r'<span class="[^"<>]*">|</span>', "", text))
 
     def handle_starttag(self, tag, attrs):
         attrs = {key: value or "" for key, value in attrs}

@@ -7,6 +7,7 @@ __all__ = ['Hardware', 'named_hardware', 'attained', 'Kernels', 'token_parts', '
            'cpu_hardware', 'detect_hardware']
 
 # %% ../../nbs/train/20_hardware.ipynb #e1abc316
+import functools
 import os
 import re
 from dataclasses import dataclass, field
@@ -237,10 +238,14 @@ def cpu_memory() -> int: # bytes
 _BF16_PAYS = 1.5 # bfloat16 must multiply this many times as fast, to make up for conversions
 
 # %% ../../nbs/train/20_hardware.ipynb #363d3cbd
+@functools.cache # once in each process
+def _cpu_flops(threads: int) -> tuple[float, float]: # FLOP/s in float32 and in bfloat16
+    return measure_flops("cpu"), measure_flops("cpu", "bfloat16")
+
 def cpu_hardware() -> Hardware:
     "Measure the processor of this machine, for half a second each in float32 and bfloat16."
-    cores, peak = n_cores(), measure_flops("cpu")
-    bf16_peak = measure_flops("cpu", "bfloat16")
+    import torch
+    cores, (peak, bf16_peak) = n_cores(), _cpu_flops(torch.get_num_threads())
     bf16 = bf16_peak > _BF16_PAYS * peak
     return Hardware(f"CPU with {cores} cores", "cpu", 1, cpu_memory(), bf16_peak if bf16 else peak,
                     0.0, bf16, cores, here=True)

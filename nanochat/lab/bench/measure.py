@@ -41,13 +41,13 @@ def _machine_files(
     roots = (paths["stdlib"], paths["purelib"], paths["platlib"],
              "/usr/lib/python3", "/usr/share/doc", "/usr/include",
              home/".cargo"/"registry"/"src", home/".rustup"/"toolchains")
-    for root in roots:
+    for root in map(str, roots):
         for folder, _, names in os.walk(root):
             for name in names:
                 if not name.endswith(endings): continue
-                path = Path(folder, name)
-                order[path] = hashlib.sha256(str(path.relative_to(root)).encode()).digest()
-    return sorted(order, key=order.get)
+                path = os.path.join(folder, name)
+                order[path] = hashlib.sha256(path[len(root) + 1:].encode()).digest()
+    return [Path(path) for path in sorted(order, key=order.get)]
 
 # %% ../../../nbs/lab/bench/60_measure.ipynb #0b502ed3
 def _new_paragraphs(
