@@ -122,11 +122,11 @@ class Spelling(Task):
 def _words_and_letters(
     messages: list[dict], # a conversation about the letters of a word
 ) -> list[str]:
-    "Return the word of the answer, and each piece of the question that is a letter, as r or r's."
+    "Return the words of the answer, and each piece of the question that is a letter, as r or r's."
     question, answer = messages[0]["content"], visible_text(messages[-1])
-    words = re.findall(r'(?:The word|in) "?(\w+)"?', closing_text(answer))
+    words = re.findall(r'\b(?:[Tt]he word|in|[Ww]ord is) "?(\w+)"?', closing_text(answer))
     pieces = re.findall(r"(?<![\w'])\w(?:'?s)?(?![\w'])", question)
-    return words[:1] + [piece for piece in pieces if piece.lower() not in ("is", "as")]
+    return words[:2] + [piece for piece in pieces if piece.lower() not in ("is", "as")]
 
 # %% ../../nbs/post/31a_spelling.ipynb #26c36cf4
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -272,9 +272,23 @@ def _alphabet(draw: Draw) -> tuple[str, dict]: # question, answer
     question = expand_one(_ASK_NEIGHBOUR, {"c": letter, "side": side}, draw)
     return question, assistant(f"The letter {side} {letter} is {answer}.")
 
+# %% ../../nbs/post/31a_spelling.ipynb #827d6e7e
+_ASK_ALIKE = compile_templates([
+    "Are {a} and {b} the same[| word|, or not]?", "Is {a} the same [|word ]as {b}?",
+    "[Same or not|Same or different|The same word|Equal]: {a}, {b}?", "The words {a} and {b}: the same?",
+    "[Compare|Look at] {a} and {b}. Are they [the same|equal]?", "Is {a} equal to {b}?",
+    "I read {a} here and {b} there. Is that the same[| word]?"])
+
+def _alike(word: str, other: str, draw: Draw) -> tuple[str, dict]:
+    "Ask whether two words are the same."
+    if draw.chance(0.5): other = word
+    verdict = "yes" if word == other else "no"
+    question = capital(expand_one(_ASK_ALIKE, {"a": word, "b": other}, draw))
+    return question, assistant(f"One word is {word} and the other word is {other}, so {verdict}.")
+
 # %% ../../nbs/post/31a_spelling.ipynb #dce5f70c
 _KINDS = { # what a question about letters is about: its probability
-    _place: 0.34, _backwards: 0.2, _length: 0.22, _contains: 0.18, _alphabet: 0.06}
+    _place: 0.28, _backwards: 0.16, _length: 0.17, _contains: 0.14, _alphabet: 0.05, _alike: 0.2}
 
 class Letters(Task):
     "Answer questions about the letters of a word. The test asks for words that are held out."
@@ -289,7 +303,9 @@ class Letters(Task):
             while True:
                 question, answer = _alphabet(draw)
                 if (part_of(answer["content"]) == "test") == test: break
-        else: question, answer = kind(_draw_word(draw, self.world, test), draw)
+            return [user(question), answer]
+        words = [_draw_word(draw, self.world, test) for _ in range(2 if kind is _alike else 1)]
+        question, answer = kind(*words, draw)
         return [user(question), answer]
 
     keep = Spelling.keep
