@@ -105,9 +105,9 @@ class Commands:
         self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("commands.py")], env=environment(REPO),
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
-    def run(self, base, args, timeout):
+    def run(self, base, module, args, timeout):
         with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-            job = dict(args=args, env=environment(base), folder=os.getcwd(), stdout=out.name, stderr=err.name)
+            job = dict(module=module, args=[module, *args], env=environment(base), folder=os.getcwd(), stdout=out.name, stderr=err.name)
             print(json.dumps(job), file=self.process.stdin)
             timer = threading.Timer(timeout, kill_tree, [self.process])
             timer.start()
@@ -115,15 +115,20 @@ class Commands:
             timer.cancel()
             if not code:
                 timer.join()
-                raise subprocess.TimeoutExpired(["nanochat", *args], timeout, out.read(), err.read())
-            return subprocess.CompletedProcess(["nanochat", *args], int(code), out.read(), err.read())
+                raise subprocess.TimeoutExpired([module, *args], timeout, out.read(), err.read())
+            return subprocess.CompletedProcess([module, *args], int(code), out.read(), err.read())
 
 
-def nanochat(base, *args, timeout=600, _commands=[]):
+def commands(_started=[]):
+    "The `Commands` of this process."
+    if not _started or _started[-1].process.poll() is not None: _started.append(Commands())
+    return _started[-1]
+
+
+def nanochat(base, *args, timeout=600):
     "Run the `nanochat` command to its end, in a process in which torch has been imported already."
     if os.name != "posix": return nanochat_process(base, *args, timeout=timeout)
-    if not _commands or _commands[-1].process.poll() is not None: _commands.append(Commands())
-    return _commands[-1].run(base, [*map(str, args)], timeout)
+    return commands().run(base, "nanochat", [*map(str, args)], timeout)
 
 
 def start(base, *command):
