@@ -1,8 +1,8 @@
 """Several ranks end with the weights of one, hold a share of the state each, take over each other's state, and send while backward runs."""
 import math
+import multiprocessing
 import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -148,15 +148,28 @@ def overlap(folder: Path):
     torch.save(seen, folder/f"seen-{rank}")
 
 
-def start(world_size: int, *args):
+def one_rank(rank: int, world_size: int, port: int, function, args: tuple):
+    """What each process does."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with distributed(torch.device("cpu")): function(*args)
+
+
+def start(world_size: int, function, *args):
     """Run one of the functions above on some ranks."""
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size), __file__, *map(str, args)],
-                   check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nanochat.train.loop"]) # imported once for all ranks
+    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
+    ranks = [context.Process(target=one_rank, args=(rank, world_size, port, function, args)) for rank in range(world_size)]
+    for rank in ranks: rank.start()
+    for rank in ranks: rank.join(300)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks: rank.kill()
+    assert codes == [0] * world_size
 
 
 def launch(world_size: int, folder: Path, first: int, stop: int, source: str = "") -> str:
     """Run `train` on some ranks; returns the name that it left its files under."""
-    start(world_size, "train", folder, first, stop, source)
+    start(world_size, train, folder, first, stop, source)
     return f"{world_size}-{first}-{stop}-{source}"
 
 
@@ -218,7 +231,7 @@ def test_state_is_divided(monkeypatch, depth):
 def seen(tmp_path_factory):
     """What both of two ranks saw."""
     folder = tmp_path_factory.mktemp("overlap")
-    start(2, "overlap", folder)
+    start(2, overlap, folder)
     return [torch.load(folder/f"seen-{rank}") for rank in range(2)]
 
 
@@ -252,8 +265,3 @@ def test_a_second_backward_is_noticed(seen):
     for mine in seen:
         assert mine["after zero_grad"] == 0
         assert "overlap_backward" in mine["second backward"]
-
-
-if __name__ == "__main__":
-    name, folder, *args = sys.argv[1:]
-    with distributed(torch.device("cpu")): {"train": train, "overlap": overlap}[name](Path(folder), *args)
