@@ -2,11 +2,13 @@
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -137,6 +139,25 @@ def start(base, *command):
         # a shell starts what it puts into the background with SIGINT ignored, and that is inherited; here it must be heard
         return subprocess.Popen([sys.executable, *map(str, command)], env=environment(base), stdin=subprocess.DEVNULL, stdout=output,
                                 stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def one_rank(rank, world_size, port, function, args):
+    "What each process of `on_ranks` does."
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    function(*args)
+
+
+def on_ranks(world_size, function, *args):
+    "Call a function of a module on some ranks, which are forks of one process that has imported torch. Returns their exit codes."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nanochat.train.loop", "nanochat.core.world", "pytest", "psutil"])
+    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
+    ranks = [context.Process(target=one_rank, args=(rank, world_size, port, function, args)) for rank in range(world_size)]
+    for rank in ranks: rank.start()
+    for rank in ranks: rank.join(600)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks: rank.kill()
+    return codes
 
 
 def family(process):

@@ -1,13 +1,11 @@
 """Several ranks end with the weights of one, hold a share of the state each, take over each other's state, and send while backward runs."""
 import math
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import on_ranks
 from safetensors.torch import load_file, save_file
 
 from nanochat.core.files import rank_and_world
@@ -148,23 +146,14 @@ def overlap(folder: Path):
     torch.save(seen, folder/f"seen-{rank}")
 
 
-def one_rank(rank: int, world_size: int, port: int, function, args: tuple):
-    """What each process does."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def as_rank(function, *args):
+    """What each rank does."""
     with distributed(torch.device("cpu")): function(*args)
 
 
-def start(world_size: int, function, *args):
+def start(world_size: int, *job):
     """Run one of the functions above on some ranks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanochat.train.loop"]) # imported once for all ranks
-    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
-    ranks = [context.Process(target=one_rank, args=(rank, world_size, port, function, args)) for rank in range(world_size)]
-    for rank in ranks: rank.start()
-    for rank in ranks: rank.join(300)
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks: rank.kill()
-    assert codes == [0] * world_size
+    assert on_ranks(world_size, as_rank, *job) == [0] * world_size
 
 
 def launch(world_size: int, folder: Path, first: int, stop: int, source: str = "") -> str:
