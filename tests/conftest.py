@@ -143,14 +143,14 @@ def start(base, *command):
 
 def one_rank(rank, world_size, port, function, args):
     "What each process of `on_ranks` does."
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     function(*args)
 
 
 def on_ranks(world_size, function, *args):
     "Call a function of a module on some ranks, which are forks of one process that has imported torch. Returns their exit codes."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanochat.train.loop", "nanochat.core.world", "pytest", "psutil"])
+    context.set_forkserver_preload(["nanochat.post.rl", "nanochat.post.chat_eval", "pytest", "psutil"])
     with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
     ranks = [context.Process(target=one_rank, args=(rank, world_size, port, function, args)) for rank in range(world_size)]
     for rank in ranks: rank.start()

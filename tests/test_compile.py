@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import on_ranks
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
