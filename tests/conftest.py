@@ -2,11 +2,13 @@
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -105,9 +107,9 @@ class Commands:
         self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("commands.py")], env=environment(REPO),
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
-    def run(self, base, args, timeout):
+    def run(self, base, module, args, timeout):
         with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-            job = dict(args=args, env=environment(base), folder=os.getcwd(), stdout=out.name, stderr=err.name)
+            job = dict(module=module, args=[module, *args], env=environment(base), folder=os.getcwd(), stdout=out.name, stderr=err.name)
             print(json.dumps(job), file=self.process.stdin)
             timer = threading.Timer(timeout, kill_tree, [self.process])
             timer.start()
@@ -115,15 +117,20 @@ class Commands:
             timer.cancel()
             if not code:
                 timer.join()
-                raise subprocess.TimeoutExpired(["nanochat", *args], timeout, out.read(), err.read())
-            return subprocess.CompletedProcess(["nanochat", *args], int(code), out.read(), err.read())
+                raise subprocess.TimeoutExpired([module, *args], timeout, out.read(), err.read())
+            return subprocess.CompletedProcess([module, *args], int(code), out.read(), err.read())
 
 
-def nanochat(base, *args, timeout=600, _commands=[]):
+def commands(_started=[]):
+    "The `Commands` of this process."
+    if not _started or _started[-1].process.poll() is not None: _started.append(Commands())
+    return _started[-1]
+
+
+def nanochat(base, *args, timeout=600):
     "Run the `nanochat` command to its end, in a process in which torch has been imported already."
     if os.name != "posix": return nanochat_process(base, *args, timeout=timeout)
-    if not _commands or _commands[-1].process.poll() is not None: _commands.append(Commands())
-    return _commands[-1].run(base, [*map(str, args)], timeout)
+    return commands().run(base, "nanochat", [*map(str, args)], timeout)
 
 
 def start(base, *command):
@@ -132,6 +139,25 @@ def start(base, *command):
         # a shell starts what it puts into the background with SIGINT ignored, and that is inherited; here it must be heard
         return subprocess.Popen([sys.executable, *map(str, command)], env=environment(base), stdin=subprocess.DEVNULL, stdout=output,
                                 stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def one_rank(rank, world_size, port, function, args):
+    "What each process of `on_ranks` does."
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    function(*args)
+
+
+def on_ranks(world_size, function, *args):
+    "Call a function of a module on some ranks, which are forks of one process that has imported torch. Returns their exit codes."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nanochat.post.rl", "nanochat.post.chat_eval", "pytest", "psutil"])
+    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
+    ranks = [context.Process(target=one_rank, args=(rank, world_size, port, function, args)) for rank in range(world_size)]
+    for rank in ranks: rank.start()
+    for rank in ranks: rank.join(600)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks: rank.kill()
+    return codes
 
 
 def family(process):

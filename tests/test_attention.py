@@ -1,12 +1,13 @@
 """Every attention kernel against the formula, those of FlashAttention by way of stand-ins, the choice among them by two ranks, and what `torch.compile` makes of it. On a GPU: the real ones, and their memory."""
 import itertools
-import multiprocessing
+import os
 import re
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import on_ranks
 from torch.nn.attention import SDPBackend, _registry, varlen
 
 from nanochat.model import attention as A
@@ -156,8 +157,9 @@ def test_a_later_choice_leaves_the_earlier_one_its_flash_attention(on_a_gpu, mon
     assert _registry.current_flash_attention_impl() == "FA3"
 
 
-def choose_as(rank, file, names):
+def choose_as(folder):
     "In a group of two, with three kernels: rank 1 has other times, and one of the kernels does not work there."
+    rank = int(os.environ["RANK"])
     times = ({"A": 1.0, "B": 2.0, "C": 3.0}, {"B": 9.0, "C": 1.0})[rank]
     def kernel(name):
         def attend(*inputs, **kw):
@@ -167,21 +169,16 @@ def choose_as(rank, file, names):
         return attend
     A._candidates = lambda device_type: {"full": {name: kernel(name) for name in "ABC"}, "window": {"SDPA in chunks": A.sdpa_attention}}
     A._milliseconds = lambda attend, *a: times[attend.name]
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
     if rank == 0: A.choose_backends(CPU, torch.float32, 16, alone=True) # does not wait for the other
     A.choose_backends(CPU, torch.float32, 8)
-    names.put([rank, A._chosen["cpu", torch.float32, 8]["full"].name])
+    (folder/f"chosen-{rank}").write_text(A._chosen["cpu", torch.float32, 8]["full"].name)
     torch.distributed.destroy_process_group()
 
 
 def test_all_ranks_take_what_is_right_on_all_and_fastest_on_the_first(tmp_path):
-    spawn = multiprocessing.get_context("spawn")
-    names = spawn.Queue()
-    ranks = [spawn.Process(target=choose_as, args=(rank, tmp_path/"store", names)) for rank in range(2)]
-    for rank in ranks: rank.start()
-    chosen = dict(names.get(timeout=120) for _ in ranks)
-    for rank in ranks: rank.join()
-    assert chosen == {0: "B", 1: "B"} # alone, they would take A and C
+    assert on_ranks(2, choose_as, tmp_path) == [0, 0]
+    assert [(tmp_path/f"chosen-{rank}").read_text() for rank in range(2)] == ["B", "B"] # alone, they would take A and C
 
 
 def test_the_fastest_is_taken_wherever_it_stands(monkeypatch, capsys):

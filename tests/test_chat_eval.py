@@ -1,16 +1,14 @@
 """Scores are a property of the model: neither the batch size nor the number of ranks has a say, and what cannot be had is left out aloud."""
 import gzip
 import json
-import multiprocessing
 import os
 import re
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import real_data
+from conftest import on_ranks, real_data
 
 from nanochat.core.files import UserError
 from nanochat.core.machine import distributed
@@ -150,29 +148,20 @@ class Stubborn:
     def evaluate(self, conversation, text): return False
 
 
-def one_rank(rank, port, folder, names, environment):
-    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def one_rank(folder, names, environment):
+    os.environ |= environment # a server that another test started has another
     with distributed(torch.device("cpu")):
         found = without_times(evaluate_chat(engine(), names, 20, max_new_tokens=4))
         sampled = evaluate_task(engine(), make_task("gsm8k", "test"), 3, max_new_tokens=4, temperature=1.0, samples=3)["items"]
         with pytest.raises(UserError, match="number 1 is broken"): evaluate_task(engine(), Stubborn(), 4)
-    (folder/f"found-{rank}.json").write_text(json.dumps([found, sampled]))
+    (folder/f"found-{os.environ['RANK']}.json").write_text(json.dumps([found, sampled]))
 
 
 def test_results_do_not_depend_on_the_number_of_ranks(data, sandbox, tmp_path):
     names = ["choice", "sums", *SETS, "nothing"]
     alone = [without_times(evaluate_chat(engine(), names, 20, max_new_tokens=4)),
              evaluate_task(engine(), make_task("gsm8k", "test"), 3, max_new_tokens=4, temperature=1.0, samples=3)["items"]]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanochat.post.chat_eval"]) # imported once for both
-    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
-    environment = dict(os.environ) # a server that another test started has another
-    ranks = [context.Process(target=one_rank, args=(rank, port, tmp_path, names, environment)) for rank in range(2)]
-    for rank in ranks: rank.start()
-    for rank in ranks: rank.join(120)
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks: rank.kill()
-    assert codes == [0, 0]
+    assert on_ranks(2, one_rank, tmp_path, names, dict(os.environ)) == [0, 0]
     for rank in range(2): assert json.loads((tmp_path/f"found-{rank}.json").read_text()) == alone
 
 

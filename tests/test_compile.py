@@ -1,13 +1,10 @@
 """What `torch.compile` makes of a model in training: one compilation for each kind of layer, the losses of the uncompiled model, what is kept for the backward pass, and gradients that ranks sum while backward runs."""
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from conftest import on_ranks
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -172,16 +169,16 @@ def overlap(folder: Path):
     torch.save(found, folder/f"seen-{rank_and_world()[0]}")
 
 
+def one_rank(folder: Path):
+    """What each rank does."""
+    with distributed(torch.device("cpu")): overlap(folder)
+
+
 def test_ranks_sum_gradients_while_a_compiled_backward_runs(tmp_path):
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, tmp_path],
-                   check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert on_ranks(2, one_rank, tmp_path) == [0, 0]
     for rank in range(2):
         seen = torch.load(tmp_path/f"seen-{rank}")
         torch.testing.assert_close(seen["compiled"], seen["plain"], rtol=1e-6, atol=1e-6)
         kinds = [kind for kind, _ in seen["events"]]
         early = [name for _, names in seen["events"][:kinds.index("first layer")] for name in names]
         assert any("transformer.h.5." in name for name in early), early # a whole stack of the last layers' matrices
-
-
-if __name__ == "__main__":
-    with distributed(torch.device("cpu")): overlap(Path(sys.argv[1]))

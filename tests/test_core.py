@@ -2,16 +2,14 @@
 import gzip
 import json
 import math
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import real_data
+from conftest import on_ranks, real_data
 
 from nanochat.core.files import UserError
 from nanochat.core.machine import distributed
@@ -300,9 +298,8 @@ def answers_to_ties(batch_tokens):
     return found
 
 
-def one_rank(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with distributed(torch.device("cpu")): (folder/f"found-{rank}.json").write_text(json.dumps([answers_to_ties(tokens) for tokens in (300, None)]))
+def one_rank(folder):
+    with distributed(torch.device("cpu")): (folder/f"found-{os.environ['RANK']}.json").write_text(json.dumps([answers_to_ties(tokens) for tokens in (300, None)]))
 
 
 def test_ties_hang_neither_on_the_batch_nor_on_the_ranks(tmp_path, monkeypatch):
@@ -310,15 +307,7 @@ def test_ties_hang_neither_on_the_batch_nor_on_the_ranks(tmp_path, monkeypatch):
     assert all(len(set(answers)) == (2 if i % 6 > 3 else 3) for i, answers in enumerate(want) if i % 2 == 0) # Noisy: each answer occurs
     for tokens in (300, 4096, 10**6): assert answers_to_ties(tokens) == want
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanochat.post.core_eval", "nanochat.lab.bench.eval"]) # imported once for both
-    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
-    ranks = [context.Process(target=one_rank, args=(rank, port, tmp_path)) for rank in range(2)]
-    for rank in ranks: rank.start()
-    for rank in ranks: rank.join(120)
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks: rank.kill()
-    assert codes == [0, 0]
+    assert on_ranks(2, one_rank, tmp_path) == [0, 0]
     for rank in range(2): assert json.loads((tmp_path/f"found-{rank}.json").read_text()) == [want, want]
 
     # without the further passes the noise would decide, in every format and dtype

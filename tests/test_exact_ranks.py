@@ -1,11 +1,9 @@
 """One, two and four ranks have the same losses for a hundred steps, and a checkpoint of two goes on on one and on four."""
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import on_ranks
 
 from nanochat.core.files import rank_and_world
 from nanochat.core.machine import distributed
@@ -48,24 +46,16 @@ def train(folder: Path, first: int, checkpoint: bool = False) -> torch.Tensor: #
     return torch.stack(losses)
 
 
-def one_rank(rank: int, world_size: int, port: int, folder: Path, jobs):
+def one_rank(folder: Path, jobs):
     """What each process does: its jobs, and rank 0 keeps their losses."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with distributed(torch.device("cpu")): done = [train(folder, *job) for job in jobs]
+    rank, world_size = rank_and_world()
     if rank == 0: torch.save(done, folder/f"losses-{world_size}")
 
 
 def start(world_size: int, folder: Path, *jobs: tuple) -> list[torch.Tensor]: # the losses of each job
     """Do jobs, each the arguments of `train` after the folder, one after the other on some ranks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanochat.train.loop", "nanochat.core.world"]) # imported once for all ranks
-    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
-    ranks = [context.Process(target=one_rank, args=(rank, world_size, port, folder, jobs)) for rank in range(world_size)]
-    for rank in ranks: rank.start()
-    for rank in ranks: rank.join(600)
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks: rank.kill()
-    assert codes == [0] * world_size
+    assert on_ranks(world_size, one_rank, folder, jobs) == [0] * world_size
     return torch.load(folder/f"losses-{world_size}")
 
 

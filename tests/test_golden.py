@@ -1,12 +1,10 @@
 """Golden numbers from runs that are finished, the report beside them, and the commands that compare runs."""
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import yaml
-from conftest import environment
+from conftest import commands
 
 from nanochat.core.run import Run, fingerprint
 from nanochat.lab.golden import run_figures
@@ -18,8 +16,7 @@ SEEDS = (42, 43, 44)
 
 def bench(base, *args):
     "Run a benchmark to its end."
-    return subprocess.run([sys.executable, "-m", "nanochat.lab.bench", *map(str, args)], env=environment(base), stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=600)
+    return commands().run(base, "nanochat.lab.bench", [*map(str, args)], timeout=600)
 
 
 def with_seed(smoke, base, seed):

@@ -3,11 +3,12 @@ import contextlib
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jupytext
 import psutil
 import pytest
-from conftest import REPO, family, kill_tree, start
+from conftest import REPO, commands, family
 
 from nanochat.lab import checks # registers the exercises of all lessons
 from nanochat.lab.course import EXERCISES, LESSONS, exercises_of
@@ -33,16 +34,15 @@ def memory(process):
 
 @each
 def test_runs_and_every_check_fails_and_passes(path, tmp_path):
-    started, most, process = time.perf_counter(), 0, start(tmp_path, "-m", "nanochat.lab.course", path, "--solved")
-    try:
-        while process.poll() is None:
-            most = max(most, memory(process))
+    started, most, server = time.perf_counter(), 0, commands()
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(server.run, tmp_path, "nanochat.lab.course", [str(path), "--solved"], 600)
+        while not work.done():
+            most = max(most, memory(server.process))
             time.sleep(0.5)
-    finally:
-        if process.poll() is None: kill_tree(process)
-    seconds, output = time.perf_counter() - started, (tmp_path/"output.txt").read_text()
-    assert process.returncode == 0, output[-4000:]
-    lines = [line for line in output.splitlines() if line.startswith(("○ ", "✗ ", "✓ "))]
+    done, seconds = work.result(), time.perf_counter() - started
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("○ ", "✗ ", "✓ "))]
     print(f"{path.stem}: {seconds:.0f} s, {most / 1e6:.0f} MB")
     for number in exercises_of(json.loads(path.read_text())):
         marks = [line[0] for line in lines if line.split()[1] == number]

@@ -2,7 +2,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import start, wait_for
+from conftest import on_ranks, start, wait_for
 from safetensors.torch import load_file
 
 from nanochat.core.files import UserError, rank_and_world, run_command
@@ -73,6 +72,18 @@ def launch(run: Path, what="", *options):
                           capture_output=True, text=True, timeout=300, env=os.environ | LAUNCHER_ENV)
 
 
+def one_rank(run: Path, what: str):
+    "A rank that no launcher has started; what it says is added to files."
+    for stream in (1, 2): os.dup2(os.open(f"{run}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    run_command(lambda: main(run, what))
+
+
+def ranks(run: Path, what=""):
+    "Two ranks without a launcher, to their end: an exit code that is not 0 if there is one, and what they said."
+    code = max(map(abs, on_ranks(2, one_rank, run, what)))
+    return subprocess.CompletedProcess([], code, Path(f"{run}.1").read_text(), Path(f"{run}.2").read_text())
+
+
 def saved(run): return sorted(int(path.name[-6:]) for path in (run/"base"/"checkpoints").glob("step_*"))
 def steps(run): return [row["step"] for row in read_metrics(run/"metrics.jsonl", "base")]
 
@@ -87,7 +98,7 @@ def same_end(run, other):
 def whole(tmp_path_factory):
     "A run of two ranks that nothing has disturbed."
     run = tmp_path_factory.mktemp("loop")/"whole"
-    done = launch(run)
+    done = ranks(run)
     assert done.returncode == 0, done.stderr[-3000:]
     assert saved(run) == [5, 10, 15, 20] and steps(run) == list(range(1, STEPS + 1))
     return run
@@ -107,17 +118,8 @@ def test_torchrun_restarts_from_the_last_checkpoint(whole, tmp_path):
 @pytest.mark.parametrize("dead", [0, 1])
 def test_nobody_waits_for_the_dead(tmp_path, dead):
     "Without a launcher that would end it, the other rank notices by itself."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [subprocess.Popen([sys.executable, __file__, str(tmp_path/"run"), f"rank {dead} dies"], env=env | {"RANK": str(rank)},
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for rank in (0, 1)]
-    try:
-        assert ranks[dead].wait(120) == -signal.SIGKILL
-        assert ranks[1 - dead].wait(60) not in (0, None)
-    finally:
-        for process in ranks: process.kill()
+    codes = on_ranks(2, one_rank, tmp_path/"run", f"rank {dead} dies")
+    assert codes[dead] == -signal.SIGKILL and codes[1 - dead] not in (0, None)
     assert load_checkpoint(latest_checkpoint(tmp_path/"run"/"base"/"checkpoints"))[2]["step"] == 10
 
 
@@ -125,20 +127,20 @@ def test_rank_0_chooses_the_checkpoint(whole, tmp_path):
     "Another rank sees a newer one, which rank 0 does not know of yet."
     for name, there in (("checkpoints", (5, 10)), ("another", (5, 10, 15))):
         for step in there: shutil.copytree(whole/"base"/"checkpoints"/f"step_{step:06d}", tmp_path/"run"/"base"/name/f"step_{step:06d}")
-    done = launch(tmp_path/"run", "another folder")
+    done = ranks(tmp_path/"run", "another folder")
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resuming from step 10 of {STEPS}" in done.stdout and same_end(tmp_path/"run", whole)
 
 
 def test_a_rank_that_does_not_see_it_says_so(whole, tmp_path):
     shutil.copytree(whole/"base"/"checkpoints", tmp_path/"run"/"base"/"checkpoints")
-    done = launch(tmp_path/"run", "another folder")
+    done = ranks(tmp_path/"run", "another folder")
     assert done.returncode and done.stderr.count("nanochat: not every rank sees") == 2 and "NANOCHAT_BASE_DIR" in done.stderr, done.stderr[-3000:]
     assert not steps(tmp_path/"run")
 
 
 def test_no_number_on_one_rank_stops_both(tmp_path):
-    done = launch(tmp_path/"run", "nan")
+    done = ranks(tmp_path/"run", "nan")
     sentences = [line for line in done.stderr.splitlines() if line.startswith("nanochat: ")]
     assert done.returncode and len(sentences) == 2 and len(set(sentences)) == 1, done.stderr[-3000:]
     assert "the loss became nan at step 7, which read rows 24 to 27" in sentences[0] and f"last good checkpoint is {tmp_path/'run'/'base'/'checkpoints'/'step_000005'}" in sentences[0]

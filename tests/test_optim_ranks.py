@@ -1,13 +1,11 @@
 """Several ranks end with the weights of one, hold a share of the state each, take over each other's state, and send while backward runs."""
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import on_ranks
 from safetensors.torch import load_file, save_file
 
 from nanochat.core.files import rank_and_world
@@ -148,15 +146,19 @@ def overlap(folder: Path):
     torch.save(seen, folder/f"seen-{rank}")
 
 
-def start(world_size: int, *args):
+def as_rank(function, *args):
+    """What each rank does."""
+    with distributed(torch.device("cpu")): function(*args)
+
+
+def start(world_size: int, *job):
     """Run one of the functions above on some ranks."""
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size), __file__, *map(str, args)],
-                   check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert on_ranks(world_size, as_rank, *job) == [0] * world_size
 
 
 def launch(world_size: int, folder: Path, first: int, stop: int, source: str = "") -> str:
     """Run `train` on some ranks; returns the name that it left its files under."""
-    start(world_size, "train", folder, first, stop, source)
+    start(world_size, train, folder, first, stop, source)
     return f"{world_size}-{first}-{stop}-{source}"
 
 
@@ -218,7 +220,7 @@ def test_state_is_divided(monkeypatch, depth):
 def seen(tmp_path_factory):
     """What both of two ranks saw."""
     folder = tmp_path_factory.mktemp("overlap")
-    start(2, "overlap", folder)
+    start(2, overlap, folder)
     return [torch.load(folder/f"seen-{rank}") for rank in range(2)]
 
 
@@ -252,8 +254,3 @@ def test_a_second_backward_is_noticed(seen):
     for mine in seen:
         assert mine["after zero_grad"] == 0
         assert "overlap_backward" in mine["second backward"]
-
-
-if __name__ == "__main__":
-    name, folder, *args = sys.argv[1:]
-    with distributed(torch.device("cpu")): {"train": train, "overlap": overlap}[name](Path(folder), *args)

@@ -1,16 +1,14 @@
 """Reinforcement learning: each switch against its formula, off against plain REINFORCE bit for bit, killed, on two ranks, with a broken reward, and on GSM8K."""
 import copy
 import math
-import multiprocessing
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import real_data
+from conftest import on_ranks, real_data
 
 from nanochat.core.files import UserError
 from nanochat.core.machine import barrier, distributed
@@ -181,14 +179,8 @@ def test_two_tasks_share_alike(tmp_path):
     assert all({"heldout/odd", "heldout/even", "heldout_finished"} <= row.keys() for row in looks) and len(looks) == 3
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def on_rank(rank, world_size, port, folder, broken):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def on_rank(folder, broken):
+    rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     with distributed(torch.device("cpu")):
         if broken:
@@ -203,11 +195,7 @@ def on_rank(rank, world_size, port, folder, broken):
 
 def start_ranks(world_size, folder, broken=False):
     folder.mkdir()
-    port = free_port()
-    ranks = [multiprocessing.get_context("spawn").Process(target=on_rank, args=(rank, world_size, port, str(folder), broken)) for rank in range(world_size)]
-    for p in ranks: p.start()
-    for p in ranks: p.join(120)
-    assert [p.exitcode for p in ranks] == [0] * world_size
+    assert on_ranks(world_size, on_rank, str(folder), broken) == [0] * world_size
 
 
 def test_two_ranks_do_what_one_does(tmp_path):

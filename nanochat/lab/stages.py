@@ -152,6 +152,7 @@ def compute_stage(
 # %% ../../nbs/lab/55_stages.ipynb #4b0fb143
 def _rows_meanwhile(run: Run): # -> a context manager for the stage "base"
     "Make the rows of mid-training and SFT during pretraining, if a GPU trains."
+    if run.config["hardware"]["device"] == "cpu": return nullcontext() # before torch is imported
     from nanochat.core.machine import pick_device
     from nanochat.post.finetune import BEFORE, rows_in_background
     order = list(STAGES)
