@@ -467,6 +467,7 @@ def begin(
         rows = rows.expand_as(self._real)
         self._slots = (rows[self._real], self.positions[self._real])
     self._masks = {} # window -> what layers with this window share
+    self.previous = self.previous.clone() # a shallow copy of the cache keeps its own
     return self.positions
 
 # %% ../../nbs/model/11_attention.ipynb #98057494
