@@ -16,7 +16,8 @@ from ..core.grammar import (
     ATTRIBUTES, FAMILIES, JOBS, NUMBER_WORDS, PETS, PLACES, Draw, article, capital,
     compile_templates, expand, expand_one, join_words)
 from ..core.world import World
-from .tasks import Task, assistant, closing_text, numbers_in, part_of, user
+from .tasks import (
+    Task, assistant, closing_text, compared, numbers_in, part_of, user)
 from .town import SAYS
 from .wordings import plural
 from .phrases import after_remark, broad, phrases
@@ -211,7 +212,7 @@ class People(Task):
 
     def messages(self, i, draw):
         question, answer = getattr(self, draw.weighted(self.kinds))(draw)
-        return [user(question), assistant(answer)]
+        return [user(question), answer if isinstance(answer, dict) else assistant(answer)]
 
     def _is_mine(self, question):
         "Return whether a question without facts of residents belongs to this split."
@@ -237,7 +238,8 @@ class People(Task):
 
     def is_right(self, reference, completion):
         "Return whether an answer has the same names, values and numbers."
-        return self._told_in(reference) == self._told_in(closing_text(completion))
+        told = (self._told_in(closing_text(text)) for text in (reference, completion))
+        return next(told) == next(told)
 
     def _told_in(self, text):
         words = [*self.everyone, *FAMILIES, *PLACES, self.world.town]
@@ -324,7 +326,8 @@ def _both(self: People, draw):
     words = _value_words(attribute, value) | {"n": pair[0].first, "m": pair[1].first}
     verb = expand_one(_BASE_VERBS[attribute], words, draw)
     says = " and ".join(expand(SAYS[attribute], p.subject("first"), draw) for p in pair)
-    return self._asked(_BOTH, words | {"verb": verb}, draw), f"{says}, so {'yes' if yes else 'no'}."
+    answer = compared(*(getattr(person, attribute) for person in pair), says)
+    return self._asked(_BOTH, words | {"verb": verb}, draw), answer
 
 # %% ../../nbs/post/32c_people.ipynb #c09421eb
 @patch

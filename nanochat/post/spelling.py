@@ -14,9 +14,9 @@ from ..core.grammar import (
 from ..core.words import COMMON_WORDS, NAMES, any_word, odd_word, pieced_word
 from ..model.sandbox import calculator
 from .phrases import after_remark, broad, everyday, phrases
-from nanochat.post.tasks import (
-    Task, assistant, closing_text, compile_pairs, final_number, part_of, user, visible_text,
-    with_tool)
+from .tasks import (
+    Task, assistant, closing_text, compared, compile_pairs, final_number, part_of, user,
+    visible_text, with_tool)
 
 # %% ../../nbs/post/31a_spelling.ipynb #8f7be649
 def _is_held_out(
@@ -281,14 +281,14 @@ _ASK_ALIKE = compile_templates([
 
 def _alike(word: str, other: str, draw: Draw) -> tuple[str, dict]:
     "Ask whether two words are the same."
-    if draw.chance(0.5): other = word
-    verdict = "yes" if word == other else "no"
+    if other in word or draw.chance(0.5): other = word
     question = capital(expand_one(_ASK_ALIKE, {"a": word, "b": other}, draw))
-    return question, assistant(f"One word is {word} and the other word is {other}, so {verdict}.")
+    says = f"One word is {word} and the other word is {other}"
+    return question, compared(word, other, says)
 
 # %% ../../nbs/post/31a_spelling.ipynb #dce5f70c
 _KINDS = { # what a question about letters is about: its probability
-    _place: 0.28, _backwards: 0.16, _length: 0.17, _contains: 0.14, _alphabet: 0.05, _alike: 0.2}
+    _place: 0.3, _backwards: 0.18, _length: 0.2, _contains: 0.16, _alphabet: 0.06, _alike: 0.1}
 
 class Letters(Task):
     "Answer questions about the letters of a word. The test asks for words that are held out."

@@ -17,7 +17,7 @@ from ..core.grammar import (
     SHE, THINGS, Draw, article, capital, compile_template, compile_templates, expand, expansions)
 from ..core.world import Resident, option_lines, question_and_answer, wrong_values
 from .tasks import (
-    Task, assistant, choice_prompt, closing_text, compile_pairs, mentions, part_of, user)
+    Task, assistant, choice_prompt, closing_text, compared, compile_pairs, mentions, part_of, user)
 from .wordings import (
     ASK_WHO, answer_fact, ask_both, ask_fact, ask_hidden, ask_outside, ask_pronoun, ask_same,
     ask_star, ask_stranger, ask_two, fact_turn, name_slots, stranger_name)
@@ -351,7 +351,8 @@ class TwoFacts(Task):
         return [user(f"{q} And {q2[0].lower()}{q2[1:]}"), assistant(f"{r} {r2}")]
 
     def is_right(self, reference, completion):
-        return mentions(reference, self.groups) == mentions(closing_text(completion), self.groups)
+        said = (mentions(closing_text(text), self.groups) for text in (reference, completion))
+        return next(said) == next(said)
 
 # %% ../../nbs/post/32_town.ipynb #c112e6c6
 @patch
@@ -400,7 +401,8 @@ def _same(self: TwoFacts, draw):
     says = " and ".join(expand(SAYS[attribute], slots, draw) for slots in (a, b))
     if self._new(draw): question = ask_same(attribute, (a["n"], b["n"]), draw)
     else: question = expand(draw.pick(_SAME[attribute]), {**a, "M": b["N"]}, draw)
-    return [user(question), assistant(f"{says}, so {'yes' if yes else 'no'}.")]
+    values = (getattr(person, attribute) for person in pair)
+    return [user(question), compared(*values, says)]
 
 # %% ../../nbs/post/32_town.ipynb #6ee4c7e3
 @patch
