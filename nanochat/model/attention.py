@@ -704,7 +704,7 @@ def delayed(
 
 @patch
 def delay(
-    self: (KVCache, RowCache),
+    self: KVCache,
     at: int, # the first of its columns in `previous`
     x: torch.Tensor, # (B, T, channels) new tokens of the cache's rows
     valid: torch.Tensor | None = None, # (B,) how many of the T tokens are real; None for all
@@ -715,3 +715,5 @@ def delay(
     rows = torch.arange(len(x), device=x.device)
     kept.copy_((longer[:, -1] if valid is None else longer[rows, valid]).detach())
     return longer[:, :-1]
+
+RowCache.delay = KVCache.delay
