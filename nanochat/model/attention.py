@@ -712,8 +712,9 @@ def delay(
     "Shift by one token, from the rows' last token on. Keeps the last real token for the next pass."
     kept = self.previous[:len(x), at:at + x.size(2)]
     longer = torch.cat([kept[:, None].to(x.dtype), x], 1) # (B, T + 1, channels)
-    rows = torch.arange(len(x), device=x.device)
-    kept.copy_((longer[:, -1] if valid is None else longer[rows, valid]).detach())
+    if valid is None: last = x[:, -1]
+    else: last = longer[torch.arange(len(x), device=x.device), valid]
+    kept.copy_(last.detach())
     return longer[:, :-1]
 
 RowCache.delay = KVCache.delay

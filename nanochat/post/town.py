@@ -351,8 +351,9 @@ class TwoFacts(Task):
         return [user(f"{q} And {q2[0].lower()}{q2[1:]}"), assistant(f"{r} {r2}")]
 
     def is_right(self, reference, completion):
-        said = (mentions(closing_text(text), self.groups) for text in (reference, completion))
-        return next(said) == next(said)
+        texts = map(closing_text, (reference, completion))
+        wanted, said = (mentions(text, self.groups) for text in texts)
+        return wanted == said
 
 # %% ../../nbs/post/32_town.ipynb #c112e6c6
 @patch
