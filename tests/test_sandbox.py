@@ -324,17 +324,16 @@ def test_deed_has_no_effect(kind, name, tmp_path, monkeypatch):
 # ---- what stays behind
 
 NAMED = "import ctypes, os, time\nctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\n"
-DAEMON = NAMED + "if not os.fork():\n    os.setsid()\n    ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n    if os.fork(): os._exit(0)\n    for fd in range(200):\n        try: os.close(fd)\n        except OSError: pass\n    time.sleep(60)\n    os._exit(0)\ntime.sleep(0.7)\n"
+DAEMON = NAMED + "if not os.fork():\n    os.setsid()\n    ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n    if os.fork(): os._exit(0)\n    for fd in range(200):\n        try: os.close(fd)\n        except OSError: pass\n    time.sleep(60)\n    os._exit(0)\ntime.sleep(2)\n"
 
 
 def test_no_process_stays(kind):
     name, verdicts = f"left{os.getpid()}"[:15], []
     work = threading.Thread(target=lambda: verdicts.append(judge_function(DAEMON.format(name=name) + RIGHT, "def check(candidate): assert candidate(3) == 6", "double")))
     work.start()
-    until = time.monotonic() + 5
-    while not processes_named(name) and time.monotonic() < until: time.sleep(0.02)
-    assert processes_named(name), "the test does not see what it looks for"
+    while not (seen := processes_named(name)) and work.is_alive(): time.sleep(0.02)
     work.join()
+    assert seen, "the test does not see what it looks for"
     assert gone(name), verdicts
 
 

@@ -17,16 +17,14 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from itertools import chain, islice
-from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 
 # %% ../../nbs/core/08_dataset.ipynb #f758447b
 from .files import (
     UserError, atomic_file, file_lock, read_json, refuse_too_many_files, say, sha256_json)
-from .machine import n_cores
+from .machine import in_processes
 from .run import base_dir
 from .tokenizer import check_conversation
 from .world import World
@@ -101,19 +99,12 @@ def _make_shards(
     seed: int, # the world's
     numbers: range, # of the shards
 ) -> int: # characters in these shards
-    "Generate those shards that do not exist yet, in two processes if there are two cores."
+    "Generate those shards that do not exist yet, on all cores."
     from pyarrow.parquet import read_schema
     files = [folder/f"shard_{k:05d}.parquet" for k in numbers]
     bounds = [(_WORLD_SHARD * k, _WORLD_SHARD * (k + 1)) for k in numbers]
     jobs = [(f, seed, *bound) for f, bound in zip(files, bounds) if not f.exists()]
-    if len(jobs) > 1 and n_cores() > 1:
-        with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            list(pool.map(_write_world_shard, *zip(*jobs)))
-        # this helper of the pool ignores signals, and a notebook's kernel would wait for it, half a
-        # minute, when it shuts down
-        resource_tracker._resource_tracker._stop()
-    else:
-        for job in jobs: _write_world_shard(*job)
+    if jobs: in_processes(_write_world_shard, *zip(*jobs))
     return sum(int(read_schema(f).metadata[b"characters"]) for f in files)
 
 # %% ../../nbs/core/08_dataset.ipynb #f9f4d7c4

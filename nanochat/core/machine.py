@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'has_bf16', 'pick_dtype', 'distributed', 'barrier', 'group_rank_and_world', 'gather', 'on_every_rank',
-           'host_copy', 'derive_seed', 'seed_everything', 'cpu_name', 'n_cores', 'peak_memory', 'environment']
+           'host_copy', 'derive_seed', 'seed_everything', 'cpu_name', 'n_cores', 'in_processes', 'peak_memory',
+           'environment']
 
 # %% ../../nbs/core/01_machine.ipynb #c0de0012
 import hashlib
@@ -93,7 +94,7 @@ def distributed(device): # torch.device of this process
         return
     cuda = device.type == "cuda"
     if cuda: torch.cuda.set_device(device)
-    else: # divide the cores among this machine's processes
+    elif "OMP_NUM_THREADS" not in os.environ: # divide the cores among this machine's processes
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
     how = {"backend": "nccl", "device_id": device} if cuda else {"backend": "gloo"}
@@ -176,6 +177,24 @@ def cpu_name() -> str:
 def n_cores() -> int:
     "Return the number of cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+# %% ../../nbs/core/01_machine.ipynb #5f1c7a20
+def in_processes(function, *columns: list) -> list:
+    """Call a function with the first value of each column, then with the second, and so on.
+
+    Returns the results in order. Several cores share the calls, each in a process of its own. The
+    function must be importable, and all values are copied by pickle."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import current_process, get_context, resource_tracker
+    n = min(n_cores(), len(columns[0]))
+    if n < 2 or current_process().daemon: # such a process may not start others
+        return list(map(function, *columns))
+    with ProcessPoolExecutor(n, get_context("spawn")) as pool:
+        results = list(pool.map(function, *columns))
+    # this helper of the pool ignores signals, and a notebook's kernel would wait for it, half a
+    # minute, when it shuts down
+    resource_tracker._resource_tracker._stop()
+    return results
 
 # %% ../../nbs/core/01_machine.ipynb #b2ae78ca
 def peak_memory(

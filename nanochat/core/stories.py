@@ -466,8 +466,9 @@ def story(
     draw: Draw,
     about=None, # a resident, or words such as "Olga and a dog", "the bridge"; None: anything
 ) -> str:
-    "Write a story about two residents, in which what was asked for occurs."
+    "Write a story about two residents. It begins with what was asked for."
     about = getattr(about, "first", about) or ""
+    title = f"Here is a story about {re.sub(r'^my ', 'your ', about)}. " if about else ""
     named, about = _split_residents(about, world)
     kind, words = _understood(about) if about else ("", "")
     animal = words.split()[-1] if kind == "pet" else ""
@@ -475,7 +476,8 @@ def story(
     if animal and named and named[0].pet != animal: kind, words = "subject", about
     people = _choose_people(world, named, animal, draw)
     plot = _choose_plot(kind, words, people, draw)
-    return expand(plot, _slots(world, people, kind, words, draw), draw)
+    text = expand(plot, _slots(world, people, kind, words, draw), draw)
+    return title + (re.sub(r"^This is a story about [^.]*[.] ", "", text) if title else text)
 
 # %% ../../nbs/core/04b_stories.ipynb #821b779e
 SUBJECTS = [

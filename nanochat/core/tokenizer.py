@@ -124,7 +124,13 @@ class Tokenizer:
                             f"{' '.join(SPECIAL_TOKENS)}.")
         return self._special[name]
 
+    def __reduce__(self): return _from_json, (self.bpe.to_json(),) # for pickle
+
     def __repr__(self): return f"Tokenizer(vocab_size={self.vocab_size}, hash={self.hash[:12]})"
+
+def _from_json(data: str) -> Tokenizer:
+    "Make a tokenizer of its file's contents."
+    return Tokenizer(RustBPE.from_json(data.encode()))
 
 # %% ../../nbs/core/03_tokenizer.ipynb #30369ac8
 def _not_unicode(e: UnicodeEncodeError) -> UserError:

@@ -386,13 +386,6 @@ def _kind_of(
             if noun in nouns: return kind, bare
     return "any", re.sub(r"\bmy\b", "your", about)
 
-# %% ../../nbs/core/04c_verses.ipynb #22ff3bf0
-def _subjects() -> list[str]:
-    "Return subjects that a poem may have if nobody asks for one."
-    nouns = [*PETS, *THINGS]
-    return [*_KINDS["topic"], *COLOURS, *map(article, nouns), *(f"the {place}"
-    for place in PLACES)]
-
 # %% ../../nbs/core/04c_verses.ipynb #5b909046
 def _first_couplets(
     world, # with `residents`
@@ -415,7 +408,7 @@ def poem(
     couplets: int = 2, # 1 or 2
 ) -> str: # two or four lines
     "Write a poem in rhyming couplets, whose first line names the subject."
-    if not about: about = draw.pick([person.first for person in world.residents] + _subjects())
+    if not about: about = draw.pick(list(_KINDS["topic"]))
     first = draw.pick(_first_couplets(world, about))
     if couplets == 1: return first
     # another rhyme, so that no end word occurs twice
@@ -433,7 +426,7 @@ def _end_word(text: str) -> str:
 @cache
 def _verse_words() -> frozenset[str]:
     "Return every word that a poem or haiku can contain, except words of the request."
-    tables = [_ANY, _SECOND, _PERSON, _HAIKU_FIRST, _HAIKU_MIDDLE, _HAIKU_END]
+    tables = [_ANY, _SECOND, _PERSON, _HAIKU_OPEN, _HAIKU_FIRST, _HAIKU_MIDDLE, _HAIKU_END]
     tables += [_KINDS[kind] for kind in ("pet", "place", "thing", "colour")]
     tables += _KINDS["topic"].values()
     names = {name.lower() for name in SHE + HE}
@@ -473,6 +466,11 @@ def poem_faults(
     return faults + _broken_words(text, about)
 
 # %% ../../nbs/core/04c_verses.ipynb #1ec6276a
+_HAIKU_OPEN = compile_templates([ # first lines of a haiku without a subject
+    "grey clouds on the hill", "snow falls on the roof", "a boat on the lake",
+    "rain taps at the door", "late light on the wall", "the market is closed",
+    "leaves under my feet", "the kettle is warm", "a kite in the sky", "dew on the green grass",
+    "steam over my cup", "the last bus is gone", "frost on the window"])
 _HAIKU_FIRST = compile_templates([
     "{x}", "look, {x}", "oh, {x}", "I see {x}", "look at {x}", "I think of {x}", "I dream of {x}",
     "the name of {x}", "a poem for {x}", "today I see {x}", "now I think of {x}"])
@@ -510,7 +508,7 @@ def haiku(
 ) -> str: # three lines
     "Write a haiku."
     firsts = _haiku_first(about) if about else []
-    while not firsts: firsts = _haiku_first(draw.pick(_subjects()))
+    if not firsts: firsts = [capital(text) for text, in _HAIKU_OPEN]
     middle, end = expand_one(_HAIKU_MIDDLE, {}, draw), expand_one(_HAIKU_END, {}, draw)
     return f"{draw.pick(firsts)},\n{middle},\n{end}."
 

@@ -231,20 +231,20 @@ NAMES = [*SHE, *HE, *FAMILIES, *ATTRIBUTES["petname"], *OUTSIDERS]
 
 # %% ../../nbs/core/04a_words.ipynb #59d4d821
 def _inflected(draw: Draw) -> str:
-    "Add an ending to a word that does not end in e or y."
-    while True:
-        word = draw.pick(draw.pick((WORDS, COMMON_WORDS)))
-        if word[-1] not in "eysxz" and len(word) < 12: break
+    "Add an ending to a word, whether English has this form or not: kitchens, Fridayship."
+    while len(word := draw.pick(draw.pick((WORDS, COMMON_WORDS, COMMON_WORDS)))) > 11: pass
+    if word[-1] in "ey": return word + draw.pick(["s", "less", "ful", "ship", "like", "man"])
     return word + draw.pick(["s", "s", "s", "ed", "ing", "er", "ly", "ness"])
 
 # %% ../../nbs/core/04a_words.ipynb #991ee92e
 _SOURCES = { # where a word comes from: its probability
-    "town": 0.42, "common": 0.27, "form": 0.05, "pieced": 0.09, "odd": 0.06, "made up": 0.04,
+    "town": 0.24, "common": 0.28, "form": 0.22, "pieced": 0.09, "odd": 0.06, "made up": 0.04,
     "name": 0.07}
 
 def any_word(draw: Draw) -> str:
     "Return a word to spell: one of the town's, a common one, an invented one or a name."
     word = _from_source(draw)
+    if word[0].isupper(): return word.lower() if draw.chance(0.2) else word
     # small words begin sentences, so their tokens have capitals
     return word.capitalize() if draw.chance(0.3 if word in _SMALL else 0.06) else word
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from nanochat.core.files import (
     Stopped, UserError, atomic_write, file_lock, names_in, project_root, rank_and_world,
     read_json, say)
+from ..core.machine import n_cores, pick_device
 from ..core.run import STAGES, TRAINED, Run, in_words, progress_bar, runs_dir
 
 # %% ../../nbs/lab/55_stages.ipynb #23034d39
@@ -153,7 +154,6 @@ def compute_stage(
 def _rows_meanwhile(run: Run): # -> a context manager for the stage "base"
     "Make the rows of mid-training and SFT during pretraining, if a GPU trains."
     if run.config["hardware"]["device"] == "cpu": return nullcontext() # before torch is imported
-    from nanochat.core.machine import pick_device
     from nanochat.post.finetune import BEFORE, rows_in_background
     order = list(STAGES)
     stages = order[:order.index(run.config["dial"]["until"]) + 1]
@@ -438,8 +438,10 @@ def launch(
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={nproc}", "--max-restarts=3",
         "-m", "--", "nanochat", *(command or ("stage", stage)), "--run", run.name]
-    parent = {"NANOCHAT_PARENT": str(os.getpid())}
-    env = os.environ | LAUNCHER_ENV | parent | (env or {})
+    parent, threads = {"NANOCHAT_PARENT": str(os.getpid())}, {}
+    if run.config["hardware"]["device"] == "cpu": # else the launcher gives each process one thread
+        threads["OMP_NUM_THREADS"] = str(max(1, n_cores() // nproc))
+    env = threads | os.environ | LAUNCHER_ENV | parent | (env or {})
     follower = _Follower(run, stage)
     count = "1 process; its" if nproc == 1 else f"{nproc} processes; their"
     say(f"{stage}: starting {count} output is in {stage}/ranks.log of the run.")

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.files import UserError
 from .shape import (
     check_shape, count_params, layer_windows, padded_vocab)
-from .attention import KVCache, RowCache, attention, delayed
+from .attention import KVCache, RowCache, attention
 from .loss import head_loss
 from .precision import apply_linears, int8_linear, quantize_int8
 
@@ -380,14 +380,31 @@ def new_rows(
     return RowCache(windows, n_rows, c.n_kv_head, max_len, c.head_dim, c.n_previous,
                     weight.device, weight.dtype, static)
 
+# %% ../../nbs/model/14_gpt.ipynb #b8770852
+def _delayed(
+    x: torch.Tensor, # (B, T, channels)
+    kv_cache: KVCache | None = None, # the rows that x continues; None: x begins its rows
+    at: int = 0, # the first of its columns in the cache's `previous`
+    valid: torch.Tensor | None = None, # (B,) with a cache: how many of the T tokens are real
+) -> torch.Tensor: # the same shape
+    """Shift by one token. The first token of a row has none before it, so it gets zeros.
+
+    A cache keeps the last real token for the next pass."""
+    if kv_cache is None: return torch.cat([x.new_zeros(len(x), 1, x.size(2)), x[:, :-1]], 1)
+    kept = kv_cache.previous[:len(x), at:at + x.size(2)]
+    longer = torch.cat([kept[:, None].to(x.dtype), x], 1) # (B, T + 1, channels)
+    if valid is None: last = x[:, -1]
+    else: last = longer[torch.arange(len(x), device=x.device), valid]
+    kept.copy_(last.detach())
+    return longer[:, :-1]
+
 # %% ../../nbs/model/14_gpt.ipynb #3365e420
 @patch
 def _smear(self: GPT, x, kv_cache, valid):
     "Add to each token's embedding a gated share of the previous token's."
     gate = torch.sigmoid(self.smear_gate(x[..., :self.smear_gate.in_features])) # (B, T, 1)
     gate = self.smear_lambda.to(x.dtype) * gate
-    before = delayed(x) if kv_cache is None else kv_cache.delay(0, x, valid)
-    return torch.addcmul(x, gate, before)
+    return torch.addcmul(x, gate, _delayed(x, kv_cache, valid=valid))
 
 # %% ../../nbs/model/14_gpt.ipynb #5cad0453
 @patch
@@ -479,7 +496,7 @@ def _offset_attention(
 
 def _attend_with_offset(q, k, v, **options):
     "Attention with the key offset in training."
-    return _offset_attention(attention, delayed, q, k, v, **options)
+    return _offset_attention(attention, _delayed, q, k, v, **options)
 
 # %% ../../nbs/model/14_gpt.ipynb #950720be
 @patch
@@ -490,7 +507,8 @@ def _attend(self: GPT, i, kv_cache, valid) -> Callable:
     attend = partial(kv_cache.attend, i)
     if not c.key_offset: return attend
     at = c.smear * c.n_embd + i * c.kv_channels # the layer's columns in what the cache keeps
-    return partial(_offset_attention, attend, partial(kv_cache.delay, at, valid=valid))
+    delay = partial(_delayed, kv_cache=kv_cache, at=at, valid=valid)
+    return partial(_offset_attention, attend, delay)
 
 # %% ../../nbs/model/14_gpt.ipynb #c0a10008
 @patch

@@ -182,7 +182,7 @@ def _old(self: SmallTalk, draw):
 def _told(self: SmallTalk, draw):
     while True:
         said, reply = told_exchange(self.world, draw)
-        if _talk_part(said) == "train": return [user(said), assistant(reply)]
+        if _talk_part(said) == "train": return [user(said), reply]
 
 # %% ../../nbs/post/32a_conversation.ipynb #b2c1af49
 @patch

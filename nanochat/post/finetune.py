@@ -24,16 +24,18 @@ import torch
 
 # %% ../../nbs/post/37_finetune.ipynb #a9e9fb50
 from ..core.files import UserError, atomic_write, file_lock, rank_and_world, say, sha256_json
-from ..core.machine import derive_seed, distributed, pick_device, pick_dtype, seed_everything
+from ..core.machine import (
+    derive_seed, distributed, in_processes, pick_device, pick_dtype, seed_everything)
 from ..core.run import Run
 from ..core.tokenizer import Tokenizer, chat_pieces
 from ..core.dataloader import Shards, pack_rows, prepare_tokens
 from ..model.optim import lr_multiplier
 from ..train.checkpoint import load_model
 from ..train.loop import bits_per_byte, train
+from ..train.settings import TASK_SIZE
 from ..train.pretrain import grad_accum_steps, loop_settings, optimizer_for, prepare_model
 from .public import TASKS
-from .mixture import card_of, open_mixture, take
+from .mixture import card_of, open_mixture, read_weights, take
 from .chat_eval import evaluate_stage
 
 # %% ../../nbs/post/37_finetune.ipynb #4f5113cd
@@ -264,6 +266,24 @@ def replayed_documents(
     return Rendered("documents", n, ids, ids != shards.bos_id, starts, lengths, lengths < full)
 
 # %% ../../nbs/post/37_finetune.ipynb #ebb66e1f
+_FEW = 20_000 # conversations that are rendered before other processes have started
+
+def _fit_task(
+    name: str, # of a task in the mixture
+    config: dict, # the run's
+    stage: str,
+    tokenizer: Tokenizer,
+    capacity: int, # tokens in a row: T + 1
+) -> tuple[Rendered, Rendered]: # for training, and held out
+    "Render the conversations of one task."
+    def fit(some, asked): return fit_conversations(name, some, asked, tokenizer, capacity)
+    mixture = {name: config[stage]["mixture"][name]}
+    entry, = open_mixture(mixture, config["seed"], card_of(config))
+    train = fit(take(entry), entry.asked)
+    # what a user told before must not contradict a conversation about what was told
+    train = replace(train, follows=name in TASKS and name != "memory")
+    return train, fit(take(entry, held_out=True), entry.asked_held_out)
+
 def _fit_mixture(
     run: Run,
     stage: str,
@@ -271,17 +291,16 @@ def _fit_mixture(
     capacity: int, # tokens in a row: T + 1
 ) -> dict[str, list[Rendered]]: # "train" and "test"
     "Render a stage's conversations for training, with its replayed documents, and those held out."
-    section, fitted = run.config[stage], {"train": [], "test": []}
-    def fit(name, some, asked): return fit_conversations(name, some, asked, tokenizer, capacity)
-    for entry in open_mixture(section["mixture"], run.seed, card_of(run.config)):
-        train = fit(entry.name, take(entry), entry.asked)
-        # what a user told before must not contradict a conversation about what was told
-        fitted["train"].append(replace(train, follows=entry.name in TASKS and entry.name != "memory"))
-        fitted["test"].append(fit(entry.name, take(entry, held_out=True), entry.asked_held_out))
+    section = run.config[stage]
+    weights = read_weights(section["mixture"])
+    jobs = [(name, run.config, stage, tokenizer, capacity) for name in weights]
+    many = sum(weight.count(TASK_SIZE) for weight in weights.values()) > _FEW
+    fitted = (in_processes if many else map)(_fit_task, *zip(*jobs))
+    train, test = map(list, zip(*fitted))
     if replay := section.get("replay", 0):
         shards = Shards(prepare_tokens(run), "train", tokenizer.hash)
-        fitted["train"].append(replayed_documents(shards, replay, capacity))
-    return fitted
+        train.append(replayed_documents(shards, replay, capacity))
+    return {"train": train, "test": test}
 
 # %% ../../nbs/post/37_finetune.ipynb #6e85c117
 def _load_rows(folder: Path, key: str) -> dict[str, PackedConversations] | None:

@@ -99,12 +99,12 @@ _TEXTS |= {
         "What is the {unit} after {t}?",
         "What {unit} is next after {t}?", "After {t} comes [which|what] {unit}?",
         "{t} is over. [What|Which {unit}] comes next?"],
-        "{u} comes after {t}."),
+        "After {t} comes {u}."),
     "before": ([
         "[What|Which] {unit} [comes|is] before {t}?", "What comes before {t}?",
         "What is the {unit} before {t}?",
         "Before {t} comes [which|what] {unit}?", "What {unit} was it before {t}?"],
-        "{u} comes before {t}."),
+        "Before {t} comes {u}."),
     "number": ([
         "[What|Which] number is the month {month}?", "Which month [of the year |]is {month}?",
         "What is the number of {month}?", "{month} is which month of the year?"],
@@ -205,13 +205,14 @@ _TEXTS |= {
         "Is it true that {right} is {a_sort2}?"],
         "No, {right} is {a_sort}.")}
 _NEW = { # kind: answer
-    "tomorrow": "{u} comes after {t}.", "yesterday": "{u} comes before {t}.",
-    "two after": "{u} comes two {unit}s after {t}.", "between": "{u} comes between {t} and {u2}.",
+    "tomorrow": "After {t} comes {u}.", "yesterday": "Before {t} comes {u}.",
+    "two after": "Two {unit}s after {t} comes {u}.",
+    "between": "Between {t} and {u2} comes {u}.",
     "first": "The first {unit} is {first}.", "last": "The last {unit} is {last}.",
     "season": "{month} is in {season}.", "month days": "{month} has {days} days.",
     "weekend": "The weekend is Saturday and Sunday.", "young": "A young {adult} is a {young}.",
-    "rhyme": "{w2} rhymes with {w}.", "parity": "{x} is an {parity} number.",
-    "next number": "{y} comes after {x}.", "number before": "{y} comes before {x}.",
+    "rhyme": "{w} rhymes with {w2}.", "parity": "{x} is an {parity} number.",
+    "next number": "After {x} comes {y}.", "number before": "Before {x} comes {y}.",
     "count": "{all}.", "backwards": "{all}.", "size": "The bigger one is the {bigger}.",
     "smaller": "The smaller one is the {lesser}."}
 _ASK = phrases("general")["ask"]
@@ -279,7 +280,7 @@ class General(Task):
         question = messages[0]["content"]
         said = messages[1]["content"]
         return re.findall(r"(?:opposite|contrary) of (\w+)", question + said) + re.findall(
-            r"rhymes with (\w+)", said)
+            r"(\w+) rhymes with", said)
 
     def evaluate(self, conversation, completion):
         "Return whether an answer has all the words and numbers that the question has not."

@@ -531,6 +531,7 @@ def _before(self: Memory, draw):
     while True:
         turn = draw.pick((self.facts, self.talk)).messages(0, draw)[:2]
         said, reply = (m["content"] for m in turn)
+        if not isinstance(reply, str): continue # it calls the tool
         if draw.chance(0.4):
             _, _, told, reply = self._tell(draw)
             said = sentence(told)

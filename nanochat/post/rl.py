@@ -27,7 +27,7 @@ from ..core.machine import (
 from ..core.run import Metrics, Run
 from ..core.tokenizer import StreamDecoder, Tokenizer
 from ..model.gpt import GPT
-from ..model.engine import Completion, Engine, Sampling
+from ..model.engine import Completion, Engine, Sampling, longest_prompt
 from ..train.checkpoint import load_model
 from ..train.loop import Loop, LoopSettings, all_reduce_sum, autocast
 from ..train.pretrain import (
@@ -219,8 +219,7 @@ def rollout(
     "Sample several answers to each problem in this rank's share of a step, and score them."
     s, (rank, world_size) = settings, group_rank_and_world()
     mine = range(rank, s.prompts_per_step, world_size)
-    # the answer may take up to half of the context
-    longest = engine.context - min(s.sampling.max_new_tokens, engine.context // 2)
+    longest = longest_prompt(engine.context, s.sampling.max_new_tokens)
     def draw(j): return _problem(tasks, s, step, j, engine.tokenizer, longest)
     problems = on_every_rank(lambda: [draw(j) for j in mine])
 

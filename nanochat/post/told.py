@@ -13,8 +13,9 @@ from ..core.grammar import (
     ATTRIBUTES, COLOURS, DAYS, GOODS, HE, JOBS, PETS, PLACES, PLURALS, SHE, THINGS, Draw,
     article, capital, compile_template, compile_templates, expand, expand_one, made_up)
 from ..core.world import World
+from ..model.sandbox import calculator
 from .phrases import after_remark, broad, phrases
-from .tasks import visible_text
+from .tasks import assistant, visible_text, with_tool
 from .wordings import WORLD_NAMES
 
 # %% ../../nbs/post/31d_told.ipynb #ff71ba98
@@ -209,94 +210,109 @@ def _facts(world: World, draw: Draw) -> tuple[str, str, str]: # told, question, 
 
 # %% ../../nbs/post/31d_told.ipynb #1591ef04
 _COMPARE = _WIDE["compare"]
+_KIN = "mother father sister brother daughter son aunt uncle cousin neighbour friend".split()
+_MORE_KIN = "wife husband grandmother grandfather mum dad boss teacher nephew niece".split()
+
+def _rivals(world: World, n: int, things: bool, draw: Draw) -> list[str]:
+    "Return people, or animals and things, who can be compared."
+    kind = draw.weighted({"known": 0.7, "my": 0.2, "other": 0.1})
+    if not things and kind == "known": return any_names(known_names(world), n, draw)
+    if things: nouns = THINGS if kind == "known" else _WORDS["thing"]
+    else: nouns = [*_KIN, *_MORE_KIN] if kind == "my" else list(PETS)
+    mine = "my" if kind == "my" or draw.chance(0.2) else "the"
+    if things and draw.chance(0.15): # the red cup and the blue cup
+        noun = draw.pick(nouns)
+        return [f"{mine} {colour} {noun}" for colour in draw.sample(COLOURS, n)]
+    return [f"{mine} {noun}" for noun in draw.sample(nouns, n)]
+
+def _yours(name: str) -> str:
+    "Return what the answer calls somebody or something: my sister is your sister."
+    return re.sub("^my ", "your ", name)
+
+# %% ../../nbs/post/31d_told.ipynb #06f6e5e3
 # (more, less) of something, between people and between things
 _DEGREES, _THING_DEGREES = _words(_COMPARE["degrees"]), _words(_COMPARE["thing degrees"])
-_TELL_MORE, _ASK_MORE, _ASK_MOST = (broad(_COMPARE[key]) for key in ("tells", "ask", "most"))
+_DOES = _words(_COMPARE["does"]) # verb:more:less
+_TELL_MORE, _ASK_MORE, _ASK_MOST, _TELL_DOES, _ASK_DOES = (
+    broad(_COMPARE[key]) for key in ("tells", "ask", "most", "tells does", "ask does"))
 
 def _compare(world: World, draw: Draw) -> tuple[str, str, str]: # told, question, answer
-    "Compare people or things by an adjective."
-    things = draw.chance(0.3)
-    degrees = draw.pick(_THING_DEGREES if things else _DEGREES).split(":")
+    "Compare people or things by an adjective, or by how they do something."
+    things, does = draw.chance(0.3), draw.chance(0.25)
+    if does: things = False
+    degrees = draw.pick(_DOES if does else _THING_DEGREES if things else _DEGREES).split(":")
+    degrees = [word.replace("_", " ") for word in degrees]
+    verb = degrees.pop(0) if does else ""
     if draw.chance(0.3): degrees.reverse()
     more, less = degrees
-    n = draw.weighted({2: 0.7, 3: 0.3})
-    if things: names = ["the " + thing for thing in draw.sample(THINGS, n)]
-    else: names = any_names(known_names(world), n, draw)
+    n = 2 if does else draw.weighted({2: 0.8, 3: 0.2})
+    names = _rivals(world, n, things, draw)
     first, last = names[0], names[-1]
-    def tell(a, b):
-        return expand_one(_TELL_MORE, {"a": a, "b": b, "more": more, "less": less}, draw)
-    told = [tell(a, b) for a, b in zip(names, names[1:])]
+    slots = {"more": more, "less": less, "verb": verb}
+    told = [expand_one(_TELL_DOES if does else _TELL_MORE, slots | {"a": a, "b": b}, draw)
+            for a, b in zip(names, names[1:])]
     w, right = draw.pick([(more, first), (less, last)])
-    slots = {"kind": "which" if things else "who"}
+    slots |= {"kind": "which" if things else "who"}
     slots |= dict(zip(("one", "two"), draw.sample([first, last], 2)))
-    if n == 2 and draw.chance(0.15):
+    if n == 2 and not does and draw.chance(0.15):
         asked, answer = draw.pick([
-            (f"is {first} {more} than {last}", f"yes, {first} is {more}"),
-            (f"is {last} {more} than {first}", f"no, {first} is {more}")])
+            (f"is {first} {more} than {last}", f"yes, {_yours(first)} is {more}"),
+            (f"is {last} {more} than {first}", f"no, {_yours(first)} is {more}")])
         return _joined(told, draw), sentence(asked, ""), sentence(answer)
     if n == 3: w = w.removesuffix("er") + "est" # the most and the least
-    asked = expand_one(_ASK_MOST if n == 3 else _ASK_MORE, slots | {"w": w}, draw)
-    return _joined(told, draw), sentence(asked, ""), f"The {w} one is {right}."
+    asks = _ASK_MOST if n == 3 else _ASK_DOES if does and draw.chance(0.5) else _ASK_MORE
+    asked = expand_one(asks, slots | {"w": w}, draw)
+    return _joined(told, draw), sentence(asked, ""), f"The {w} one is {_yours(right)}."
 
 # %% ../../nbs/post/31d_told.ipynb #fdaa781e
-_AMOUNTS = { # what two people have a number of: (sentence, [(question, answer)]); {m} has more
-    "goods": ("{n} [has|bought|needs] {k} {goods}", [
-        ("Who has [more|the most] {goods}", "The one with more is {m}."),
-        ("Who has [fewer|less|the fewest] {goods}", "The one with fewer is {l}."),
-        ("[Which of them|Which one] has more[| {goods}]", "The one with more is {m}.")]),
-    "age": ("{n} is {k}[| years old]", [
-        ("Who is [older|the older one]", "The older one is {m}."),
-        ("Who is the oldest", "The oldest one is {m}."),
-        ("Who is [younger|the younger one]", "The younger one is {l}."),
-        ("Who is the youngest", "The youngest one is {l}."),
-        ("Which of them is older", "The older one is {m}.")]),
-    "height": ("{n} is {cm} cm tall", [
-        ("Who is [taller|the taller one]", "The taller one is {m}."),
-        ("Who is the tallest", "The tallest one is {m}."),
-        ("Who is [shorter|the shorter one]", "The shorter one is {l}."),
-        ("Who is the shortest", "The shortest one is {l}.")]),
-    "weight": ("{n} weighs {cm} kilos", [
-        ("Who is [heavier|the heavier one]", "The heavier one is {m}."),
-        ("Who is [lighter|the lighter one]", "The lighter one is {l}.")]),
-    "price": ("the {good} costs {k} coins", [
-        ("[What|Which|Which one] [costs more|is more expensive]", "The {m} costs more."),
-        ("[What|Which|Which one] [costs less|is cheaper]", "The {l} costs less.")]),
-    "length": ("the {thing} is {k} cm long", [
-        ("[What|Which|Which one] is [longer|the longer one]", "The {m} is longer."),
-        ("[What|Which|Which one] is [shorter|the shorter one]", "The {l} is shorter.")])}
-_NAMED = {"price": "good", "length": "thing"} # the slot that an answer names
-_AMOUNTS = {kind: (compile_template(tell), [tuple(compile_templates(pair)) for pair in pairs])
-            for kind, (tell, pairs) in _AMOUNTS.items()}
+_AMOUNTS = { # what two have a number of → tables of templates
+    kind: table | {key: broad(table[key]) for key in ("tells", "also", "more", "less")}
+    for kind, table in _WIDE["amounts"].items()}
+
+def _more_of_two(
+    x: int,
+    y: int,
+    wanted: int, # 1: the greater number, -1: the smaller one
+    names: list[str], # of what has these numbers; or empty
+) -> dict: # an assistant's message
+    "Compare two different numbers with the calculator, whose result has a sign or not."
+    call = f"{x}-{y}"
+    k = 0 if (x > y) == (wanted > 0) else 1
+    this, that = ((x, y), (y, x))[k]
+    says = f"{this} is {'more' if wanted > 0 else 'less'} than {that}"
+    ends = f", so it is {_yours(names[k])}." if names else "."
+    return with_tool(call, calculator(call), says + ends)
 
 # %% ../../nbs/post/31d_told.ipynb #6da23a62
-def _amounts(world: World, draw: Draw) -> tuple[str, str, str]: # told, question, answer
-    "Compare two numbers, of which one is clearly greater."
-    kind = draw.pick(list(_AMOUNTS))
-    tell, pairs = _AMOUNTS[kind]
-    a, b = _told_slots(any_names(known_names(world), 2, draw), draw)
-    a["k"], b["k"] = str(draw.number(2, 12)), str(draw.number(14, 60))
-    for slots in (a, b): slots["cm"] = str(100 + int(slots["k"]))
-    b["goods"] = a["goods"]
-    people = draw.sample([a, b], 2)
-    told = [expand(tell, slots, draw) for slots in people]
-    name = _NAMED.get(kind, "n")
-    question, answer = draw.pick(pairs)
-    slots = a | {"m": b[name], "l": a[name]}
-    return _joined(told, draw), expand(question, slots, draw), expand(answer, slots, draw)
+def _amounts(world: World, draw: Draw) -> tuple[str, str, dict]: # told, question, answer
+    "Ask who of two has more, is older, or came later."
+    table = _AMOUNTS[draw.pick(list(_AMOUNTS))]
+    names = _rivals(world, 2, table["of"][0] == "things", draw)
+    low, high = map(int, table["range"][0].split())
+    numbers = draw.sample(range(low, high + 1), 2)
+    unit = draw.pick(_words(table["units"]))
+    tells = [table["tells"], table["also"] if draw.chance(0.4) else table["tells"]]
+    told = [expand_one(tell, {"n": name, "k": str(k), "unit": unit}, draw)
+            for tell, name, k in zip(tells, names, numbers)]
+    wanted = draw.pick((1, -1))
+    slots = {"unit": unit, "one": names[0], "two": names[1]}
+    if draw.chance(0.5): slots |= {"one": names[1], "two": names[0]}
+    question = expand_one(table["more" if wanted > 0 else "less"], slots, draw)
+    return _joined(told, draw), sentence(question, ""), _more_of_two(*numbers, wanted, names)
 
 # %% ../../nbs/post/31d_told.ipynb #c3e6f9a4
-_BIGGER = {"bigger": "[bigger|larger|greater|higher]", "smaller": "[smaller|lower]"}
-_ASK_BIGGER = {word: compile_templates([
+_BIGGER = {1: "[bigger|larger|greater|higher|more]", -1: "[smaller|lower|less]"}
+_ASK_BIGGER = {wanted: compile_templates([
     f"[Which|What] [|number ]is {asked}, {{x}} or {{y}}", f"Is {{x}} or {{y}} {asked}",
     f"[Which|What] is the {asked} number, {{x}} or {{y}}",
-    f"{{x}} or {{y}}: which [one |number |]is {asked}"]) for word, asked in _BIGGER.items()}
+    f"{{x}} or {{y}}: which [one |number |]is {asked}"]) for wanted, asked in _BIGGER.items()}
 
-def _numbers(world: World, draw: Draw) -> tuple[str, str, str]: # nothing told, question, answer
+def _numbers(world: World, draw: Draw) -> tuple[str, str, dict]: # nothing told, question, answer
     "Ask which of two numbers is bigger."
     x, y = draw.sample(range(1, draw.pick((10, 100, 1000))), 2)
-    word, right = draw.pick([("bigger", max(x, y)), ("smaller", min(x, y))])
-    question = expand(draw.pick(_ASK_BIGGER[word]), {"x": str(x), "y": str(y)}, draw)
-    return "", question, f"{right} is {word}."
+    wanted = draw.pick((1, -1))
+    question = expand(draw.pick(_ASK_BIGGER[wanted]), {"x": str(x), "y": str(y)}, draw)
+    return "", question, _more_of_two(x, y, wanted, [])
 
 # %% ../../nbs/post/31d_told.ipynb #49413c5c
 _EVENTS = [ # (told, [(question, answer), ...])
@@ -338,7 +354,6 @@ _EVENTS = [(compile_template(told), [tuple(compile_templates(pair)) for pair in 
            for told, pairs in _EVENTS]
 
 # %% ../../nbs/post/31d_told.ipynb #9fd27e90
-_KIN = "mother father sister brother daughter son aunt uncle cousin neighbour friend".split()
 _DEEDS = ("visited:visit helped:help called:call thanked:thank painted:paint followed:follow "
           "asked:ask kissed:kiss watched:watch invited:invite phoned:phone greeted:greet").split()
 
@@ -363,14 +378,15 @@ def _lower(text: str) -> str:
     return text[0].lower() + text[1:] if first in [*_QUESTION_WORDS, "The", "There", "In"] else text
 
 _KINDS = { # function: its share
-    _facts: 0.5, _compare: 0.18, _amounts: 0.14, _event: 0.13, _numbers: 0.05}
+    _facts: 0.45, _compare: 0.2, _amounts: 0.18, _event: 0.12, _numbers: 0.05}
 
 def told_exchange(
     world: World, # whose residents are some of the people
     draw: Draw, # makes the choices
-) -> tuple[str, str]: # a message and the answer
+) -> tuple[str, dict]: # what the user says, and the assistant's message
     "Return a message that tells something and asks for a part of it, and the answer."
     told, question, answer = draw.weighted(_KINDS)(world, draw)
+    if isinstance(answer, str): answer = assistant(answer)
     asked = expand_one(_ASK_FRAMES, {"q": question, "l": _lower(question)}, draw)
     if not told: return asked, answer
     if draw.chance(0.15): return f"{question}? {told}", answer

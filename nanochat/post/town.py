@@ -158,7 +158,8 @@ class TownChoice(Facts):
         return [user(asked), assistant(f"{right}={letter}")]
 
     def keep(self, messages): # the options stay as they are
-        return [re.search(r"(\n| \(?A(?:[.:)]| [-=] )).*", messages[0]["content"], re.DOTALL)[0]]
+        options = r"(\n| \(?[Aa][.:)]| A(?: [-=])? ).*"
+        return [re.search(options, messages[0]["content"], re.DOTALL)[0]]
 
     def is_right(self, reference, completion):
         def letters(text): return re.findall(r"\b[A-D]\b", closing_text(text))
@@ -173,6 +174,7 @@ _WANTED = """
     Which option is correct?|What is the correct answer?|Choose wisely!|Multiple choice.
     """
 _WANTED = [text.strip() for text in _WANTED.split("|")]
+_MARKS = ("{})", "{})", "{}.", "{}:", "({})", "{}", "{} -", "{} =")
 
 def _lay_out(
     question: str,
@@ -182,11 +184,13 @@ def _lay_out(
     "Write options as people do."
     wanted = draw.pick(_WANTED)
     if wanted == "A, B, C or D?": wanted = "Which one?" if len(options) < 4 else wanted
-    if draw.chance(0.45): # as in the test
+    if draw.chance(0.25): # as in the test
         return "\n".join([question, *option_lines(options), wanted]).strip(), True
-    mark = draw.pick(("{})", "{})", "{}.", "{}:", "({})", "{} -", "{} ="))
-    joint = draw.pick(("\n", "\n", ", ", " ", "; ", " / ", " or ", ", or "))
-    items = [f"{mark.format(letter)} {option}" for letter, option in zip("ABCD", options)]
+    small = draw.chance(0.3)
+    mark = draw.pick(("{})", "{})", "{}.", "{}:", "({})") if small else _MARKS)
+    joint = draw.pick(("\n", "\n", ", ", " ", " ", "; ", " / ", " or ", ", or "))
+    letters = "abcd" if small else "ABCD"
+    items = [f"{mark.format(letter)} {option}" for letter, option in zip(letters, options)]
     start, end = ("\n", "\n") if joint == "\n" else (" ", draw.pick((". ", "? ", " ")))
     if question[-1].isalnum(): start = draw.pick((": ", ", ", start))
     return (question + start + joint.join(items) + end + wanted).strip(), False

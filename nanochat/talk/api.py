@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 # %% ../../nbs/talk/43_api.ipynb #70cfbaf3
 from ..core.files import UserError
-from ..model.engine import trim_conversation
+from ..model.engine import longest_prompt, trim_conversation
 from .chat import left_out_note
 
 # %% ../../nbs/talk/43_api.ipynb #3b6332b4
@@ -282,9 +282,8 @@ def chat_prompt(
         refuse("the last message is the assistant's: "
                "end the conversation with a user's message.", "invalid_value")
     requested = _answer_tokens(limits, request.max_completion_tokens or request.max_tokens)
-    # at least half of the context is for the conversation; leave out messages that do not fit
     conversation, left_out = {"messages": messages}, 0
-    longest = context - min(requested, context // 2)
+    longest = longest_prompt(context, requested)
     try: tokens = tokenizer.render_for_completion(conversation)
     except UserError as e: refuse(str(e), "invalid_value")
     if len(tokens) > longest:

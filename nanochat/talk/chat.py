@@ -25,7 +25,7 @@ from ..core.machine import derive_seed, pick_device
 from ..core.run import EXTRA_STAGES, TRAINED, Run
 from ..core.tokenizer import Tokenizer
 from ..core.dataset import FEEDBACK, read_feedback
-from ..model.engine import Engine, Sampling, trim_conversation
+from ..model.engine import Engine, Sampling, longest_prompt, trim_conversation
 from ..train.checkpoint import load_model
 
 # %% ../../nbs/talk/41_chat.ipynb #f735964b
@@ -103,10 +103,8 @@ def stream_answer(
 ) -> Iterator[Piece]:
     "Stream the answer to a conversation, after a note if older turns had to be left out."
     kinds = kinds_after(engine.tokenizer)
-    # messages are left out until half of the context is free; an answer may take all that is free
-    room = min(sampling.max_new_tokens, engine.context // 2)
-    conversation, left_out = trim_conversation(
-        engine.tokenizer, {"messages": messages}, engine.context - room)
+    longest = longest_prompt(engine.context, sampling.max_new_tokens)
+    conversation, left_out = trim_conversation(engine.tokenizer, {"messages": messages}, longest)
     if left_out: yield Piece(left_out_note(left_out), "note")
     # a token has the kind that the last special token began
     prompt, kind = engine.tokenizer.render_for_completion(conversation), "text"

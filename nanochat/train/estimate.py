@@ -193,6 +193,7 @@ _USUAL = {
     "tokenizer": 1.5e7, # characters a second on each CPU core, to train the tokenizer
     "network": 1.5e8, # bytes a second of a download
     "packing": 4e5, # tokens a second on each CPU core, to render and pack conversations
+    "generating": 1.2e5, # the same for the conversations of generated tasks
     "disk": 1e9, # bytes a second to write and hash a checkpoint
     "copy": 1e10, # bytes a second to copy a checkpoint to the host's memory
     "compile": 45.0, # seconds until torch.compile has compiled a block of each kind
@@ -251,7 +252,8 @@ def _data_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
     download = n * _COMPRESSED / _speed(hw, "network") if reads_web(c) else 0.0
     writing = n / (_speed(hw, "text") * cores) if c["data.source"] == "world" else 0.0
     tokenizer = c["tokenizer.max_characters"] / (_speed(hw, "tokenizer") * cores)
-    return {"download": download, "writing": writing, "tokenizer": tokenizer}
+    messages = c["tokenizer.conversations"] * _TASK_TOKENS / _speed(hw, "generating")
+    return {"download": download, "writing": writing, "tokenizer": tokenizer + messages}
 
 # %% ../../nbs/train/22_estimate.ipynb #2da3f97f
 def _base_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
@@ -402,6 +404,20 @@ def _exam_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
 # %% ../../nbs/train/22_estimate.ipynb #6ad80036
 _ONE_THREAD = 6e8 # characters a second that one thread reads and writes while others tokenize
 
+# %% ../../nbs/train/22_estimate.ipynb #7c0ffee1
+def _packing_seconds(
+    c: dict, # settings by full name
+    hw: Hardware,
+    stage: str, # mid or sft
+) -> float:
+    "Estimate the time to generate or read a mixture's conversations, and to pack them."
+    T, seconds = c["model.sequence_len"], 0.0
+    for task, weight in mixture_of(c, stage).items():
+        size, mean = _task_size(task, weight.split, c["model.vocab_size"])
+        speed = _speed(hw, "generating" if task in WORLD_TASKS else "packing")
+        seconds += weight.count(size) * min(mean, T) / (speed * hw.cores)
+    return seconds
+
 # %% ../../nbs/train/22_estimate.ipynb #3b56bdb3
 def _preparation(
     c: dict, # settings by full name
@@ -413,12 +429,12 @@ def _preparation(
     weights = 4 * count_params(model_fields(c))["total"] # bytes
     ranks = _speed(hw, "rank") if c["hardware.nproc"] > 1 else 0.0
     start = _speed(hw, "start") + ranks + weights / _speed(hw, "disk")
-    # tokens to pack; the first training stage is base, which packs none
-    talks = [stage_tokens(c, stage) for stage in ("mid", "sft")[:max(0, stages - 1)]]
+    # the first training stage is base, which packs no conversations
+    packing = [_packing_seconds(c, hw, stage) for stage in ("mid", "sft")[:max(0, stages - 1)]]
     tokenizing = n / min(_speed(hw, "text") * cores, _ONE_THREAD)
     return {"notebooks": 2 * _speed(hw, "start") + stages * start,
             "tokenizing": tokenizing if stages else 0.0,
-            "packing": sum(talks) / (_speed(hw, "packing") * cores)}
+            "packing": sum(packing)}
 
 # %% ../../nbs/train/22_estimate.ipynb #f7749ef6
 # `dial.until`: how many entries of `stage_parts` (without `preparation`) and how many training
