@@ -280,7 +280,7 @@ def _fit_task(
     mixture = {name: config[stage]["mixture"][name]}
     entry, = open_mixture(mixture, config["seed"], card_of(config))
     train = fit(take(entry), entry.asked)
-    # what a user told before must not contradict a conversation about what was told
+    # a fact that was told in one conversation could contradict the next
     train = replace(train, follows=name in TASKS and name != "memory")
     return train, fit(take(entry, held_out=True), entry.asked_held_out)
 
@@ -453,7 +453,9 @@ def finetune(
         peak_flops = config["hardware"].get("peak_flops") or 0.0
         def metrics(step): return run.metrics(stage, step)
         def schedule(step):
-            return {"lr_mult": lr_multiplier(step, steps, 0, 1.0, 0.0), "wd_mult": 0.0}
+            # the rate falls to 0 from the first step on
+            rate = lr_multiplier(step, steps, 0, 1.0, 0.0)
+            return {"lr_mult": rate, "wd_mult": 0.0}
         result = train(model, optimizer, loader, settings, schedule=schedule, metrics=metrics,
                        evaluate=evaluate, grad_accum=grad_accum, dtype=dtype, peak_flops=peak_flops)
         scores = evaluate_stage(run, stage, model, tokenizer, result["step"], dtype)

@@ -14,8 +14,9 @@ from ..core.grammar import (
     Draw, article, capital, compile_templates, expand, expand_one, join_words, made_up)
 from ..core.itself import compile_broad
 from ..core.world import question_and_answer
+from ..train.settings import TASK_SIZE
 from .tasks import (
-    TRAIN_SIZE, Task, assistant, closing_text, mentions, normal, part_of, user, visible_text)
+    Task, assistant, closing_text, mentions, normal, part_of, user, visible_text)
 from .phrases import everyday, phrases
 from .told import SPOTS, any_names, copied, known_names, sentence
 from .town import EXAM_WHO, Facts
@@ -370,7 +371,7 @@ def exam_messages(self: Memory, draw: Draw) -> list[dict]:
     between = []
     for _ in range(draw.weighted({0: 0.2, 1: 0.5, 2: 0.3})):
         turn = draw.pick((self._exam_fact, self._exam_talk))
-        between += turn(draw.number(0, TRAIN_SIZE - 1))[:2]
+        between += turn(draw.number(0, TASK_SIZE - 1))[:2]
     return [user(told), assistant(capital(reply)), *between, user(question), assistant(answer)]
 
 # %% ../../nbs/post/32b_memory.ipynb #d62745de

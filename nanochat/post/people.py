@@ -52,6 +52,11 @@ _VERBS = { # attribute: what one person does, what several people do
     "pet": ("has {a_v}", "have {a_v}"), "food": ("likes {v} best", "like {v} best"),
     "hobby": ("likes {v}", "like {v}"), "birthday": ("was born in {v}", "were born in {v}")}
 _VERBS = {attribute: compile_templates(texts) for attribute, texts in _VERBS.items()}
+_BASE_VERBS = { # attribute: what one does, what two do, after "does" or "do"
+    "job": ("work as {a_v}", "work as {vs}"), "street": ("live on {v}",) * 2,
+    "pet": ("have {a_v}",) * 2, "food": ("like {v} best",) * 2, "hobby": ("like {v}",) * 2,
+    "birthday": ("have a birthday in {v}",) * 2}
+_BASE_VERBS = {attribute: compile_templates(texts) for attribute, texts in _BASE_VERBS.items()}
 
 # %% ../../nbs/post/32c_people.ipynb #168e4a29
 def _value_words(attribute: str, value: str) -> dict:
@@ -302,16 +307,12 @@ def _which_of_two(self: People, draw):
     words = _value_words(attribute, getattr(person, attribute))
     names = [person.first, other.first]
     if draw.chance(0.5): names.reverse()
-    words["verb"] = expand_one(_BASE_VERBS[attribute], words, draw)
+    words["verb_one"] = expand(_BASE_VERBS[attribute][0], words, draw)
     question = self._asked(_OF_TWO, words | dict(zip("nm", names)), draw)
     return question, _state([person.first], words)
 
 # %% ../../nbs/post/32c_people.ipynb #4fdc394a
 _BOTH = _WIDE["both"]
-_BASE_VERBS = {
-    "job": "work as {vs}", "street": "live on {v}", "pet": "have {a_v}", "food": "like {v} best",
-    "hobby": "like {v}", "birthday": "have a birthday in {v}"}
-_BASE_VERBS = {attribute: compile_templates([text]) for attribute, text in _BASE_VERBS.items()}
 
 # %% ../../nbs/post/32c_people.ipynb #48048c6a
 @patch
@@ -323,10 +324,10 @@ def _both(self: People, draw):
     value, pair = getattr(pair[0], attribute), list(pair)
     if draw.chance(0.5): pair.reverse()
     words = _value_words(attribute, value) | {"n": pair[0].first, "m": pair[1].first}
-    verb = expand_one(_BASE_VERBS[attribute], words, draw)
+    verbs = [expand(verb, words, draw) for verb in _BASE_VERBS[attribute]]
     says = " and ".join(expand(SAYS[attribute], p.subject("first"), draw) for p in pair)
     answer = compared(*(getattr(person, attribute) for person in pair), says)
-    return self._asked(_BOTH, words | {"verb": verb}, draw), answer
+    return self._asked(_BOTH, words | dict(zip(("verb_one", "verb"), verbs)), draw), answer
 
 # %% ../../nbs/post/32c_people.ipynb #c09421eb
 @patch

@@ -59,12 +59,10 @@ _REPLIES |= {
     "people": ["{three} live in {town}, and {rest} more people."]}
 
 # %% ../../nbs/post/31e_smalltalk.ipynb #41e3cfaf
-_SLOTS = dict.fromkeys(("town", "weather", "n", "three", "rest"), "")
-
 # the replies without slots, by kind
 KIND_REPLIES = [
-    [text for reply in compile_templates(replies) for text in expansions(reply, _SLOTS)]
-    for replies in _REPLIES.values()]
+    [text for reply in compile_templates(replies) for text in expansions(reply, {})]
+    for replies in _REPLIES.values() if "{" not in "".join(replies)]
 
 # %% ../../nbs/post/31e_smalltalk.ipynb #90e4c769
 @cache

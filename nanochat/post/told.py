@@ -29,7 +29,7 @@ def any_names(
     n: int, # how many
     draw: Draw, # makes the choices
 ) -> list[str]:
-    "Return different first names, of which more than a third are made up or from far away."
+    "Return different first names: known ones, made-up ones, and some from far away."
     names = []
     while len(names) < n:
         kind = draw.weighted({"made up": 0.4, "world": 0.2, "known": 0.4})
@@ -69,14 +69,14 @@ def _told_slots(
     names: list[str], # one for each person
     draw: Draw, # makes the choices
 ) -> list[dict]: # one for each person
-    "Return the slots of some people, who differ in every word."
+    "Return the slots of some people, who differ in every word but the deed."
     columns = {slot: draw.sample(words, len(names) + 1) for slot, words in _WORDS.items()}
     people, deed = [], dict(zip(("did", "do"), draw.pick(_DEEDS_DONE)))
     for i, name in enumerate(names):
         slots = {slot: words[i] for slot, words in columns.items()}
         # the next person's words are wrong ones for this person
         slots |= {f"{slot}2": words[i + 1] for slot, words in columns.items()}
-        slots |= {f"a_{slot}": article(slots[slot]) for slot in ("job", "pet", "good")}
+        slots |= {f"a_{slot}": article(slots[slot]) for slot in ("job", "job2", "pet", "good")}
         people.append(slots | deed | {"n": name, "ns": name + "'s"})
     return people
 
@@ -163,9 +163,9 @@ _add_relation("food", [
         "What is {ns} favourite food", "What should I cook for {n}", "Who eats {food}"]})
 _add_relation("job", ["{n} [is|works as] {a_job}", "{ns} job is that of {a_job}"], {
     "{n} is {a_job}.": [
-        "What is {ns} job", "What does {n} do[| for a living]", "Who is [the|a] {job}",
-        "What does {n} work as", "Which of them is [the|a] {job}"],
-    "Yes, {n} is {a_job}.": ["Is {n} {a_job}"], "No, {n} is {a_job}.": ["Is {n} a {job2}"]})
+        "What is {ns} job", "What does {n} do[| for a living]", "Who is [the {job}|{a_job}]",
+        "What does {n} work as", "Which of them is [the {job}|{a_job}]"],
+    "Yes, {n} is {a_job}.": ["Is {n} {a_job}"], "No, {n} is {a_job}.": ["Is {n} {a_job2}"]})
 _add_relation("pet", ["{n} has {a_pet}", "{ns} pet is {a_pet}", "{n} lives with {a_pet}"], {
     "{n} has {a_pet}.": [
         "What pet does {n} have", "Which animal does {n} have", "Who has [the|a] {pet}",
@@ -198,7 +198,7 @@ def _facts(world: World, draw: Draw) -> tuple[str, str, str]: # told, question, 
     relation = draw.pick(list(_RELATIONS))
     tells, asks = _RELATIONS[relation]
     known = known_names(world)
-    if relation in ATTRIBUTES: # no message says something else than the documents do
+    if relation in ATTRIBUTES: # documents state these of the residents: contradict none of them
         residents = {person.first for person in world.residents}
         known = [name for name in known if name not in residents]
     n = draw.weighted({1: 0.3, 2: 0.5, 3: 0.2})

@@ -148,6 +148,7 @@ def training_rate(
     return devices / sum(token_parts(model, hw, batch_tokens, devices, kernels).values())
 
 # %% ../../nbs/train/22_estimate.ipynb #f98b212d
+_FORWARD = 1 / 3 # of a training step's operations
 _PLAIN = {"hardware.fp8": False, "hardware.recompute": False} # in evaluation and RL
 
 # %% ../../nbs/train/22_estimate.ipynb #2a2e4320
@@ -161,7 +162,7 @@ def _reading_seconds(
     rate = training_rate(c | _PLAIN, hw, B, compiled=False)
     # a CPU's measured speed counts the optimizer apart
     if hw.device != "cuda": rate = hw.measured.get("gradients", rate)
-    return tokens / 3 / rate
+    return tokens * _FORWARD / rate
 
 # %% ../../nbs/train/22_estimate.ipynb #b9f1e49c
 _LAYER_START = 9e-5 # seconds to start a layer's kernels from a CUDA graph: 44 of 2 µs
@@ -388,17 +389,22 @@ def _core_seconds(c: dict, hw: Hardware) -> float:
 _CHOICE_TASKS = ("arc-easy", "arc-challenge", "mmlu", "choice")
 
 # %% ../../nbs/train/22_estimate.ipynb #dd25ea48
-def _exam_parts(c: dict, hw: Hardware) -> dict[str, float]: # part → seconds
+def _exam_parts(
+    c: dict, # settings by full name
+    hw: Hardware,
+    stages: int, # training stages in the run: CORE follows the first, a chat evaluation each other
+) -> dict[str, float]: # part → seconds
     "Estimate the time of CORE, and of the chat evaluations after mid-training, SFT and RL."
+    if not stages: return {}
     asked, n = names_in(c["eval.tasks"]) or ["world", *EXAM_TASKS], c["eval.questions"]
     if "world" in asked: asked = [*WORLD_TASKS, *(task for task in asked if task != "world")]
     choices = [task for task in asked if task in _CHOICE_TASKS]
     written = [task for task in dict.fromkeys(asked) if task not in _CHOICE_TASKS]
-    # three stages: mid, sft and rl
-    reading = 3 * _reading_seconds(c, hw, len(choices) * n * _PROMPT_TOKENS["web"])
+    times = stages - 1
+    reading = times * _reading_seconds(c, hw, len(choices) * n * _PROMPT_TOKENS["web"])
     share = dict.fromkeys(EXAM_TASKS, EXAM_SHARE)
-    writing = sum(
-        3 * _written_seconds(c, hw, [task], n * share.get(task, 1)) for task in written)
+    writing = times * sum(
+        _written_seconds(c, hw, [task], n * share.get(task, 1)) for task in written)
     return {"CORE": _core_seconds(c, hw), "choices": reading, "written answers": writing}
 
 # %% ../../nbs/train/22_estimate.ipynb #6ad80036
@@ -437,10 +443,10 @@ def _preparation(
             "packing": sum(packing)}
 
 # %% ../../nbs/train/22_estimate.ipynb #f7749ef6
-# `dial.until`: how many entries of `stage_parts` (without `preparation`) and how many training
-# stages a run has that ends there
+# `dial.until`: how many stages with an estimate of their own, and how many training stages a run
+# has that ends there
 _ENDS = {"data": (1, 0), "tokenizer": (1, 0), "base": (2, 1), "mid": (3, 2), "sft": (4, 3),
-         "rl": (5, 4), "report": (6, 4)}
+         "rl": (5, 4), "report": (5, 4)}
 
 # %% ../../nbs/train/22_estimate.ipynb #33cf8f02
 def stage_parts(
@@ -450,9 +456,10 @@ def stage_parts(
     "Estimate how long each part of each stage takes, up to the stage `dial.until`."
     parts = {"data and tokenizer": _data_parts(c, hw), "base": _base_parts(c, hw),
              "mid": _finetune_parts(c, hw, "mid"), "sft": _finetune_parts(c, hw, "sft"),
-             "rl": _rl_parts(c, hw), "evaluation": _exam_parts(c, hw)}
+             "rl": _rl_parts(c, hw)}
     entries, stages = _ENDS[c["dial.until"]]
     until = dict(list(parts.items())[:entries])
+    if stages: until["evaluation"] = _exam_parts(c, hw, stages)
     return until | {"preparation": _preparation(c, hw, stages)}
 
 # %% ../../nbs/train/22_estimate.ipynb #24cb8b8e
