@@ -216,9 +216,9 @@ def test_every_set_is_pinned_and_licensed():
 
 def test_the_world_is_written_by_processes_that_end(tmp_path, monkeypatch):
     "A helper of the pool that stays, and ignores signals, keeps a notebook's kernel from ending for half a minute."
-    from nanochat.core import dataset
+    from nanochat.core import dataset, machine
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(dataset, "n_cores", lambda: 2)
+    monkeypatch.setattr(machine, "n_cores", lambda: 2)
     before = {p.pid for p in psutil.Process().children()}
     dataset.make_world(7, shards=2)
     assert {p.pid for p in psutil.Process().children()} <= before

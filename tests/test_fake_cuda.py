@@ -38,9 +38,9 @@ def test_no_kernel_of_attention_goes_untraced(h100):
         assert {functions[kind][name] for name in traced} == set(functions[kind].values())
 
 
-@FP8
-def test_every_kernel_that_inductor_writes_compiles(h100, fp8):
-    found = h100(fake_cuda.kernels, fp8=fp8, kernels={"full": "cuDNN", "window": "FlexAttention"})
+def test_every_kernel_that_inductor_writes_compiles(h100):
+    "In fp8, which has the kernels of bfloat16 and those that quantize."
+    found = h100(fake_cuda.kernels, fp8=True, kernels={"full": "cuDNN", "window": "FlexAttention"})
     names = " ".join(name for name, _ in found)
     # attention in both passes, norms, ReLU²
     for part in ("flex_attention", "flex_attention_backward", "rsqrt", "relu"): assert part in names, (part, names)
@@ -54,7 +54,6 @@ def activations(h100):
     def estimate(depth, fp8):
         two, four = kept[fp8]
         return (two + (depth - 2) * (four - two) / 2) * depth / 24
-    assert h100(fake_cuda.saved, 2, depth=12)[0] == pytest.approx(kept[False][0] / 2, rel=0.01)
     return estimate
 
 

@@ -183,7 +183,7 @@ def test_damaged_files(base, kind):
     assert "Not finished: base" in text and "| sft | done |" in text
 
 
-@pytest.mark.parametrize("value", [None, True, [], {}, "x", -1, 0, 1e99, 1e308, 10**400, float("nan"), float("inf"), [1, 2], {"a": 1}], ids=lambda value: str(value)[:8])
+@pytest.mark.parametrize("value", [None, {}, "x", -1, 10**400, float("nan"), [1, 2]], ids=lambda value: str(value)[:8])
 def test_wrong_values_everywhere(base, value):
     "Every figure of every file in turn is something else."
     run = make(stages=("data", "tokenizer", "base", "mid"), bits_per_byte=1.0, bits_per_byte_of_beginnings=1.1, entropy_bits_per_byte=0.9, world_size=1, core_missing="why")

@@ -232,7 +232,7 @@ NAMES = [*SHE, *HE, *FAMILIES, *ATTRIBUTES["petname"], *OUTSIDERS]
 # %% ../../nbs/core/04a_words.ipynb #59d4d821
 def _inflected(draw: Draw) -> str:
     "Add an ending to a word, whether English has this form or not: kitchens, Fridayship."
-    while len(word := draw.pick(draw.pick((WORDS, COMMON_WORDS, COMMON_WORDS)))) > 11: pass
+    while len(word := draw.pick(draw.pick((WORDS, COMMON_WORDS, COMMON_WORDS)))) > 10: pass
     if word[-1] in "ey": return word + draw.pick(["s", "less", "ful", "ship", "like", "man"])
     return word + draw.pick(["s", "s", "s", "ed", "ing", "er", "ly", "ness"])
 

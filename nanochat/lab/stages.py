@@ -25,7 +25,7 @@ from pathlib import Path
 from nanochat.core.files import (
     Stopped, UserError, atomic_write, file_lock, names_in, project_root, rank_and_world,
     read_json, say)
-from ..core.machine import n_cores, pick_device
+from ..core.machine import n_cores
 from ..core.run import STAGES, TRAINED, Run, in_words, progress_bar, runs_dir
 
 # %% ../../nbs/lab/55_stages.ipynb #23034d39
@@ -154,6 +154,7 @@ def compute_stage(
 def _rows_meanwhile(run: Run): # -> a context manager for the stage "base"
     "Make the rows of mid-training and SFT during pretraining, if a GPU trains."
     if run.config["hardware"]["device"] == "cpu": return nullcontext() # before torch is imported
+    from nanochat.core.machine import pick_device
     from nanochat.post.finetune import BEFORE, rows_in_background
     order = list(STAGES)
     stages = order[:order.index(run.config["dial"]["until"]) + 1]

@@ -471,15 +471,18 @@ def evaluate(self: Writing, conversation, completion):
     "Return whether an answer has no faults of its kind."
     *before, last = conversation["messages"]
     reference, said = last["content"], closing_text(completion)
-    about = _asked_for(" ".join(m["content"] for m in before if m["role"] == "user"), reference)
+    request = " ".join(m["content"] for m in before if m["role"] == "user")
+    about = _asked_for(request, reference)
+    # a word of the request is known, even if it is not of the subject: a sad poem
+    fine = {f"unknown word: {word}" for word in words_of(request)}
     if re.match("(It|Yes, it|No, it) is ", reference): return normal(said) == normal(reference)
     if reference in RIDDLES: return said in RIDDLES
     false, n = false_facts(said, self.world), reference.count("\n")
     if not joke_faults(reference): return not joke_faults(said, about) + false
-    if n == 2: return not haiku_faults(said, about)
-    if n: return said.count("\n") == n and not poem_faults(said, about) + false
+    if n == 2: return fine.issuperset(haiku_faults(said, about))
+    if n: return said.count("\n") == n and fine.issuperset(poem_faults(said, about) + false)
     if story_faults(reference, self.world, about): return not _howto_faults(said, reference)
-    return not story_faults(said, self.world, about)
+    return fine.issuperset(story_faults(said, self.world, about))
 
 # %% ../../nbs/post/32e_writing.ipynb #db50513d
 @patch
