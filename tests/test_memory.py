@@ -44,7 +44,7 @@ needs_bf16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.mark.parametrize("depth, vocab_size, rows, dtype", [
-    (2, 32768, 8, "float32"), pytest.param(4, 32768, 16, "bfloat16", marks=needs_bf16), (4, 4096, 32, "float32"), pytest.param(6, 8192, 16, "bfloat16", marks=needs_bf16)])
+    (2, 32768, 8, "float32"), pytest.param(4, 32768, 16, "bfloat16", marks=needs_bf16), pytest.param(6, 8192, 16, "bfloat16", marks=needs_bf16)])
 def test_the_plan_knows_the_memory_of_a_step(depth, vocab_size, rows, dtype):
     model = MODEL | model_shape(depth, 64, 64) | {"vocab_size": vocab_size}
     parts = training_memory(model, rows, dtype)
