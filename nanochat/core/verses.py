@@ -12,7 +12,7 @@ from functools import cache
 
 # %% ../../nbs/core/04c_verses.ipynb #727128c2
 from .grammar import (
-    COLOURS, HE, JOBS, PETS, PLACES, SHE, THINGS, Draw, article, capital, compile_templates,
+    COLOURS, HE, JOBS, PETS, PLACES, SHE, Draw, article, capital, compile_templates,
     expand_one, expansions)
 from .stories import (
     STORY_THINGS, missing_words, repeated, table_words, template_words, words_of)
