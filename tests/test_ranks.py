@@ -139,7 +139,7 @@ def test_a_stage_that_the_driver_sees_stop_has_not_failed(copy):
 
 def test_ctrl_c_in_the_terminal_stops_every_rank(copy):
     mine = copy("tokenizer")
-    process = start(mine.base, "-m", "nanochat", "speedrun", "--preset", "smoke", "--nproc", 2, "--until", "rl")
+    process = start(mine.base, "-m", "nanochat", "speedrun", "--preset", "smoke", "--nproc", 2)
     wait_for(lambda: training(mine.run), process)
     members = family(process)
     assert len(members) >= 5 # driver, kernel, launcher, two ranks

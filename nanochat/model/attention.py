@@ -433,7 +433,7 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device) # tokens per row
         # the extremes of `lengths` as numbers, so that most passes need not wait for the device
         self.shortest = self.longest = 0
-        # (B, n_previous) what is kept of the token before the next one
+        # (B, n_previous) what the next pass needs of each row's last token
         self.previous = torch.zeros(batch_size, n_previous, device=device, dtype=dtype)
 
     @property
@@ -559,7 +559,7 @@ class RowCache:
         shapes = [(n_rows, n_kv_head, size, head_dim) for size in self.sizes]
         self.k, self.v = ([zeros(*shape) for shape in shapes] for _ in range(2))
         self.lengths = torch.zeros(n_rows, dtype=torch.int64, device=device) # tokens in each row
-        # (n_rows, n_previous) what is kept of the token before the next one
+        # (n_rows, n_previous) what the next pass needs of each row's last token
         self.previous = zeros(n_rows, n_previous)
         # the caller sets these three when rows come or go:
         self.live = n_rows # the first `live` places take part in a step

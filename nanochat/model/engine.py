@@ -656,10 +656,7 @@ def stream(
     for _ in self.steps([row], stop=stop): yield self.event(row, decoder)
 
 # %% ../../nbs/model/17_engine.ipynb #4d1e8f02
-def longest_prompt(
-    context: int, # tokens that the model can see
-    max_new_tokens: int, # most tokens of the answer
-) -> int: # tokens
+def longest_prompt(context: int, max_new_tokens: int) -> int: # all in tokens
     "Return how long a prompt may be: half of the context, or more where the answer needs less."
     return context - min(max_new_tokens, context // 2)
 

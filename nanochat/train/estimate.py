@@ -395,7 +395,6 @@ def _exam_parts(
     stages: int, # training stages in the run: CORE follows the first, a chat evaluation each other
 ) -> dict[str, float]: # part → seconds
     "Estimate the time of CORE, and of the chat evaluations after mid-training, SFT and RL."
-    if not stages: return {}
     asked, n = names_in(c["eval.tasks"]) or ["world", *EXAM_TASKS], c["eval.questions"]
     if "world" in asked: asked = [*WORLD_TASKS, *(task for task in asked if task != "world")]
     choices = [task for task in asked if task in _CHOICE_TASKS]
