@@ -123,10 +123,11 @@ class Cell:
 
     def ask(self, text):
         "Type a question and press Enter; returns when it is answered."
+        before = self.answers.count()
         self.box.fill(text)
         self.page.wait_for_timeout(300) # a person takes longer; a widget may send its text later than the key
         self.box.press("Enter")
-        self.until(lambda: text in self.text(), 30)
+        self.until(lambda: self.answers.count() > before, 30) # the question may show before the buttons change
         self.idle()
 
     def hover(self, token):
