@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pick_device', 'has_bf16', 'pick_dtype', 'distributed', 'barrier', 'group_rank_and_world', 'gather', 'on_every_rank',
            'host_copy', 'derive_seed', 'seed_everything', 'cpu_name', 'n_cores', 'in_processes', 'peak_memory',
-           'environment']
+           'environment', 'keep_freed_memory']
 
 # %% ../../nbs/core/01_machine.ipynb #c0de0012
 import hashlib
@@ -228,3 +228,14 @@ def environment() -> dict:
         info |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(),
                  "cuda": torch.version.cuda}
     return info
+
+# %% ../../nbs/core/01_machine.ipynb #7c1e5d02
+def keep_freed_memory():
+    "Let the C library reuse up to 1 GB of freed memory. Does nothing if the library is not glibc."
+    import ctypes
+    import platform
+    if platform.libc_ver()[0] != "glibc": return
+    # the options' numbers are those of malloc.h
+    library, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
+    library.mallopt(mmap_threshold, 1 << 28) # larger blocks still are returned at once
+    library.mallopt(trim_threshold, 1 << 30)

@@ -230,6 +230,31 @@ def _introduced(text: str, draw: Draw) -> str:
     if before.endswith((", ", ": ")) and _OPENERS.match(text): text = text[0].lower() + text[1:]
     return before + text
 
+# %% ../../nbs/post/30_tasks.ipynb #b1c0a9e2
+def _find_word(part: str, text: str, start: int) -> int: # -1: it is not there
+    "Return where a text holds a part that is no piece of a longer word."
+    at = text.find(part, start)
+    while at >= 0:
+        around = text[at - 1:at] + text[at + len(part):][:1]
+        if not re.search(r"\w", around): break
+        at = text.find(part, at + 1)
+    return at
+
+def _cut_out(
+    parts: list[str],
+    text: str,
+) -> list[str]: # the text in pieces; those at odd places are among the parts
+    "Cut a text before and after each of some parts."
+    # a regular expression for each message would take longer to compile than this takes
+    pieces, start = [], 0
+    longest = sorted(parts, key=len, reverse=True)
+    while True:
+        found = [(at, part) for part in longest if (at := _find_word(part, text, start)) >= 0]
+        if not found: return [*pieces, text[start:]]
+        at, part = min(found, key=lambda place: place[0])
+        pieces += [text[start:at], part]
+        start = at + len(part)
+
 # %% ../../nbs/post/30_tasks.ipynb #6c805b07
 def as_typed(
     text: str, # a message of the user in careful English
@@ -238,8 +263,7 @@ def as_typed(
 ) -> str:
     "Return a message as somebody might type it. A text of several lines is not changed."
     if "\n" in text: return text
-    kept = "|".join(re.escape(part) for part in sorted(keep, key=len, reverse=True))
-    parts = re.split(rf"(?<!\w)({kept})(?!\w)", text) if keep else [text] # as whole words
+    parts = _cut_out(keep, text)
     if draw.chance(0.4): parts[::2] = map(_contracted, parts[::2])
     if len(parts[-1]) > 1 and parts[-1].endswith("?") and draw.chance(0.1):
         after, mark = draw.pick(_AFTER), "" # a word goes before the mark, a sentence after it
@@ -247,7 +271,6 @@ def as_typed(
         parts[-1] += expand(after, {}, draw) + mark
     if draw.chance(0.15): parts[0] = _introduced(parts[0], draw)
     elif draw.chance(0.15): parts[::2] = [_loose(part, draw) for part in parts[::2]]
-    # parts at odd places are to be kept
     style = draw.weighted(_STYLES)
     parts[::2] = [_styled(part, style, draw) for part in parts[::2]]
     if style in _OPEN: parts[-1] = parts[-1].rstrip("?.!")
@@ -337,9 +360,12 @@ def wild_shapes() -> frozenset[str]:
     return frozenset(shapes - {""}) # punctuation alone
 
 # %% ../../nbs/post/30_tasks.ipynb #d6a9b2c4
-def _is_like_the_exam(message: str) -> bool:
-    "Return whether a message has the shape of one of the exam."
-    return not wild_shapes().isdisjoint((shape_of(message), shape_of(message.lower())))
+def _is_like_the_exam(
+    messages: set[str], # of one conversation
+) -> bool:
+    "Return whether a message has the shape of one of the exam, also in lower case."
+    messages = messages | {message.lower() for message in messages}
+    return any(shape_of(message) in wild_shapes() for message in messages)
 
 # %% ../../nbs/post/30_tasks.ipynb #71c16527
 def check_task_split(
@@ -408,8 +434,7 @@ class Task:
             messages = self.messages(i, draw)
             keep, said = self.keep(messages), [m for m in messages if m["role"] == "user"]
             typed = [as_typed(m["content"], draw, keep) for m in said]
-            texts = [m["content"] for m in said] + typed
-            if not any(map(_is_like_the_exam, texts)): break
+            if not _is_like_the_exam({m["content"] for m in said} | set(typed)): break
         else: raise RuntimeError(f"{self.name} {i}: {_MOST_DRAWS} messages are like the exam's.")
         left = iter(typed)
         return [m | {"content": next(left)} if m["role"] == "user" else m for m in messages]

@@ -16,8 +16,9 @@ import torch
 
 # %% ../../nbs/train/28_pretrain.ipynb #783397e4
 from ..core.files import UserError, rank_and_world, read_json
-from ..core.machine import (
-    derive_seed, distributed, group_rank_and_world, pick_device, pick_dtype, seed_everything)
+from nanochat.core.machine import (
+    derive_seed, distributed, group_rank_and_world, keep_freed_memory, pick_device, pick_dtype,
+    seed_everything)
 from ..core.run import TRAINED, Run
 from ..core.tokenizer import Tokenizer
 from ..core.world import World
@@ -89,6 +90,7 @@ def prepare_model(
     kernels and compile the layers. With `recompute`, keep only the layers' inputs for the
     backward pass."""
     model, hardware = model.to(device).train(), config["hardware"]
+    if device.type == "cpu": keep_freed_memory()
     if hardware.get("fp8"): use_fp8(model)
     compiler = None
     if hardware.get("compile") or device.type == "cuda":
