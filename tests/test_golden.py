@@ -53,7 +53,6 @@ def test_the_file_holds_what_the_runs_gave(golden, monkeypatch):
     assert entry["figures"]["rl/sums"] == {"mean": 0.125, "sd": 0.125, "n": 3, "values": [0.0, 0.125, 0.25], "questions": 8}
     assert entry["figures"].keys() == run_figures(read_run("golden-smoke-42")).keys() # every one of them
     assert {"base/bits_per_byte", "base/bits_per_byte_above_floor", "mid/facts", "sft/world_score", "rl/wild"} <= entry["figures"].keys()
-    assert {"base", "evaluation", "together"} <= entry["seconds"].keys()
 
 
 def test_the_report_judges_a_run_of_the_same_settings(golden, monkeypatch):

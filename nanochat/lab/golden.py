@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ..core.files import UserError, atomic_write, project_root, read_json
 from ..core.run import STAGES, base_dir, fingerprint
 from .reading import (
-    Record, StageRecord, number, read_run, show_number, show_time, time_and_cost)
+    Record, StageRecord, number, read_run, show_number)
 from .statistics import prediction_interval
 from .page import Heading, Table
 
@@ -77,18 +77,12 @@ def _settings_key(
 
 # %% ../../nbs/lab/51b_golden.ipynb #cddb9c07
 def _machine(record: Record) -> str:
-    "Name what decides a run's time: processor or GPUs, torch and dtype."
+    "Name the machine of a run: processor or GPUs, torch and dtype."
     found = record.machine()
     hardware = f"{found.get('processor')}, {found.get('cpu_cores')} cores"
     if gpu := found.get("gpu"): hardware = f"{found.get('gpus')} {gpu}"
     dtype = record.config.get("hardware", {}).get("dtype", "float32")
     return f"{hardware}, torch {found.get('torch')}, {dtype}"
-
-# %% ../../nbs/lab/51b_golden.ipynb #1e7ddc4e
-def _seconds(record: Record) -> dict[str, float]: # stage, "evaluation" or "together"
-    "Return the times that are known."
-    times = {name: seconds for name, (seconds, _) in time_and_cost(record).items()}
-    return {name: seconds for name, seconds in times.items() if seconds is not None}
 
 # %% ../../nbs/lab/51b_golden.ipynb #6529224b
 def _spread(values: list[float]) -> dict:
@@ -114,24 +108,22 @@ def _check_alike(records: list[Record]):
 # %% ../../nbs/lab/51b_golden.ipynb #37bdbb1f
 def summarize_runs(
     records: list[Record], # of finished runs that differ in their seeds
-) -> dict: # settings, machines, seeds, figures and seconds
+) -> dict: # settings, machines, seeds and figures
     """Summarize the figures that all runs have.
 
     Raises `UserError` if a run is not finished, or if settings differ."""
     _check_alike(records)
-    found, times = [run_figures(r) for r in records], [_seconds(r) for r in records]
+    found = [run_figures(record) for record in records]
     figures = {}
     for name in found[0]:
         if not all(name in run for run in found): continue
         figures[name] = _spread([run[name].value for run in found])
         questions = min(run[name].questions for run in found)
         if questions: figures[name]["questions"] = questions
-    seconds = {name: _spread([run[name] for run in times])
-               for name in times[0] if all(name in run for run in times)}
     return {"settings": _settings_key(records[0].config),
             "machines": sorted({_machine(record) for record in records}),
             "seeds": [record.config["seed"] for record in records],
-            "figures": figures, "seconds": seconds}
+            "figures": figures}
 
 # %% ../../nbs/lab/51b_golden.ipynb #27acc6f8
 def golden_file() -> Path:
@@ -256,19 +248,6 @@ def _kind_sentences(judged: dict[str, _Judged]) -> list[str]:
         said += f" {kind.replace('_', ' ')}: {found.shown()}, {found.words()}."
     return [said]
 
-# %% ../../nbs/lab/51b_golden.ipynb #2f15b4d3
-def _time_sentence(
-    record: Record,
-    entry: dict, # of the preset, in golden.json
-) -> list[str]: # empty if the golden runs were made on another kind of machine
-    "Give the time of the golden runs beside that of the run."
-    together = _seconds(record).get("together")
-    if entry["machines"] != [_machine(record)] or together is None: return []
-    values = entry["seconds"]["together"]["values"]
-    took = f"{show_time(min(values))} to {show_time(max(values))}"
-    return [f"On this kind of machine ({_machine(record)}) the golden runs took {took}, "
-            f"this run {show_time(together)}."]
-
 # %% ../../nbs/lab/51b_golden.ipynb #fd3e83a6
 _NOTE = (
     "A figure is outside if it is not in the interval that holds one new run with 95 % "
@@ -276,7 +255,8 @@ _NOTE = (
     "seeds (Hahn and Meeker, Statistical Intervals, 1991). For a share of right answers the "
     "interval reaches at least one question to each side. After ± stands the standard deviation. "
     "About one figure in twenty is outside by chance, and figures of one run are often outside "
-    "together. Times are not judged.")
+    "together. Times depend on the machine "
+    "and on what else it does, so they are not kept.")
 
 # %% ../../nbs/lab/51b_golden.ipynb #4ed27753
 def golden_blocks(
@@ -292,5 +272,4 @@ def golden_blocks(
     said = (f"The same settings were run with other seeds. Of {n} figures, {n - outside} are as "
             f"those runs had them, {outside} are outside; about {n / 20:.0f} would be by chance.")
     entry = golden[record.config["preset"]]
-    return [heading, said, _golden_table(judged), *_kind_sentences(judged), _NOTE,
-            *_time_sentence(record, entry)]
+    return [heading, said, _golden_table(judged), *_kind_sentences(judged), _NOTE]

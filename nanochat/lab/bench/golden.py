@@ -69,14 +69,13 @@ def _golden_runs(
 def _golden_table(
     entry: dict, # of a preset, as from `summarize_runs`
 ) -> str:
-    "Show the figures but those of kinds, and the times."
+    "Show the figures but those of kinds."
     lines = [["figure", "mean", "sd", "runs"]]
     def line(name, found):
         middle, sd = (show_number(found[key], 4) for key in ("mean", "sd"))
         lines.append([name, middle, sd, f"{found['n']}"])
     for name, found in entry["figures"].items():
         if name.count("/") < 2: line(name, found)
-    for name, found in entry["seconds"].items(): line(f"{name}, seconds", found)
     return table(lines)
 
 # %% ../../../nbs/lab/bench/67_golden.ipynb #754feb86
