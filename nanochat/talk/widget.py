@@ -265,19 +265,27 @@ def _lay_out(self: Chat):
 
 # %% ../../nbs/talk/42_widget.ipynb #22cb58c1
 @patch
+def _draw_buttons(self: Chat, busy: bool):
+    "Enable the buttons that do something while an answer is being made, or after it."
+    self._send.disabled, self._halt.disabled = busy, not busy
+    for b in self._idle: b.disabled = busy
+    for b in self._thumbs: b.disabled = busy or not self.consent.value
+
+@patch
 def _draw(self: Chat):
     "Show the current state: the transcript, and which buttons are enabled."
     with self._lock: # the kernel's thread and the threads of answers all draw
+        busy = self.busy # first, so that the page of an answer that has ended is complete
         page = _render_columns([
             _render_transcript(s.talk.messages, s.talk.pieces, s.error, s.note, s.name)
             for s in self.sides])
         # a browser takes long for a large page: every 100,000 characters add one interval
         intervals = max(1, len(page) / 100_000)
         self._next_drawing = time.monotonic() + intervals / self.updates_per_second
+        # the buttons are off before the question shows, and on after the last of the answer
+        if busy: self._draw_buttons(busy)
         self.transcript.value = page
-        self._send.disabled, self._halt.disabled = self.busy, not self.busy
-        for b in self._idle: b.disabled = self.busy
-        for b in self._thumbs: b.disabled = self.busy or not self.consent.value
+        if not busy: self._draw_buttons(busy)
 
 # %% ../../nbs/talk/42_widget.ipynb #bcaba259
 @patch
