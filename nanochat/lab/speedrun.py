@@ -271,6 +271,18 @@ def _serve_command(name, stage, host, port, api_key, devices, origins, **limits)
     key, limits = api_key or None, ServerLimits(**limits)
     serve(name or last_run(), stage, host, port, key, devices, origins, limits)
 
+# %% ../../nbs/lab/56_speedrun.ipynb #9a6e0002
+@cli.command("page")
+@click.argument("name", required=False)
+@_stage_option
+@click.option("--out",
+              help="The file to write; by default RUN-STAGE.html in the current folder.")
+def _page_command(name, stage, out):
+    """Write a trained model into one HTML file, which chats offline."""
+    from nanochat.talk.page import write_page
+    path = write_page(name or last_run(), stage, out)
+    click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
 # %% ../../nbs/lab/56_speedrun.ipynb #911c0918
 def _score_line(
     name: str,
