@@ -120,6 +120,7 @@ function drawLook() {
     token.style.background = `color-mix(in srgb, var(--accent) ${shade}%, transparent)`;
     return token;
   }));
+  part("tokens").scrollTop = part("tokens").scrollHeight; // the nearest tokens, which matter most
 }
 
 function fillHeads({ weights }) {
