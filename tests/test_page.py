@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from nanochat.core.files import UserError
 from nanochat.core.run import Run
 from nanochat.core.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat.lab.docs import _TALKING, _add_talk, build_docs
 from nanochat.lab.speedrun import cli
 from nanochat.model.engine import Engine, Sampling, trim_conversation
 from nanochat.model.gpt import GPT, GPTConfig
@@ -82,7 +83,7 @@ def opened(browser, file):
     requests, errors = [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: errors.append(message.text))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.goto(file.as_uri())
     status(page, "demo-sft")
     yield SimpleNamespace(page=page, worker=page.workers[0], requests=requests, errors=errors)
@@ -328,6 +329,26 @@ def test_a_base_model_continues_a_text(browser, tokenizer, tmp_path):
     sequence = page.workers[0].evaluate("engine.sequence")
     assert sequence == [tokenizer.bos_id, *tokenizer.encode("Three boxes"), *tokenizer.encode(" of twelve"), tokenizer.bos_id]
     page.close()
+
+
+def test_pages_of_the_docs_talk_when_somebody_asks(browser, base, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    (tmp_path/"lessons").mkdir()
+    for page in _TALKING: (tmp_path/page).write_text("<!doctype html><html><body><main>words</main></body></html>")
+    _add_talk(tmp_path, "demo")
+    page, requests = browser.new_page(), []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto((tmp_path/"lessons"/"01_tokens.html").as_uri())
+    page.locator("#talk-open").wait_for()
+    assert len(requests) == 1
+    page.click("#talk-open")
+    chat = page.frame_locator("#talk-frame")
+    chat.locator("#model", has_text="demo-sft").wait_for()
+    assert chat.locator("#colours").is_checked() and [url for url in requests[1:] if not url.startswith("blob:")] == [(tmp_path/"talk.html").as_uri()]
+    page.click("#talk-open")
+    assert not page.locator("#talk-frame").is_visible()
+    page.close()
+    with pytest.raises(UserError, match="no such run"): build_docs(tmp_path/"site", talk="no such run")
 
 
 def test_errors(base, tmp_path, monkeypatch):

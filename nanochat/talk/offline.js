@@ -156,3 +156,4 @@ part("close").addEventListener("click", hideLook);
 part("colours").addEventListener("change", ({ target }) => {
   part("log").classList.toggle("coloured", target.checked);
 });
+if (location.hash === "#colours") part("colours").click(); // lesson 1 opens the page so
