@@ -26,6 +26,7 @@ from urllib.parse import quote, unquote
 
 # %% ../../nbs/lab/54_docs.ipynb #f0bec794
 from ..core.files import UserError, project_root, say
+from ..core.run import Run
 
 # %% ../../nbs/lab/54_docs.ipynb #9b557a95
 def _docs_root() -> Path: # the folder that holds _quarto.yml and nbs/
@@ -405,19 +406,41 @@ def _finish_docs(
     (site/".nojekyll").touch() # GitHub Pages would skip names that begin with an underscore
     (site/MARK).touch()
 
+# %% ../../nbs/lab/54_docs.ipynb #7a1c0002
+_TALKING = { # pages with the button: what it opens
+    "index.html": "talk.html", "lessons/01_tokens.html": "../talk.html#colours",
+    "lessons/07_chat.html": "../talk.html", "lessons/08_inference.html": "../talk.html"}
+
+def _add_talk(
+    site: Path, # rendered, changed in place
+    run_name: str, # the run whose newest model is in the page
+):
+    "Let visitors of the site talk to a model."
+    from nanochat.talk.page import write_page # late, because it imports torch
+    button = files("nanochat.lab").joinpath("talk.html").read_text("utf-8")
+    write_page(run_name, out=str(site/"talk.html"))
+    for page, address in _TALKING.items():
+        opened = button.replace("PAGE", address) + "</body>"
+        (site/page).write_text((site/page).read_text().replace("</body>", opened))
+
 # %% ../../nbs/lab/54_docs.ipynb #ba8601b1
 def build_docs(
     out: Path | None = None, # the folder for the site; default: `_docs` in the clone
     root: Path | None = None, # the clone
+    talk: str | None = None, # a run to whose model some pages let people talk; None: no run
 ) -> Path: # the site's folder
     "Build the site, and print a note for each fault that `check_site` finds."
     root, started = (root or _docs_root()).resolve(), time.perf_counter()
     out = check_out(out or root/"_docs")
+    if talk:
+        run = Run.open(talk)
+        run.needs(run.latest() or "base") # raises before any time is spent
     needed = dict(_NEEDED)
     if shutil.which("quarto"): del needed["smalldocs"]
     _check_needed(needed)
     site = _render_docs(_prepare_docs(root))
     _finish_docs(site, root)
+    if talk: _add_talk(site, talk)
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(site, out)

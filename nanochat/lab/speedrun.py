@@ -271,6 +271,18 @@ def _serve_command(name, stage, host, port, api_key, devices, origins, **limits)
     key, limits = api_key or None, ServerLimits(**limits)
     serve(name or last_run(), stage, host, port, key, devices, origins, limits)
 
+# %% ../../nbs/lab/56_speedrun.ipynb #9a6e0002
+@cli.command("page")
+@click.argument("name", required=False)
+@_stage_option
+@click.option("--out",
+              help="The file to write; by default RUN-STAGE.html in the current folder.")
+def _page_command(name, stage, out):
+    """Write a trained model into one HTML file, which chats offline."""
+    from nanochat.talk.page import write_page
+    path = write_page(name or last_run(), stage, out)
+    click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
 # %% ../../nbs/lab/56_speedrun.ipynb #911c0918
 def _score_line(
     name: str,
@@ -472,7 +484,9 @@ def _report_command(names):
               help="Port of 127.0.0.1 to serve at, by default 8001; 0 takes a free one.")
 @click.option("--out",
               help="Folder for the site; by default _docs in the clone.")
-def _docs_command(serving, port, out):
+@click.option("--talk", metavar="RUN",
+              help="Let visitors talk to this run's model, on the home page and in some lessons.")
+def _docs_command(serving, port, out, talk):
     """Build the website of these notebooks, in a clone of the repository."""
     from nanochat.lab.docs import build_docs, docs_server, serve_docs
     if port is not None and not serving:
@@ -480,7 +494,7 @@ def _docs_command(serving, port, out):
                         "to only build them.")
     # the port is checked before the time for building is spent
     sock = docs_server(8001 if port is None else port) if serving else None
-    site = build_docs(Path(out) if out else None)
+    site = build_docs(Path(out) if out else None, talk=talk)
     if sock: serve_docs(site, sock)
 
 # %% ../../nbs/lab/56_speedrun.ipynb #8fbbbdfa
