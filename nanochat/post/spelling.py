@@ -430,13 +430,14 @@ class Repeat(Task):
         wordings = draw.pick((_BEFORE, _BEFORE, _BEFORE, _IN_QUOTES, _IN_QUOTES, asked))
         question = expand_one(wordings, {"x": text}, draw)
         if wordings is _IN_QUOTES: question = re.sub(r"""([.!?]")\.$""", r"\1", question)
-        return [user(question), assistant(text)]
+        # a word after a space is another token than at the beginning: begin as the message does
+        return [user(question), assistant(" " * (f" {text}" in question) + text)]
 
     def keep(self,
         messages: list[dict], # one of this task's conversations
     ) -> list[str]:
         "Return what typing must not change: the text to repeat."
-        return [messages[-1]["content"]]
+        return [messages[-1]["content"].strip()]
 
     def is_right(self, reference, completion):
         return closing_text(completion) == reference.strip()

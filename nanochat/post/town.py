@@ -180,12 +180,12 @@ def _lay_out(
     question: str,
     options: list[str], # in the order of their letters
     draw: Draw,
-) -> tuple[str, bool]: # the message, whether a letter stands after its option
+) -> str: # the message
     "Write options as people do."
     wanted = draw.pick(_WANTED)
     if wanted == "A, B, C or D?": wanted = "Which one?" if len(options) < 4 else wanted
     if draw.chance(0.25): # as in the test
-        return "\n".join([question, *option_lines(options), wanted]).strip(), True
+        return "\n".join([question, *option_lines(options), wanted]).strip()
     small = draw.chance(0.3)
     mark = draw.pick(("{})", "{})", "{}.", "{}:", "({})") if small else _MARKS)
     joint = draw.pick(("\n", "\n", ", ", " ", " ", "; ", " / ", " or ", ", or "))
@@ -193,7 +193,7 @@ def _lay_out(
     items = [f"{mark.format(letter)} {option}" for letter, option in zip(letters, options)]
     start, end = ("\n", "\n") if joint == "\n" else (" ", draw.pick((". ", "? ", " ")))
     if question[-1].isalnum(): start = draw.pick((": ", ", ", start))
-    return (question + start + joint.join(items) + end + wanted).strip(), False
+    return (question + start + joint.join(items) + end + wanted).strip()
 
 # %% ../../nbs/post/32_town.ipynb #cf112758
 def _choice(
@@ -206,10 +206,9 @@ def _choice(
     "Ask with options in random order, and answer with a sentence and the letter."
     place = draw.number(0, len(wrong))
     options = [*wrong[:place], right, *wrong[place:]]
-    asked, after = _lay_out(question, options, draw)
-    letter = "ABCD"[place]
-    end = f"={letter}." if after else f", so {letter}."
-    return [user(asked), assistant(sentence.removesuffix(".") + end)]
+    asked = _lay_out(question, options, draw)
+    # the letter follows the option at once: then attention has the option at hand, to find it above
+    return [user(asked), assistant(f"{sentence.removesuffix('.')}={'ABCD'[place]}.")]
 
 # %% ../../nbs/post/32_town.ipynb #2743a41a
 def _n_wrong(draw: Draw) -> int:
