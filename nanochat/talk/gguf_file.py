@@ -155,17 +155,17 @@ def _head(keys: dict, tensors: dict[str, torch.Tensor]) -> bytes:
         offset += t.nbytes + len(_padding(t.nbytes))
     return head + _padding(len(head))
 
-# %% ../../nbs/talk/48b_gguf_file.ipynb #256d7710
+# %% ../../nbs/talk/48b_gguf_file.ipynb #7a1b7a23
 def to_gguf(
     model: GPT, # without value_embeds, smear, key_offset, backout and windows
     tokenizer: Tokenizer,
-    folder: Path, # is created if it does not exist; the file is called as the folder
+    path: Path, # of the file; its name without .gguf becomes the model's
     template: str, # chat template, in Jinja
 ) -> Path: # the file
     "Write a model for llama.cpp. Raises `UserError` if no architecture of llama.cpp can hold it."
     _check(model.config)
     check_tokenizer(model, tokenizer)
-    path = Path(folder)/f"{Path(folder).name}.gguf"
+    path = Path(path)
     tensors = _tensors(model)
     with atomic_file(path) as f:
         f.write(_head(_keys(model.config, tokenizer, template, path.stem), tensors))
