@@ -183,7 +183,7 @@ def _add_scalars(
         model.smear_lambda = vector(1, 0.0)
     if c.backout: model.backout_lambda = vector(1, 0.0)
 
-# %% ../../nbs/talk/47b_modeling_nanochat.ipynb #f7a851c2
+# %% ../../nbs/talk/47b_modeling_nanochat.ipynb #d35968cf
 class NanochatForCausalLM(PreTrainedModel, GenerationMixin):
     "A nanochat model that `generate` and `pipeline` of transformers run."
     config_class = NanochatConfig
@@ -219,14 +219,15 @@ class NanochatForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor, # (B, T) int64
         attention_mask: torch.Tensor | None = None, # (B, S), 0 for padding; of all tokens so far
         position_ids: torch.Tensor | None = None, # (B, T)
-        past_key_values: DynamicCache | None = None, # of the tokens before
+        past_key_values: DynamicCache | None = None, # of the tokens before, until transformers 5.23
+        cache: DynamicCache | None = None, # the same, from 5.24 on
         labels: torch.Tensor | None = None, # (B, T) the same tokens; -100 is ignored
         use_cache: bool | None = None, # return a cache?
         logits_to_keep: int = 0, # return logits of this many last tokens; 0: of all
         **ignored, # what transformers passes to every model
     ) -> CausalLMOutputWithPast:
         "Return logits (B, T, vocab_size), and with `labels` the loss in nats."
-        cache, c = past_key_values, self.config
+        cache, c = past_key_values if cache is None else cache, self.config
         if use_cache and cache is None: cache = DynamicCache()
         (B, T), seen = input_ids.shape, cache.get_seq_length() if cache is not None else 0
         if attention_mask is None: attention_mask = input_ids.new_ones(B, seen + T)
@@ -236,4 +237,4 @@ class NanochatForCausalLM(PreTrainedModel, GenerationMixin):
         x = x[:, -logits_to_keep:] # -0 keeps all
         logits = c.softcap * torch.tanh(self.lm_head(x / c.softcap).float()[..., :c.vocab_size])
         loss = None if labels is None else self.loss_function(logits, labels, c.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(loss, logits, cache)
