@@ -14,9 +14,9 @@ from pathlib import Path
 import click
 import yaml
 
-# %% ../../nbs/lab/57a_hub.ipynb #5105ee05
+# %% ../../nbs/lab/57a_hub.ipynb #3ec45372
 from ..core.files import UserError, atomic_write, project_root, read_json
-from ..core.run import Run
+from ..core.run import Run, runs_dir
 from ..core.tokenizer import Tokenizer
 from ..core.download import SETS, SOURCES
 from ..model.gpt import GPT
@@ -79,7 +79,7 @@ def _head(
     if results: found["model-index"] = [{"name": record.name, "results": results}]
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
 
-# %% ../../nbs/lab/57a_hub.ipynb #5a107ac6
+# %% ../../nbs/lab/57a_hub.ipynb #42ec2dc8
 def _table(header: list[str], rows: list[list[str]]) -> str:
     "Write a table of markdown."
     lines = [header, ["---"] * len(header), *rows]
@@ -92,7 +92,8 @@ def _scores(record: Record, stage: str) -> str:
         chance = f"{100 * task['chance']:.0f} %"
         rows.append([name, show_number(task["n"]), chance, show_score(task)])
     if core := found.core:
-        rows.append(["CORE", len(core["tasks"]), "0", f"{core['score']:.3f} ({show_range(core['ci95'], 3)})"])
+        score = f"{core['score']:.3f} ({show_range(core['ci95'], 3)})"
+        rows.append(["CORE", len(core["tasks"]), "0", score])
     text = _table(["task", "questions", "chance", "right, with its 95 % interval"], rows)
     bpb = found.manifest.get("bits_per_byte")
     said = f"Held-out bits per byte at the end of stage {stage}: {show_number(bpb)}." if bpb else ""
@@ -152,7 +153,7 @@ def _write(kind: str, model: GPT, tokenizer: Tokenizer, folder: Path, name: str)
     template = project_root()/"nanochat"/"talk"/"chat_template.jinja"
     return to_gguf(model, tokenizer, folder/f"{name}.gguf", template.read_text("utf-8"))
 
-# %% ../../nbs/lab/57a_hub.ipynb #bf5ba0b9
+# %% ../../nbs/lab/57a_hub.ipynb #d3c7d33f
 def export_run(
     run: Run,
     stage: str, # "base", "mid", "sft", "rl", "dpo", or "latest"
@@ -172,17 +173,19 @@ def export_run(
         weights = _write(kind, model, tokenizer, part, folder.name)
         card = _card(read_run(run), stage, kind, weights.stat().st_size)
         atomic_write(part/"README.md", card)
-        about = {"run": run.name, "stage": stage, "step": meta["step"], "config": _portable(run.config)}
+        about = {"run": run.name, "stage": stage, "step": meta["step"]}
+        about["config"] = _portable(run.config)
         if kind == "transformers": atomic_write(part/_ABOUT, json.dumps(about, indent=1))
         os.rename(part, folder)
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
-# %% ../../nbs/lab/57a_hub.ipynb #06800968
+# %% ../../nbs/lab/57a_hub.ipynb #30f40fe2
 def _about(folder: Path, model: GPT) -> dict: # stage, step, config
     "Read what a folder says about its run; invent it for a folder from elsewhere."
     if (folder/_ABOUT).exists():
-        about = read_json(folder/_ABOUT, "delete it; then the model is imported as one from elsewhere.")
+        remedy = "delete it; then the model is imported as one from elsewhere."
+        about = read_json(folder/_ABOUT, remedy)
     else:
         from nanochat.train.plan import make_plan
         about = {"stage": "sft", "step": 0, "config": make_plan("smoke").config}
@@ -190,7 +193,7 @@ def _about(folder: Path, model: GPT) -> dict: # stage, step, config
     about["config"]["tokenizer"]["vocab_size"] = model.config.vocab_size
     return about
 
-# %% ../../nbs/lab/57a_hub.ipynb #05fcb8b8
+# %% ../../nbs/lab/57a_hub.ipynb #77bf5dfa
 def import_folder(
     folder: Path, # with files of transformers, as `to_transformers` writes them
     name: str | None = None, # of the run to make; None: as the folder
@@ -202,7 +205,7 @@ def import_folder(
         raise UserError(f"{folder} has no tokenizer.json: copy it there from the model's source.")
     about = _about(folder, model)
     stage, name = about["stage"], name or folder.name
-    if (Run._dir(name)/"config.yaml").exists():
+    if (runs_dir()/name/"config.yaml").exists():
         raise UserError(f"there is a run {name!r} already: choose another name with --run.")
     run = Run.create(name, about["config"])
     try:
@@ -235,11 +238,12 @@ def push(
                         f"check the name. The folder {folder} is complete.") from None
     return str(found)
 
-# %% ../../nbs/lab/57a_hub.ipynb #412a52d4
+# %% ../../nbs/lab/57a_hub.ipynb #53d79cf6
 @cli.command("export")
 @click.argument("name", metavar="RUN")
 @click.argument("folder")
-@click.option("--to", "kind", type=click.Choice(list(_LIBRARY)), default="transformers", show_default=True,
+@click.option("--to", "kind", type=click.Choice(list(_LIBRARY)), default="transformers",
+              show_default=True,
               help="The form: for transformers, for onnxruntime, or for llama.cpp.")
 @click.option("--stage", default="latest", show_default=True,
               help="base, mid, sft, rl, dpo, or latest: the newest model of the run.")
@@ -251,11 +255,12 @@ def _export_command(name, folder, kind, stage, repo):
     click.echo(made)
     if repo: click.echo(push(made, repo))
 
-# %% ../../nbs/lab/57a_hub.ipynb #c2fdb927
+# %% ../../nbs/lab/57a_hub.ipynb #e851329e
 @cli.command("import")
 @click.argument("folder")
 @click.option("--run", "name", help="Name of the run to make; by default that of the folder.")
 def _import_command(folder, name):
     """Make a run of FOLDER, which `nanochat export` or transformers wrote."""
     run = import_folder(Path(folder), name)
-    click.echo(f"run {run.name}, stage {run.latest()}; to talk to it: nanochat chat --run {run.name}")
+    click.echo(f"run {run.name}, stage {run.latest()}")
+    click.echo(f"to talk to it: uv run nanochat chat --run {run.name}")

@@ -19,10 +19,11 @@ from ..core.tokenizer import SPECIAL_TOKENS, Tokenizer
 from ..model.gpt import GPT, GPTConfig
 from .export import check_tokenizer
 
-# %% ../../nbs/talk/48b_gguf_file.ipynb #d460be0c
+# %% ../../nbs/talk/48b_gguf_file.ipynb #0ce00ad3
 def _without_place(c: GPTConfig) -> list[str]:
     "List what a model has and llama.cpp cannot compute."
-    names = [name for name in ("value_embeds", "smear", "key_offset", "backout") if getattr(c, name)]
+    switches = ("value_embeds", "smear", "key_offset", "backout")
+    names = [name for name in switches if getattr(c, name)]
     if min(c.windows) < c.sequence_len: names.append(f"window_pattern={c.window_pattern}")
     return names
 
@@ -75,13 +76,14 @@ def _block_tensors(
         "attn_q_norm": torch.full((c.n_head, 1), c.qk_scale**2),
         "ffn_gate": sign * _GATE * up, "ffn_up": sign * up / _GATE, "ffn_down": down / factor}
 
-# %% ../../nbs/talk/48b_gguf_file.ipynb #d6034fac
+# %% ../../nbs/talk/48b_gguf_file.ipynb #0cd106a2
 @torch.no_grad()
 def _tensors(model: GPT) -> dict[str, torch.Tensor]:
     "Return all tensors of a model under the names of llama.cpp, without the padding of tables."
     n, (factors, added) = model.config.vocab_size, _stream(model)
     sign = math.copysign(1.0, factors[-1])
-    found = {"token_embd": model.transformer.wte.weight[:n], "output": sign * model.lm_head.weight[:n]}
+    found = {"token_embd": model.transformer.wte.weight[:n]}
+    found["output"] = sign * model.lm_head.weight[:n]
     for i, (factor, share) in enumerate(zip(factors, added)):
         parts = _block_tensors(model, i, factor) | {"layer_output_scale": torch.tensor([share])}
         found |= {f"blk.{i}.{name}": tensor for name, tensor in parts.items()}
