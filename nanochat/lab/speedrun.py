@@ -19,7 +19,8 @@ import click
 
 # %% ../../nbs/lab/56_speedrun.ipynb #b123c391
 from .. import __version__
-from ..core.files import UserError, atomic_write, names_in, run_command, say
+from ..core.files import (
+    UserError, atomic_write, names_in, project_root, run_command, say)
 from ..core.run import EXTRA_STAGES, STAGES, TRAINED, Run, runs_dir
 from .stages import (
     compute_stage, default_preset, run_lock, run_name, run_notebooks, run_stage)
@@ -181,6 +182,11 @@ def _plan_json(
     found = _estimates(plan) | {"warnings": plan.warnings, "config": plan.config}
     return json.dumps(found, indent=1)
 
+# %% ../../nbs/lab/56_speedrun.ipynb #3e3edf44
+def _program() -> str:
+    "Return how a person calls the command."
+    return "uv run nanochat" if (project_root()/"pyproject.toml").exists() else "nanochat"
+
 # %% ../../nbs/lab/56_speedrun.ipynb #d8583710
 def _train(run: Run):
     "Run the stages that are left, and print where the results are."
@@ -194,7 +200,7 @@ def _train(run: Run):
     until = run.config["dial"]["until"]
     if until == "report":
         click.echo(f"report: {run.dir/'report.html'}")
-        click.echo(f"to talk to it: uv run nanochat chat --run {run.name}")
+        click.echo(f"to talk to it: {_program()} chat --run {run.name}")
     else: click.echo(f"ended after {until}; the same command with --until report continues")
 
 # %% ../../nbs/lab/56_speedrun.ipynb #d4fe50ab
@@ -474,8 +480,8 @@ def _dpo_command(name, simulate, settings):
         say(f"Preference training runs on one process, not on {nproc}: pairs are few.")
     with run_lock(run): manifest = train_dpo(run, simulate or 0, changed)
     click.echo(show_dpo(run, manifest))
-    click.echo(f"to talk to it: uv run nanochat chat --run {run.name}; "
-               f"in the report: uv run nanochat report {run.name}")
+    click.echo(f"to talk to it: {_program()} chat --run {run.name}; "
+               f"in the report: {_program()} report {run.name}")
 
 # %% ../../nbs/lab/56_speedrun.ipynb #6040516f
 @cli.command("report")
