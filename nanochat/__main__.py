@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/lab/58_main.ipynb #aa000003
-from .lab import hub, preflight # add their commands to `cli`
+from .lab import copies, hub, preflight, runs # add their commands to `cli`
 from .lab.speedrun import cli, main
 
 # %% ../nbs/lab/58_main.ipynb #aa000004

@@ -12,7 +12,7 @@ from nanochat.post.mixture import describe_conversations
 
 GUIDE = REPO/"nbs"/"guide"
 PAGES = sorted(GUIDE.glob("*.md"))
-MUST = ("index", "start", "report_laptop", "negative_results", "glossary", *(f"howto_{name}" for name in ("data", "identity", "ability", "task", "resume", "serve", "page", "export", "measure", "node")))
+MUST = ("index", "start", "report_laptop", "negative_results", "glossary", *(f"howto_{name}" for name in ("data", "identity", "ability", "task", "resume", "serve", "page", "export", "measure", "node", "install")))
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 

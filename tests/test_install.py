@@ -1,11 +1,15 @@
 """The command starts quickly, imports cost little, and what the README tells people to type exists."""
 import json
+import os
+import pty
 import re
 import resource
 import shutil
 import subprocess
 import sys
+import termios
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,13 @@ def command():
     return str(path) if path.exists() else shutil.which("nanochat")
 
 
+def entry(*args):
+    "The command that pyproject.toml names, even where another version's script is installed."
+    code = "import sys; from nanochat.__main__ import main; sys.argv[0] = 'nanochat'; main()"
+    assert tomllib.loads((REPO/"pyproject.toml").read_text())["project"]["scripts"]["nanochat"] == "nanochat.__main__:main"
+    return [sys.executable, "-c", code, *args]
+
+
 def test_help_is_quick():
     assert command(), "nanochat is not installed: run the tests with `uv run pytest`"
     assert min(seconds(command(), "--help")[0] for _ in range(3)) < 1
@@ -37,6 +48,36 @@ def test_help_tells_the_commands():
     done = subprocess.run([command(), "--help"], capture_output=True, text=True, check=True)
     for name in ("speedrun", "chat", "report"): assert name in done.stdout
     assert not re.search(r"^ +stage ", done.stdout, re.M) # an inner matter
+
+
+@pytest.mark.parametrize("words", [("runs",), ("lessons",), ("eval",), ("speedrun",)], ids=" ".join)
+def test_help_of_a_command_is_quick(words):
+    assert min(seconds(*entry(*words, "--help"))[1] for _ in range(2)) <= 0.5 # of processor time
+
+
+def test_version():
+    done = subprocess.run(entry("--version"), capture_output=True, text=True, check=True)
+    assert done.stdout == f"nanochat, version {tomllib.loads((REPO/'pyproject.toml').read_text())['project']['version']}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands(shell):
+    def ask(instruction, **env):
+        env = os.environ | {"_NANOCHAT_COMPLETE": f"{shell}_{instruction}"} | env
+        return subprocess.run(entry(), env=env, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    if shell != "bash": assert "nanochat" in ask("source") # for bash, click asks bash for its version
+    typed = "ru" if shell == "fish" else "1"
+    assert re.search(r"\bruns\b", ask("complete", COMP_WORDS="nanochat ru", COMP_CWORD=typed))
+
+
+def test_a_bar_is_drawn_in_a_terminal_and_not_in_a_pipe():
+    code = "from nanochat.core.run import progress_bar\nwith progress_bar(3, desc='work') as bar: bar.update(3)"
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    subprocess.run([sys.executable, "-c", code], stdout=theirs, check=True, cwd=REPO)
+    assert b"work: 100%" in os.read(ours, 65536)
+    for end in (ours, theirs): os.close(end)
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=REPO).stdout == b""
 
 
 def test_importing_the_model_costs_little_beside_torch():

@@ -1,5 +1,6 @@
 """One command from nothing to a model that talks, and each of its notebooks alone."""
 import json
+import re
 import subprocess
 import sys
 import time
@@ -24,8 +25,20 @@ def test_every_stage_is_done(smoke):
 def test_what_the_command_says(smoke):
     for words in ("parameters", "steps", "memory", "time", "3_pretrain: finished", f"report: {smoke.run/'report.html'}", "nanochat chat --run smoke"):
         assert words in smoke.done.stdout, words
-    assert "bpb" in smoke.done.stdout # the bar
+    assert "\r" not in smoke.done.stdout and "\x1b" not in smoke.done.stdout # no bar and no colours where nobody sees them
     assert without_zmq(smoke.done.stderr) == ""
+
+
+def test_answers_for_programs(copy):
+    "JSON alone on stdout, whatever a command has to tell."
+    base = copy("sft").base
+    done = nanochat(base, "eval", "smoke", "--tasks", "sums", "--max-per-task", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["chat"]["tasks"]["sums"]["n"] == 2 and found["core"] is None and "stage sft" in done.stderr
+    [run] = json.loads(nanochat(base, "runs", "--json").stdout)["runs"]
+    assert (run["run"], run["preset"], run["next"], run["score"]["stage"]) == ("smoke", "smoke", "rl", "sft") and run["bytes"] > 1e6
+    assert re.search(r"^smoke +rl +\w.* \(sft\) +\d+ MB", nanochat(base, "runs").stdout, re.M)
 
 
 def test_it_learned(smoke):

@@ -353,9 +353,10 @@ def progress_bar(
     unit: str = "step", # what is counted
     scale: bool = False, # write 12.3M instead of 12345678
 ): # → tqdm.tqdm
-    "Return a `tqdm` bar, shown on rank 0 only and redrawn at most once a second."
+    "Return a `tqdm` bar, shown on rank 0 in a terminal or notebook, redrawn at most once a second."
     from tqdm import tqdm
-    silent = rank_and_world()[0] != 0
+    in_notebook = type(sys.stdout).__module__.startswith("ipykernel")
+    silent = rank_and_world()[0] != 0 or not (in_notebook or sys.stdout.isatty())
     return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=scale,
                 disable=silent, mininterval=1, dynamic_ncols=True, file=sys.stdout)
 

@@ -672,7 +672,7 @@ def preflight(
 # %% ../../nbs/lab/57_preflight.ipynb #1b39c60a
 @cli.command("preflight")
 @click.option("--preset",
-              help="smoke, laptop, gpu, speedrun, d32, record or pr830; by default gpu with "
+              help="smoke, laptop, small, gpu, speedrun, d32, record or pr830; by default gpu with "
                    "CUDA, else laptop.")
 @plan_options
 @data_root_option

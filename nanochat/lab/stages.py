@@ -23,7 +23,7 @@ from pathlib import Path
 
 # %% ../../nbs/lab/55_stages.ipynb #b123c391
 from nanochat.core.files import (
-    Stopped, UserError, atomic_write, file_lock, names_in, project_root, rank_and_world,
+    Stopped, UserError, atomic_write, file_lock, names_in, notebooks_root, rank_and_world,
     read_json, say)
 from ..core.machine import n_cores
 from ..core.run import STAGES, TRAINED, Run, in_words, progress_bar, runs_dir
@@ -430,7 +430,11 @@ def launch(
 ):
     """Run a stage under `torch.distributed.run` and follow it. Ranks that die are restarted.
 
-    If the ranks fail, raises their own `UserError`, or `RuntimeError` with what they printed."""
+    If the ranks fail, raises their own `UserError`, or `RuntimeError` with what they printed.
+    On Windows, always raises `UserError`."""
+    if os.name == "nt":
+        raise UserError(f"{stage} cannot run in several processes on Windows, which has no process "
+                        "groups to end them: use --nproc 1, or WSL.")
     folder = run.stage_dir(stage)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("error.txt", "stopped.txt", "restarts.txt"): (folder/name).unlink(missing_ok=True)
@@ -459,10 +463,14 @@ def launch(
     if launcher.returncode: raise _failure(folder, stage)
 
 # %% ../../nbs/lab/55_stages.ipynb #2aa24dc4
+_HOSTED = ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE") # set by Colab and by Kaggle
+
+# %% ../../nbs/lab/55_stages.ipynb #a0a60fd1
 def default_preset() -> str:
-    "Return `gpu` if torch finds a CUDA device, else `laptop`."
+    "Return `laptop` without a CUDA device; with one, `small` on Colab and Kaggle, else `gpu`."
     import torch
-    return "gpu" if torch.cuda.is_available() else "laptop"
+    if not torch.cuda.is_available(): return "laptop"
+    return "small" if any(name in os.environ for name in _HOSTED) else "gpu"
 
 # %% ../../nbs/lab/55_stages.ipynb #50e91b0d
 def run_name(
@@ -584,7 +592,7 @@ def _execute_notebook(
     import papermill as pm
     from traitlets.config import Config
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    source = project_root()/"nbs"/"speedrun"/f"{notebook}.ipynb"
+    source = notebooks_root()/"nbs"/"speedrun"/f"{notebook}.ipynb"
     copy = run.dir/"notebooks"/source.name
     copy.parent.mkdir(parents=True, exist_ok=True)
     stage_dir = run.dir/stage if stage in STAGES else None

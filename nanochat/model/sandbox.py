@@ -581,6 +581,9 @@ def _walls() -> tuple[str | None, str]: # the way that works here, if any; what 
     return None, "; ".join(missing + failed)
 
 # %% ../../nbs/model/16_sandbox.ipynb #e83b0ad6
+_LINUX_REMEDY = ("install bubblewrap and allow user namespaces (on Ubuntu, "
+                 "`sysctl kernel.apparmor_restrict_unprivileged_userns=0`)")
+
 def sandbox_kind(
     unprotected: bool | None = None, # may programs run without a sandbox? None: only
     # if NANOCHAT_UNPROTECTED=1
@@ -595,11 +598,10 @@ def sandbox_kind(
         return kind
     if unprotected is None: unprotected = os.environ.get("NANOCHAT_UNPROTECTED") == "1"
     if not unprotected:
+        remedy = _LINUX_REMEDY if sys.platform == "linux" else "use a Linux container"
         raise UserError(
-            f"no sandbox can be built here for programs that a model wrote ({why}): "
-            "install bubblewrap and allow user namespaces (on Ubuntu, "
-            "`sysctl kernel.apparmor_restrict_unprivileged_userns=0`), or take the risk with "
-            "unprotected=True or NANOCHAT_UNPROTECTED=1.")
+            f"no sandbox can be built here for programs that a model wrote ({why}): {remedy}, "
+            "or take the risk with unprotected=True or NANOCHAT_UNPROTECTED=1.")
     say("sandbox: unprotected. Time, memory, files and output are limited, but a program can read "
         f"and change your files, use the network, and leave processes behind ({why}).", once=True)
     return "unprotected"

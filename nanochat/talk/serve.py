@@ -384,7 +384,8 @@ def _make_server(
                 timer.cancel()
                 await asyncio.to_thread(service.close)
 
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
+    config = uvicorn.Config(app, log_level="warning", use_colors=False, access_log=False,
+                            server_header=False,
                             timeout_graceful_shutdown=math.ceil(grace) + 5,
                             h11_max_incomplete_event_size=1 << 16)
     return Server(config)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import yaml
 
 # %% ../../nbs/train/21_settings.ipynb #84868773
-from ..core.files import UserError, names_in, project_root
+from ..core.files import UserError, names_in, notebooks_root
 from ..core.run import STAGES, TRACKERS
 from ..core.download import SOURCES
 from ..core.dataset import conversation_files
@@ -470,7 +470,7 @@ def _override(given: dict, changes: dict) -> dict: # full name: value
 # %% ../../nbs/train/21_settings.ipynb #d50360d7
 def _presets_dir() -> Path:
     "Return the folder of the presets, in a clone or an installed wheel."
-    return project_root()/"nbs"/"speedrun"/"presets"
+    return notebooks_root()/"nbs"/"speedrun"/"presets"
 
 # %% ../../nbs/train/21_settings.ipynb #36a4ba79
 def known_presets() -> list[str]:
