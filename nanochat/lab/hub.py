@@ -114,12 +114,12 @@ def _size(config: dict, n_bytes: int) -> str:
             ["weights", f"{n_bytes / 1e6:,.1f} MB in float32"]]
     return _table(["", ""], rows)
 
-# %% ../../nbs/lab/57a_hub.ipynb #66127cde
-_LIMITS = """A small model that was trained to learn how such models are made. It knows what its data say and
-little else, and it states wrong things with confidence. Do not use it where a wrong answer does harm.
-Inside nanochat a calculator fills in the results of sums that the model writes; elsewhere it guesses them.
-The names of special tokens, such as `<|bos|>`, are special in the text of a user, too, when another
-program's tokenizer reads it."""
+# %% ../../nbs/lab/57a_hub.ipynb #8b9d09f5
+_LIMITS = """A small model that was trained to learn how such models are made. It knows what its data
+say and little else, and it states wrong things with confidence. Do not use it where a wrong answer
+does harm. Inside nanochat a calculator fills in the results of sums that the model writes;
+elsewhere it guesses them. The names of special tokens, such as `<|bos|>`, are special in the text
+of a user, too, when another program's tokenizer reads it."""
 
 # %% ../../nbs/lab/57a_hub.ipynb #a3526132
 def _card(

@@ -162,11 +162,11 @@ def _positions(g: _Graph, ids: str) -> str: # (T,) int64
     zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
     return g("Range", zero, g("Gather", g("Shape", ids), one), one)
 
-# %% ../../nbs/talk/48a_onnx_file.ipynb #b80c5c08
+# %% ../../nbs/talk/48a_onnx_file.ipynb #e0eaccff
 def _logits(g: _Graph, model: GPT, ids: str) -> str: # (B, T, vocab_size)
     "Add the whole model to a graph."
     c, x, positions = model.config, _embed(g, model, ids), _positions(g, ids)
-    tables = (g("Gather", _weight(g, table), positions) for table in (model.rope_cos, model.rope_sin))
+    tables = (g("Gather", _weight(g, t), positions) for t in (model.rope_cos, model.rope_sin))
     rotations = tuple(g("Unsqueeze", table, g.constant([1], np.int64)) for table in tables)
     windows = [window if window < c.sequence_len else None for window in c.windows]
     masks = {window: _mask(g, positions, window) for window in dict.fromkeys(windows)}
