@@ -5,9 +5,42 @@
 # %% auto #0
 __all__ = []
 
+# %% ../nbs/lab/58_main.ipynb #5a7e0c01
+import click
+
 # %% ../nbs/lab/58_main.ipynb #aa000003
-from .lab import copies, hub, preflight, runs # add their commands to `cli`
+from .lab import copies, preflight, runs # add their commands to `cli`
 from .lab.speedrun import cli, main
+
+# %% ../nbs/lab/58_main.ipynb #5a7e0c03
+@cli.command("export")
+@click.argument("name", metavar="RUN")
+@click.argument("folder")
+@click.option("--to", "kind", type=click.Choice(["transformers", "onnx", "gguf"]),
+              default="transformers", show_default=True,
+              help="The form: for transformers, for onnxruntime, or for llama.cpp.")
+@click.option("--stage", default="latest", show_default=True,
+              help="base, mid, sft, rl, dpo, or latest: the newest model of the run.")
+@click.option("--push", "repo", metavar="REPO",
+              help="Afterwards, upload the folder to this repository (owner/name) on the hub.")
+def _export_command(name, folder, kind, stage, repo):
+    """Write the model of RUN into FOLDER for other programs, with a model card."""
+    from nanochat.core.run import Run
+    from nanochat.lab.hub import export_run, push
+    made = export_run(Run.open(name), stage, kind, folder)
+    click.echo(made)
+    if repo: click.echo(push(made, repo))
+
+# %% ../nbs/lab/58_main.ipynb #5a7e0c04
+@cli.command("import")
+@click.argument("folder")
+@click.option("--run", "name", help="Name of the run to make; by default that of the folder.")
+def _import_command(folder, name):
+    """Make a run of FOLDER, which `nanochat export` or transformers wrote."""
+    from nanochat.lab.hub import import_folder
+    run = import_folder(folder, name)
+    click.echo(f"run {run.name}, stage {run.latest()}")
+    click.echo(f"to talk to it: uv run nanochat chat --run {run.name}")
 
 # %% ../nbs/lab/58_main.ipynb #aa000004
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

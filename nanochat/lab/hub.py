@@ -11,12 +11,11 @@ import os
 import shutil
 from pathlib import Path
 
-import click
 import yaml
 
 # %% ../../nbs/lab/57a_hub.ipynb #3ec45372
 from ..core.files import UserError, atomic_write, project_root, read_json
-from ..core.run import Run, runs_dir
+from ..core.run import TRAINED, Run, runs_dir
 from ..core.tokenizer import Tokenizer
 from ..core.download import SETS, SOURCES
 from ..model.gpt import GPT
@@ -28,7 +27,6 @@ from ..talk.export import from_transformers, to_transformers
 from ..talk.onnx_file import to_onnx
 from ..talk.gguf_file import to_gguf
 from .reading import Record, read_run, show_number, show_range, show_score
-from .speedrun import cli
 
 # %% ../../nbs/lab/57a_hub.ipynb #aa927a9b
 def _portable(value):
@@ -183,9 +181,14 @@ def export_run(
 # %% ../../nbs/lab/57a_hub.ipynb #30f40fe2
 def _about(folder: Path, model: GPT) -> dict: # stage, step, config
     "Read what a folder says about its run; invent it for a folder from elsewhere."
-    if (folder/_ABOUT).exists():
+    if (file := folder/_ABOUT).exists():
         remedy = "delete it; then the model is imported as one from elsewhere."
-        about = read_json(folder/_ABOUT, remedy)
+        about = read_json(file, remedy)
+        config, step = about.get("config"), about.get("step")
+        sections = [config.get(k) for k in ("model", "tokenizer")] if type(config) is dict else [0]
+        right = type(step) is int and all(type(section) is dict for section in sections)
+        if not right or about.get("stage") not in TRAINED:
+            raise UserError(f"{file} does not describe a run: {remedy}")
     else:
         from nanochat.train.plan import make_plan
         about = {"stage": "sft", "step": 0, "config": make_plan("smoke").config}
@@ -237,30 +240,3 @@ def push(
         raise UserError(f"{repo} was not uploaded ({reason}): log in with `hf auth login`, and "
                         f"check the name. The folder {folder} is complete.") from None
     return str(found)
-
-# %% ../../nbs/lab/57a_hub.ipynb #53d79cf6
-@cli.command("export")
-@click.argument("name", metavar="RUN")
-@click.argument("folder")
-@click.option("--to", "kind", type=click.Choice(list(_LIBRARY)), default="transformers",
-              show_default=True,
-              help="The form: for transformers, for onnxruntime, or for llama.cpp.")
-@click.option("--stage", default="latest", show_default=True,
-              help="base, mid, sft, rl, dpo, or latest: the newest model of the run.")
-@click.option("--push", "repo", metavar="REPO",
-              help="Afterwards, upload the folder to this repository (owner/name) on the hub.")
-def _export_command(name, folder, kind, stage, repo):
-    """Write the model of RUN into FOLDER for other programs, with a model card."""
-    made = export_run(Run.open(name), stage, kind, Path(folder))
-    click.echo(made)
-    if repo: click.echo(push(made, repo))
-
-# %% ../../nbs/lab/57a_hub.ipynb #e851329e
-@cli.command("import")
-@click.argument("folder")
-@click.option("--run", "name", help="Name of the run to make; by default that of the folder.")
-def _import_command(folder, name):
-    """Make a run of FOLDER, which `nanochat export` or transformers wrote."""
-    run = import_folder(Path(folder), name)
-    click.echo(f"run {run.name}, stage {run.latest()}")
-    click.echo(f"to talk to it: uv run nanochat chat --run {run.name}")
