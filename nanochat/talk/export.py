@@ -150,6 +150,7 @@ def to_transformers(
     save_file(tensors, folder/"model.safetensors", metadata={"format": "pt"})
     config = _plain_config(c) if plain else _own_config(c)
     config |= _token_ids(tokenizer) | {"tie_word_embeddings": False, "dtype": "float32"}
+    config["pad_token_id"] = None # the embedding of a padding token would never be trained
     atomic_write(folder/"config.json", json.dumps(config, indent=1))
     if not plain: _copy_code(folder)
     save_tokenizer(tokenizer, c.sequence_len, folder)
