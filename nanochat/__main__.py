@@ -10,7 +10,7 @@ import click
 
 # %% ../nbs/lab/58_main.ipynb #aa000003
 from .lab import copies, preflight, runs # add their commands to `cli`
-from .lab.speedrun import cli, main
+from .lab.speedrun import cli, main, program
 
 # %% ../nbs/lab/58_main.ipynb #5a7e0c03
 @cli.command("export")
@@ -40,7 +40,7 @@ def _import_command(folder, name):
     from nanochat.lab.hub import import_folder
     run = import_folder(folder, name)
     click.echo(f"run {run.name}, stage {run.latest()}")
-    click.echo(f"to talk to it: uv run nanochat chat --run {run.name}")
+    click.echo(f"to talk to it: {program()} chat --run {run.name}")
 
 # %% ../nbs/lab/58_main.ipynb #aa000004
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

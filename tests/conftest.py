@@ -21,6 +21,7 @@ import click
 import psutil
 import pytest
 import yaml
+from browser import open_browser
 
 from nanochat.core.files import file_lock
 from nanochat.core.run import STAGES, Run, read_metrics
@@ -226,6 +227,12 @@ def smoke(tmp_path_factory):
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
             kept.write_text(json.dumps(vars(done)))
     return SimpleNamespace(base=base, run=base/"runs"/"smoke", done=SimpleNamespace(**json.loads(kept.read_text())))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "A browser for the tests of one file; they are skipped where there is none."
+    with open_browser() as browser: yield browser
 
 
 @pytest.fixture

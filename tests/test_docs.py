@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from browser import open_browser
 from conftest import REPO, assert_user_error, nanochat, nanochat_process
 
 from nanochat.lab.docs import MARK, build_docs, check_site, docs_server, search_script, serve_docs
@@ -37,11 +36,6 @@ def address(site):
     sock = docs_server(0)
     threading.Thread(target=serve_docs, args=(site, sock), daemon=True).start()
     return f"http://127.0.0.1:{sock.getsockname()[1]}/"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with open_browser() as browser: yield browser
 
 
 @pytest.fixture(scope="module")

@@ -172,9 +172,8 @@ def test_llama_cpp_gives_the_greedy_ids_of_the_engine(tokenizer, tmp_path):
     llama = pytest.importorskip("xllamacpp", reason="llama.cpp for Python is not installed: uv pip install xllamacpp")
     config = GPTConfig.plain2025(n_layer=3, n_head=4, n_kv_head=2, n_embd=128, sequence_len=256, resid_lambdas=True, qk_scale=1.2)
     model = random_model(tokenizer, **{name: value for name, value in vars(config).items() if name != "vocab_size"})
-    template = (Path(__file__).parent.parent/"nanochat"/"talk"/"chat_template.jinja").read_text()
     params = llama.CommonParams()
-    params.model.path = str(to_gguf(model, tokenizer, tmp_path/"m.gguf", template))
+    params.model.path = str(to_gguf(model, tokenizer, tmp_path/"m.gguf"))
     params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
     params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32 # half precision would change near ties
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -193,7 +192,7 @@ def test_what_llama_cpp_lacks_is_refused(tokenizer, tmp_path):
     plain = vars(GPTConfig.plain2025(n_layer=2, n_head=1, n_embd=16, sequence_len=32, vocab_size=tokenizer.vocab_size))
     for name in ("value_embeds", "smear", "key_offset", "backout"):
         model = GPT(GPTConfig(**plain | {name: True}))
-        with pytest.raises(UserError, match=f"not possible, because .* {name}; .*--set model.{name}=false"): to_gguf(model, tokenizer, tmp_path/"m.gguf", "")
+        with pytest.raises(UserError, match=f"not possible, because .* {name}; .*--set model.{name}=false"): to_gguf(model, tokenizer, tmp_path/"m.gguf")
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from browser import open_browser
 from click.testing import CliRunner
 
 from nanochat.core.files import UserError
@@ -69,11 +68,6 @@ def file(base):
         done = CliRunner().invoke(cli, ["page", "demo", "--out", str(base/"a page.html")], catch_exceptions=False)
     assert done.exit_code == 0 and re.fullmatch(r".*a page\.html: 0\.\d MB; open it in a browser\n", done.output), done.output
     return base/"a page.html"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with open_browser() as browser: yield browser
 
 
 @pytest.fixture(scope="module")

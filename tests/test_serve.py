@@ -18,7 +18,6 @@ import httpx
 import openai
 import psutil
 import pytest
-from browser import open_browser
 from conftest import assert_user_error, environment, nanochat
 
 from nanochat.core.run import Run
@@ -466,11 +465,6 @@ def test_the_command_refuses(base):
 # The page, in a browser
 
 NASTY = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> **bold** `code` 🐱𝔘 & \"quoted\" "
-
-@pytest.fixture(scope="module")
-def browser():
-    with open_browser() as browser: yield browser
-
 
 @pytest.fixture
 def visit(browser, tokenizer):

@@ -15,7 +15,7 @@ import yaml
 
 # %% ../../nbs/lab/57a_hub.ipynb #3ec45372
 from ..core.files import UserError, atomic_write, project_root, read_json
-from ..core.run import TRAINED, Run, runs_dir
+from ..core.run import EXTRA_STAGES, TRAINED, Run, runs_dir
 from ..core.tokenizer import Tokenizer
 from ..core.download import SETS, SOURCES
 from ..model.gpt import GPT
@@ -27,6 +27,7 @@ from ..talk.export import from_transformers, to_transformers
 from ..talk.onnx_file import to_onnx
 from ..talk.gguf_file import to_gguf
 from .reading import Record, read_run, show_number, show_range, show_score
+from .page import Table, markdown_table
 
 # %% ../../nbs/lab/57a_hub.ipynb #aa927a9b
 def _portable(value):
@@ -55,8 +56,6 @@ def _licence(data: dict[str, str]) -> str:
     return "mit" if all("MIT, as this project" in about for about in data.values()) else "other"
 
 # %% ../../nbs/lab/57a_hub.ipynb #b340c614
-_LIBRARY = {"transformers": "transformers", "onnx": "onnx", "gguf": "gguf"}
-
 def _result(name: str, task: dict) -> dict:
     "Return a score as the head of a card has it."
     metric = {"type": "accuracy", "value": round(task["accuracy"], 4)}
@@ -71,18 +70,13 @@ def _head(
 ) -> str: # YAML
     "Write the head of the card."
     tasks = record.stages[stage].tasks
-    found = {"language": "en", "license": licence, "library_name": _LIBRARY[kind],
+    found = {"language": "en", "license": licence, "library_name": kind,
              "pipeline_tag": "text-generation", "tags": ["nanochat"]}
     results = [_result(name, task) for name, task in tasks.items()]
     if results: found["model-index"] = [{"name": record.name, "results": results}]
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
 
 # %% ../../nbs/lab/57a_hub.ipynb #42ec2dc8
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    "Write a table of markdown."
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
-
 def _scores(record: Record, stage: str) -> str:
     "Write the table of scores, with bits per byte and CORE where they were measured."
     found, rows = record.stages[stage], []
@@ -91,8 +85,9 @@ def _scores(record: Record, stage: str) -> str:
         rows.append([name, show_number(task["n"]), chance, show_score(task)])
     if core := found.core:
         score = f"{core['score']:.3f} ({show_range(core['ci95'], 3)})"
-        rows.append(["CORE", len(core["tasks"]), "0", score])
-    text = _table(["task", "questions", "chance", "right, with its 95 % interval"], rows)
+        rows.append(["CORE", str(len(core["tasks"])), "0", score])
+    header = ["task", "questions", "chance", "right, with its 95 % interval"]
+    text = markdown_table(Table(header, rows))
     bpb = found.manifest.get("bits_per_byte")
     said = f"Held-out bits per byte at the end of stage {stage}: {show_number(bpb)}." if bpb else ""
     return "\n\n".join(part for part in (text if rows else "No task was measured.", said) if part)
@@ -110,7 +105,7 @@ def _size(config: dict, n_bytes: int) -> str:
             ["vocabulary", f"{model['vocab_size']:,} tokens"],
             ["context", f"{model['sequence_len']:,} tokens"],
             ["weights", f"{n_bytes / 1e6:,.1f} MB in float32"]]
-    return _table(["", ""], rows)
+    return markdown_table(Table(["", ""], rows))
 
 # %% ../../nbs/lab/57a_hub.ipynb #8b9d09f5
 _LIMITS = """A small model that was trained to learn how such models are made. It knows what its data
@@ -135,7 +130,7 @@ def _card(
         f"---\n{_head(record, stage, kind, _licence(data))}---", f"# {record.name}",
         f"A small language model, made from raw text with nanochat; stage {stage}.",
         "## Use", _example(kind).replace("MODEL", record.name), "## Size", _size(config, n_bytes),
-        "## Data", _table(["source", "about (licence)"], rows),
+        "## Data", markdown_table(Table(["source", "about (licence)"], rows)),
         f"Tokens read, by stage: {read}." if read else "", "## Scores", _scores(record, stage),
         "## Limits", _LIMITS, "## Licence",
         "The licence in the head follows from the data above; if it says other, read theirs."]
@@ -148,8 +143,7 @@ def _write(kind: str, model: GPT, tokenizer: Tokenizer, folder: Path, name: str)
     "Write the model in one of the three forms, and return the file of the weights."
     if kind == "onnx": return to_onnx(model, tokenizer, folder)
     if kind == "transformers": return to_transformers(model, tokenizer, folder)/"model.safetensors"
-    template = project_root()/"nanochat"/"talk"/"chat_template.jinja"
-    return to_gguf(model, tokenizer, folder/f"{name}.gguf", template.read_text("utf-8"))
+    return to_gguf(model, tokenizer, folder/f"{name}.gguf")
 
 # %% ../../nbs/lab/57a_hub.ipynb #d3c7d33f
 def export_run(
@@ -179,15 +173,18 @@ def export_run(
     return folder
 
 # %% ../../nbs/lab/57a_hub.ipynb #30f40fe2
+def _describes_a_run(stage=None, step=None, config=None, **_) -> bool:
+    "Return whether these values of a file can become a run."
+    if stage not in (*TRAINED, *EXTRA_STAGES) or type(step) is not int: return False
+    sections = ("model", "tokenizer")
+    return type(config) is dict and all(type(config.get(name)) is dict for name in sections)
+
 def _about(folder: Path, model: GPT) -> dict: # stage, step, config
     "Read what a folder says about its run; invent it for a folder from elsewhere."
     if (file := folder/_ABOUT).exists():
         remedy = "delete it; then the model is imported as one from elsewhere."
         about = read_json(file, remedy)
-        config, step = about.get("config"), about.get("step")
-        sections = [config.get(k) for k in ("model", "tokenizer")] if type(config) is dict else [0]
-        right = type(step) is int and all(type(section) is dict for section in sections)
-        if not right or about.get("stage") not in TRAINED:
+        if not _describes_a_run(**about):
             raise UserError(f"{file} does not describe a run: {remedy}")
     else:
         from nanochat.train.plan import make_plan

@@ -45,7 +45,7 @@ def _markdown_text(text: str) -> str:
     return text.replace("\n", "<br>")
 
 # %% ../../nbs/lab/51a_page.ipynb #4200e12e
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
     "Write a table as Markdown."
     def line(cells): return f"| {' | '.join(map(_markdown_text, cells))} |"
     rule = "|" + "---|" * len(table.header)
@@ -72,7 +72,7 @@ def _to_markdown(
         match block:
             case str(): out.append(_markdown_text(block))
             case Heading(text): out.append(f"## {_markdown_text(text)}")
-            case Table(): out.append(_markdown_table(block))
+            case Table(): out.append(markdown_table(block))
             case Picture(name, _, caption):
                 out.append(f"![{_markdown_text(caption)}]({figures}/{name}.png)")
             case Sample(): out.append(_markdown_sample(block))

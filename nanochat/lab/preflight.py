@@ -29,7 +29,7 @@ from ..core.run import Run, runs_dir
 from ..train.check import Check, check_table, enforce, hub_address, machine_checks
 from .stages import as_rank, default_preset, launch
 from .speedrun import (
-    chosen_settings, cli, data_root_option, enforce_gpus, plan_options, show_plan)
+    chosen_settings, cli, data_root_option, enforce_gpus, make_plan_for, plan_options, show_plan)
 
 # %% ../../nbs/lab/57_preflight.ipynb #336553f1
 def _random_tokenizer(vocab_size: int): # -> nanochat.core.tokenizer.Tokenizer
@@ -685,6 +685,7 @@ def _preflight_command(preset, settings, **options):
     measured. Exit code 0: go; 2: no-go, with the reason."""
     overrides = chosen_settings(settings, options)
     checks = enforce_gpus(preset, overrides)
-    plan = show_plan(preset or default_preset(), overrides, None, None)
+    plan = make_plan_for(preset or default_preset(), overrides, None, None)
+    show_plan(plan)
     lock, remedy = runs_dir()/".preflight.lock", "wait for it."
     with file_lock(lock, "measuring this machine", remedy): preflight(plan, checks)

@@ -83,84 +83,91 @@ def _told_slots(
 # %% ../../nbs/post/31d_told.ipynb #8a6b1a49
 _RELATIONS = {} # name: (sentences without a full stop, pairs of question and answer's beginning)
 
-def _add_relation(name: str, tells: list[str], asks: dict[str, list[str]]):
-    "Compile a relation and add it. `asks` maps the beginning of an answer to its questions."
-    pairs = [(question, begins)
-             for begins, questions in asks.items() for question in compile_templates(questions)]
+def _add_relation(
+    name: str,
+    tells: list[str], # sentences without a full stop
+    asks: list[str], # questions whose answer is the sentence
+    yes: list[str] = (), # questions whose answer is yes, and the sentence
+    no: list[str] = (),
+):
+    "Compile a relation and add it."
+    kinds = {"": asks, "Yes, ": yes, "No, ": no}
+    pairs = [(question, begins) for begins, questions in kinds.items()
+             for question in compile_templates(questions)]
     _RELATIONS[name] = compile_templates(tells), pairs
 
 # %% ../../nbs/post/31d_told.ipynb #75aa5622
 _add_relation("colour", [
     "{n} [has|owns|bought|got|found|wants] a [|new |small |big |pretty ]{colour} {thing}",
     "{ns} [|new |little ]{thing} is {colour}", "the {thing} of {n} is {colour}",
-    "{n} has a {thing}, which is {colour}", "the {colour} {thing} belongs to {n}"], {"": [
+    "{n} has a {thing}, which is {colour}", "the {colour} {thing} belongs to {n}"], [
         "[What|Which] colour is {ns} {thing}", "[What|Which] colour does {ns} {thing} have",
         "What is the colour of {ns} {thing}", "[Can|Could] you tell me the colour of {ns} {thing}",
         "[What|Which] colour is the {thing} of {n}", "What colour is the {thing}",
         "What does {n} have", "[What|Which] thing does {n} have"],
-    "Yes, ": ["Is {ns} {thing} {colour}", "Is the {thing} {colour}"],
-    "No, ": ["Is {ns} {thing} {colour2}", "Is the {thing} {colour2}"]})
+    ["Is {ns} {thing} {colour}", "Is the {thing} {colour}"],
+    ["Is {ns} {thing} {colour2}", "Is the {thing} {colour2}"])
 _add_relation("thing", [
     "{n} [has|owns|bought|carries|sells|found|holds] a {thing}", "there is a {thing} in {ns} bag",
-    "the {thing} belongs to {n}", "{ns} present is a {thing}", "the {thing} is {ns}"], {"": [
+    "the {thing} belongs to {n}", "{ns} present is a {thing}", "the {thing} is {ns}"], [
         "What does {n} have", "What [is it that|thing does] {n} [has|have]", "What has {n} got",
         "Who has [the|a] {thing}", "Whose is the {thing}", "Who does the {thing} belong to",
         "[Which person|Which of them] has the {thing}", "Who is the owner of the {thing}"],
-    "Yes, ": ["Does {n} have a {thing}", "Has {n} got a {thing}"],
-    "No, ": ["Does {n} have a {thing2}", "Has {n} got a {thing2}"]})
+    ["Does {n} have a {thing}", "Has {n} got a {thing}"],
+    ["Does {n} have a {thing2}", "Has {n} got a {thing2}"])
 
 # %% ../../nbs/post/31d_told.ipynb #d9045a08
 _add_relation("place", [
     "{n} is [|now |today ]at the {place}",
     "{n} [works|waits|sits|stands|is waiting] at the {place}",
-    "you can find {n} at the {place}", "{n} went to the {place}", "{n} stays at the {place}"], {"": [
+    "you can find {n} at the {place}", "{n} went to the {place}", "{n} stays at the {place}"], [
         "Where is {n}[| now| today]", "Where [can|do|could] I find {n}", "At which place is {n}",
         "Do you know where {n} is", "Can you tell me where {n} is", "Who is at the {place}",
         "Who [can|do] I [find|meet] at the {place}", "Which person is at the {place}"],
-    "Yes, ": ["Is {n} at the {place}"],
-    "No, ": ["Is {n} at the {place2}"]})
+    ["Is {n} at the {place}"],
+    ["Is {n} at the {place2}"])
 
 # %% ../../nbs/post/31d_told.ipynb #57d62ee5
 _add_relation("spot", [
     "the {thing} is {spot}", "the {thing} [lies|stands|was] {spot}", "{n} put the {thing} {spot}",
-    "there is a {thing} {spot}", "{n} left the {thing} {spot}"], {"": [
+    "there is a {thing} {spot}", "{n} left the {thing} {spot}"], [
         "Where is the {thing}[| now]", "Where [can|do] I find the {thing}",
         "Do you know where the {thing} is", "What is {spot}", "Which thing is {spot}"],
-    "Yes, ": ["Is the {thing} {spot}"],
-    "No, ": ["Is the {thing} {spot2}"]})
+    ["Is the {thing} {spot}"],
+    ["Is the {thing} {spot2}"])
 _add_relation("number", [
     "{n} [has|buys|needs|bought|sells] {k} {goods}", "{k} {goods} belong to {n}",
-    "in {ns} basket there are {k} {goods}", "{n} took {k} {goods}"], {"": [
+    "in {ns} basket there are {k} {goods}", "{n} took {k} {goods}"], [
         "How many {goods} [does {n} have|has {n} got]", "What does {n} have",
-        "What is the number of {ns} {goods}", "Who has {k} {goods}", "Who has [the|] {goods}"]})
+        "What is the number of {ns} {goods}", "Who has {k} {goods}", "Who has [the|] {goods}"])
 _add_relation("age", [
-    "{n} is {k} years old", "{n} is {k}", "{ns} age is {k}", "{n} turned {k}"], {"": [
+    "{n} is {k} years old", "{n} is {k}", "{ns} age is {k}", "{n} turned {k}"], [
         "How old is {n}", "What is {ns} age", "[What age is|How many years old is] {n}",
-        "Who is {k} years old", "Who is {k}", "[Do you know|Can you tell me] how old {n} is"]})
+        "Who is {k} years old", "Who is {k}", "[Do you know|Can you tell me] how old {n} is"])
 _add_relation("plan", [
     "{n} [goes|wants to go|will go] to the {place} on {day}", "on {day}, {n} goes to the {place}",
-    "{n} will be at the {place} on {day}"], {"": [
+    "{n} will be at the {place} on {day}"], [
         "When does {n} go to the {place}", "On which day does {n} go to the {place}",
         "When will {n} be at the {place}", "Which day does {n} go there",
-        "Where does {n} go on {day}", "Where will {n} be on {day}", "Where does {n} want to go"]})
+        "Where does {n} go on {day}", "Where will {n} be on {day}", "Where does {n} want to go"])
 
 # %% ../../nbs/post/31d_told.ipynb #75239106
 _add_relation("food", [
     "{n} [likes|loves|eats|wants|cooks|orders] {food}", "{n} likes {food} best",
-    "{ns} favourite food is {food}", "{n} had {food} for lunch"], {"": [
+    "{ns} favourite food is {food}", "{n} had {food} for lunch"], [
         "What does {n} like[| best| to eat]", "Who likes {food}", "Which food does {n} like",
-        "What is {ns} favourite food", "What should I cook for {n}", "Who eats {food}"]})
-_add_relation("job", ["{n} [is|works as] {a_job}", "{ns} job is that of {a_job}"], {"": [
+        "What is {ns} favourite food", "What should I cook for {n}", "Who eats {food}"])
+_add_relation("job", ["{n} [is|works as] {a_job}", "{ns} job is that of {a_job}"], [
         "What is {ns} job", "What does {n} do[| for a living]", "Who is [the {job}|{a_job}]",
         "What does {n} work as", "Which of them is [the {job}|{a_job}]"],
-    "Yes, ": ["Is {n} {a_job}"], "No, ": ["Is {n} {a_job2}"]})
-_add_relation("pet", ["{n} has {a_pet}", "{ns} pet is {a_pet}", "{n} lives with {a_pet}"], {"": [
+    ["Is {n} {a_job}"], ["Is {n} {a_job2}"])
+_add_relation("pet", ["{n} has {a_pet}", "{ns} pet is {a_pet}", "{n} lives with {a_pet}"], [
         "What pet does {n} have", "Which animal does {n} have", "Who has [the|a] {pet}",
-        "What is {ns} pet", "What kind of animal lives with {n}"]})
+        "What is {ns} pet", "What kind of animal lives with {n}"])
 
 # %% ../../nbs/post/31d_told.ipynb #227c3947
 for _name, _table in _WIDE["relations"].items():
-    _add_relation(_name, _table["tells"], {"": _table["asks"]})
+    _add_relation(_name, _table["tells"], _table["asks"])
 
 # %% ../../nbs/post/31d_told.ipynb #586af1bf
 def sentence(text: str, end: str = ".") -> str:

@@ -17,7 +17,7 @@ import torch
 from ..core.files import UserError, atomic_file
 from ..core.tokenizer import SPECIAL_TOKENS, Tokenizer
 from ..model.gpt import GPT, GPTConfig
-from .export import check_tokenizer
+from .export import chat_template, check_tokenizer
 
 # %% ../../nbs/talk/48b_gguf_file.ipynb #0ce00ad3
 def _without_place(c: GPTConfig) -> list[str]:
@@ -124,7 +124,6 @@ def _vocabulary(tokenizer: Tokenizer) -> dict:
 def _keys(
     c: GPTConfig,
     tokenizer: Tokenizer,
-    template: str, # chat template, in Jinja
     name: str, # of the model
 ) -> dict:
     "Return all keys and values of the file."
@@ -133,11 +132,10 @@ def _keys(
         "feed_forward_length": 4 * c.n_embd, "attention.head_count": c.n_head,
         "attention.head_count_kv": c.n_kv_head, "attention.layer_norm_rms_epsilon": 1e-6,
         "rope.freq_base": float(c.rope_base), "logit_scale": 1.0}
-    words = _vocabulary(tokenizer) | {"chat_template": template}
     return {"general.architecture": "talkie", "general.name": name,
             **{f"talkie.{key}": value for key, value in shape.items()},
-            **{f"tokenizer.{'ggml.' * (key != 'chat_template')}{key}": value
-               for key, value in words.items()}}
+            **{f"tokenizer.ggml.{key}": value for key, value in _vocabulary(tokenizer).items()},
+            "tokenizer.chat_template": chat_template()}
 
 # %% ../../nbs/talk/48b_gguf_file.ipynb #487bbcc0
 _ALIGNMENT = 32 # every tensor begins at a multiple of so many bytes
@@ -162,7 +160,6 @@ def to_gguf(
     model: GPT, # without value_embeds, smear, key_offset, backout and windows
     tokenizer: Tokenizer,
     path: Path, # of the file; its name without .gguf becomes the model's
-    template: str, # chat template, in Jinja
 ) -> Path: # the file
     "Write a model for llama.cpp. Raises `UserError` if no architecture of llama.cpp can hold it."
     _check(model.config)
@@ -170,6 +167,6 @@ def to_gguf(
     path = Path(path)
     tensors = _tensors(model)
     with atomic_file(path) as f:
-        f.write(_head(_keys(model.config, tokenizer, template, path.stem), tensors))
+        f.write(_head(_keys(model.config, tokenizer, path.stem), tensors))
         for t in tensors.values(): f.write(t.numpy().tobytes() + _padding(t.nbytes))
     return path
