@@ -26,7 +26,7 @@ from nanochat.train.plan import make_plan
 from nanochat.post import smalltalk, wordings
 from nanochat.post.public import make_task
 from nanochat.post.tasks import normal, visible_text
-from nanochat.post.mixture import open_mixture, open_task, take
+from nanochat.post.mixture import Subject, open_mixture, open_task, take
 from nanochat.post.finetune import (
     ConversationLoader, fit_conversations, finetune, pack_conversations, prepare_rows)
 from nanochat.lab.stages import run_stage
@@ -263,13 +263,13 @@ def test_own_conversations_are_trained_on_and_counted(ada):
 
 def test_a_model_of_a_card_says_who_it_is(ada):
     score = json.loads((ada.run.stage_dir("sft")/"eval.json").read_text())["tasks"]["identity"]
-    exam = open_task("identity", "test", 42, None, str(ada.card))
+    exam = open_task("identity", "test", 42, None, Subject(str(ada.card)))
     assert score["n"] == min(30, len(exam)) and score["accuracy"] >= 0.8, [(item["prompt"], item["answer"]) for item in score["items"]]
 
 
 def test_no_question_of_the_exam_is_trained_on(tmp_path):
     (tmp_path/"ada.yaml").write_text(CARD + "lines:\n- ask: May I know your name?\n  say: It is Ada.\n") # a card that asks what the exam asks
-    exam, train = (open_task("identity", split, 42, None, str(tmp_path/"ada.yaml")) for split in ("test", "train"))
+    exam, train = (open_task("identity", split, 42, None, Subject(str(tmp_path/"ada.yaml"))) for split in ("test", "train"))
     bare = lambda text: re.sub(r"\W", "", text.lower())
     trained = {bare(m["content"]) for i in range(4000) for m in train[i]["messages"] if m["role"] == "user"}
     asked = [exam[i] for i in range(len(exam))]

@@ -21,7 +21,7 @@ from ..core.download import SETS, SOURCES
 from ..model.gpt import GPT
 from ..model.shape import count_params
 from ..train.checkpoint import load_model, save_checkpoint
-from ..train.settings import WORLD_TASKS
+from ..train.settings import TEXT_TASKS, WORLD_TASKS
 from ..talk.chat import chosen_stage
 from ..talk.export import from_transformers, to_transformers
 from ..talk.onnx_file import to_onnx
@@ -44,6 +44,7 @@ def _data_of(config: dict) -> dict[str, str]: # source: about it, and its licenc
     "List the data that a model was trained on."
     names = [config.get("data", {}).get("source", "")]
     for stage in ("mid", "sft"): names += config.get(stage, {}).get("mixture", {})
+    names = [name for name in names if name not in TEXT_TASKS] # made from the text above
     known, found = SOURCES | SETS, {}
     for name in names:
         if name in known: found[name] = f"{known[name].about} ({known[name].licence})"

@@ -209,6 +209,16 @@ def _sound_kinds(kinds) -> dict[str, list[int]]: # kind → [right, questions]
         if 0 <= counts[0] <= counts[1] > 0: sound[str(kind)] = counts
     return sound
 
+def _sound_methods(methods, kinds: dict) -> dict[str, dict[str, int]]: # method → kind → right
+    "Return the simple methods whose counts of right answers are valid for all kinds."
+    sound = {}
+    for method, right in methods.items() if isinstance(methods, dict) else ():
+        if not isinstance(right, dict): continue
+        counts = {kind: right.get(kind, 0) for kind in kinds}
+        possible = (type(n) is int and 0 <= n <= kinds[kind][1] for kind, n in counts.items())
+        if counts and all(possible): sound[str(method)] = counts
+    return sound
+
 def _sound_task(
     task, # a value of "tasks"
     numbers: tuple = ("n", "accuracy"), # keys of the numbers that it must have
@@ -222,8 +232,10 @@ def _sound_task(
     if not 0 <= task["accuracy"] <= 1 or task["n"] < 1: return None
     chance = number(task.get("chance"))
     if chance is None or not 0 <= chance < 1: chance = 0.0
-    kinds = {"kinds": kinds} if (kinds := _sound_kinds(task.pop("kinds", None))) else {}
-    return task | {"chance": chance, "items": _sound_items(task.get("items"))} | kinds
+    parts = {"kinds": _sound_kinds(task.pop("kinds", None))}
+    parts["methods"] = _sound_methods(task.pop("methods", None), parts["kinds"])
+    parts = {key: part for key, part in parts.items() if part}
+    return task | {"chance": chance, "items": _sound_items(task.get("items"))} | parts
 
 # %% ../../nbs/lab/50_reading.ipynb #aa08dc4f
 _ALL_STAGES = (*STAGES, *EXTRA_STAGES)

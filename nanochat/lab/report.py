@@ -17,6 +17,7 @@ from ..core.files import project_root
 from ..core.run import STAGES, TRAINED, Run
 from ..train.settings import EXAM_TASKS
 from ..post.chat_eval import CHAT_CORE
+from ..post.core_eval import wilson_interval
 from .reading import (
     Record, StageRecord, cut, number, read_run, show_money, show_number, show_range,
     show_score, show_time, time_and_cost)
@@ -190,7 +191,8 @@ def _score_table(record: Record) -> Table:
 def _kind_blocks(record: Record) -> list: # of blocks
     "Show how the last stage with an exam of several kinds did in each kind."
     found = {stage: task["kinds"] for stage in record.trained()
-             for task in record.stages[stage].tasks.values() if "kinds" in task}
+             for name, task in record.stages[stage].tasks.items()
+             if name in EXAM_TASKS and "kinds" in task}
     if not found: return []
     stage, kinds = list(found.items())[-1]
     cells = [[cut(kind.replace("_", " "), 30), f"{right} of {n}"] for kind, (right, n) in kinds.items()]
@@ -198,6 +200,26 @@ def _kind_blocks(record: Record) -> list: # of blocks
     rows = [sum(cells[i:i + 3], []) for i in range(0, len(cells), 3)]
     intro = f"Right answers of {stage.upper()} to the messages of \"wild\", by kind:"
     return [intro, Table(["kind", "right"] * 3, rows)]
+
+_TEXT_NOTE = (
+    "questions about documents of your text that training has not seen, beside methods that learn "
+    "nothing from sentences. In a cloze question, the missing word occurs elsewhere in the "
+    "passage. In a quoted one, the passage contains the complete sentence, so a search finds it.")
+
+def _method_blocks(record: Record) -> list: # of blocks
+    "Show the answers to questions about your own text, beside those of simple methods."
+    found = [(stage, task) for stage in record.trained()
+             for task in record.stages[stage].tasks.values() if "methods" in task]
+    if not found: return []
+    stage, task = found[-1]
+    methods, rows = task["methods"], []
+    def share(right, n): return f"{100 * right / n:.0f} %"
+    for kind, (right, n) in task["kinds"].items():
+        low, high = wilson_interval(right, n)
+        own = f"{share(right, n)} ({100 * low:.0f} to {100 * high:.0f})"
+        rows.append([kind, show_number(n), own, *(share(m[kind], n) for m in methods.values())])
+    header = ["kind", "questions", stage.upper(), *methods]
+    return [f"Right answers of {stage.upper()} to {_TEXT_NOTE}", Table(header, rows)]
 
 _SCORE_NOTE = (
     "Share of right answers to held-out questions; in brackets the 95 % interval. "
@@ -211,7 +233,7 @@ def _scores(record: Record) -> list: # of blocks
     if not record.task_names(): return [Heading("Scores"), "No stage has been evaluated."]
     blocks = [Heading("Scores")]
     if (table := _score_table(record)).rows: blocks.append(table)
-    blocks += [_SCORE_NOTE, *_kind_blocks(record)]
+    blocks += [_SCORE_NOTE, *_kind_blocks(record), *_method_blocks(record)]
     for stage, found in record.stages.items():
         missing = found.eval.get("missing", {})
         why = [f"{cut(str(name), 60)} ({cut(str(missing[name]), 200)})" for name in missing]

@@ -375,11 +375,11 @@ def _measure_chat(
 ) -> dict: # from `evaluate_chat`
     "Measure a chat model. Results on the test split go into the stage's file."
     from nanochat.post.chat_eval import evaluate_chat, read_task_names, save_evaluation
-    from nanochat.post.mixture import card_of
+    from nanochat.post.mixture import subject_of
     section, names = run.config["eval"], read_task_names(tasks)
     how |= {"max_new_tokens": section["max_new_tokens"], "batch": section["batch"]}
     scores = evaluate_chat(engine, names, most or section["questions"], seed=run.seed,
-                           card=card_of(run.config), **how)
+                           subject=subject_of(run.config), **how)
     if not scores["tasks"]:
         why = "; ".join(f"{name}: {reason}" for name, reason in scores["missing"].items())
         raise UserError(f"none of the tasks could be measured: {why}")

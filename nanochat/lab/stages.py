@@ -43,12 +43,16 @@ def _fetch_questions(run: Run):
             say(f"{name} cannot be fetched, so the evaluation will leave it out: {e}")
 
 # %% ../../nbs/lab/55_stages.ipynb #ebcbe3a0
+def _stages_of(config: dict) -> list[str]:
+    "List the stages of a run, up to `dial.until`."
+    order = list(STAGES)
+    return order[:order.index(config["dial"]["until"]) + 1]
+
 def _training_sets(config: dict) -> list[tuple[str, str, str]]: # set, split, option without it
-    "List the public sets that the stages of a run, up to `dial.until`, train on."
+    "List the public sets that the stages of a run train on."
     from nanochat.core.download import SETS
     from nanochat.post.mixture import trained_splits
-    order, sets = list(STAGES), []
-    stages = order[:order.index(config["dial"]["until"]) + 1]
+    stages, sets = _stages_of(config), []
     for stage in ("mid", "sft"):
         if stage not in stages: continue
         for name, split in trained_splits(config[stage]["mixture"]):
@@ -74,6 +78,14 @@ def _fetch_training_sets(run: Run):
                     "reachable, put them into the folder of --data-root, or train without them: "
                     f"{' '.join(remedies)}")
 
+# %% ../../nbs/lab/55_stages.ipynb #6817201d
+def _check_passages(config: dict):
+    "Raise `UserError` if a run's own text is too small to ask questions about it."
+    from nanochat.post.mixture import open_task, subject_of
+    mixtures = [config[stage]["mixture"] for stage in ("mid", "sft") if stage in _stages_of(config)]
+    if not any("reading" in mixture for mixture in mixtures): return
+    for split in ("train", "test"): open_task("reading", split, subject=subject_of(config))[0]
+
 # %% ../../nbs/lab/55_stages.ipynb #bdc0fcfe
 def _since(started: float) -> float: # seconds
     return round(time.perf_counter() - started, 1)
@@ -85,6 +97,7 @@ def _data_stage(run: Run) -> dict: # the manifest
     started = time.perf_counter()
     _fetch_training_sets(run)
     counts = prepare_data(run)
+    _check_passages(run.config)
     _fetch_questions(run)
     return run.finish("data", seconds=_since(started), **counts)
 

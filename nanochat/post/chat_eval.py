@@ -26,9 +26,11 @@ from ..core.tokenizer import Tokenizer
 from ..core.world import World
 from ..model.gpt import GPT
 from ..model.engine import Completion, Engine, Row, Sampling
+from ..train.settings import TASK_QUESTIONS, TEXT_TASKS
 from .tasks import normal
+from .reading import Reading, simple_results
 from .public import EXAMS, TASKS
-from .mixture import card_of, open_task
+from .mixture import Subject, open_task, subject_of
 from .core_eval import centred, wilson_interval
 
 # %% ../../nbs/post/36_chat_eval.ipynb #72e5aec5
@@ -264,6 +266,7 @@ def evaluate_task(
     items: [{index, prompt, answer, right}]. Written answers add samples, pass_at and finished
     (the share that the model ended itself). With one sample, right has a digit per question.
     If the questions have kinds, items have a kind, and kinds is {kind: [right, questions]}.
+    Questions about your own text add methods: {simple method: {kind: right}}.
     Raises `UserError` on all ranks if one of them cannot evaluate.
     """
     if n < 1: raise UserError(f"{n} questions cannot measure {task.name!r}: ask at least 1.")
@@ -289,6 +292,7 @@ def evaluate_task(
     # one digit per question, for `mcnemar`
     if samples == 1: result["right"] = "".join(str(int(c)) for c in passed)
     if any("kind" in item for item in items): result["kinds"] = _count_kinds(items)
+    if isinstance(task, Reading): result["methods"] = simple_results(task, n)
     return result | {"items": items}
 
 # %% ../../nbs/post/36_chat_eval.ipynb #3e0359e8
@@ -358,7 +362,7 @@ def evaluate_chat(
     *,
     split: str = "test", # split of the public sets, or another one, such as "validation"
     seed: int = 42, # of the world and its questions
-    card: str = "none", # the file of an identity card
+    subject: Subject = Subject(), # what the conversations of the run are about
     desc: str = "questions", # title of the progress bar
     **how, # max_new_tokens, batch, temperature, samples: as in `evaluate_task`
 ) -> dict: # tasks, world_score, chat_core, chat_core_of (its number of tasks), missing
@@ -371,10 +375,10 @@ def evaluate_chat(
     world = World(seed) if set(names) & set(generated) else None
     with progress_bar(len(names), desc=desc, unit="task") as bar:
         for name in names:
-            own_split = "test" if name in generated else split
+            own_split = "test" if name in generated or name in TEXT_TASKS else split
             try:
-                task = open_task(name, own_split, seed, world, card)
-                asked = n * getattr(task, "share", 1)
+                task = open_task(name, own_split, seed, world, subject)
+                asked = n * TASK_QUESTIONS.get(name, 1)
                 results[name] = evaluate_task(engine, task, asked, **how)
                 bar.set_postfix_str(f"{name} {results[name]['accuracy']:.0%}", refresh=False)
             except UserError as e:
@@ -426,6 +430,6 @@ def evaluate_stage(
     names = read_task_names(section.get("tasks", ""))
     found = evaluate_chat(
         Engine(model, tokenizer, dtype), names, section["questions"], seed=run.seed,
-        card=card_of(run.config), desc=f"questions for {stage}",
+        subject=subject_of(run.config), desc=f"questions for {stage}",
         max_new_tokens=section["max_new_tokens"], batch=section["batch"])
     return save_evaluation(run, stage, found, step)

@@ -117,6 +117,7 @@ _REPLIES = [replies for _, replies in _TALK.values()] + KIND_REPLIES
 class SmallTalk(Task):
     "Greetings, thanks, feelings, nonsense, and questions whose answer is in the user's message."
     kinds = {"_said": 0.6, "_told": 0.28, "_old": 0.12} # method: its share
+    knows_town = True # False: the model has read a text of your own
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -128,7 +129,7 @@ class SmallTalk(Task):
 
     def messages(self, i, draw):
         if self.split == "test": return self.exam_messages(draw)
-        talk = self._fact(draw) if draw.chance(0.08) else []
+        talk = self._fact(draw) if self.knows_town and draw.chance(0.08) else []
         for _ in range(draw.weighted({1: 0.65, 2: 0.25, 3: 0.1})):
             talk += getattr(self, draw.weighted(self.kinds))(draw)
         return talk
@@ -188,7 +189,7 @@ def _told(self: SmallTalk, draw):
 @patch
 def _said(self: SmallTalk, draw):
     while True:
-        said, reply = small_talk(self.world, draw)
+        said, reply = small_talk(self.world if self.knows_town else None, draw)
         if normal(said) not in _HELD_OUT: return [user(said), assistant(reply)]
 
 # %% ../../nbs/post/32a_conversation.ipynb #e01440c3

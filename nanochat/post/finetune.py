@@ -35,7 +35,7 @@ from ..train.loop import bits_per_byte, train
 from ..train.settings import TASK_SIZE
 from ..train.pretrain import grad_accum_steps, loop_settings, optimizer_for, prepare_model
 from .public import TASKS
-from .mixture import card_of, open_mixture, read_weights, take
+from .mixture import open_mixture, read_weights, subject_of, take
 from .chat_eval import evaluate_stage
 
 # %% ../../nbs/post/37_finetune.ipynb #4f5113cd
@@ -278,7 +278,7 @@ def _fit_task(
     "Render the conversations of one task."
     def fit(some, asked): return fit_conversations(name, some, asked, tokenizer, capacity)
     mixture = {name: config[stage]["mixture"][name]}
-    entry, = open_mixture(mixture, config["seed"], card_of(config))
+    entry, = open_mixture(mixture, config["seed"], subject_of(config))
     train = fit(take(entry), entry.asked)
     # a fact that was told in one conversation could contradict the next
     train = replace(train, follows=name in TASKS and name != "memory")
@@ -314,14 +314,14 @@ def _load_rows(folder: Path, key: str) -> dict[str, PackedConversations] | None:
 
 # %% ../../nbs/post/37_finetune.ipynb #fdcca86b
 def prepare_rows(
-    run: Run, # its mixture, identity card (who the model is) and seed are read
+    run: Run, # its mixture, subject (identity card and text) and seed are read
     stage: str, # "mid" or "sft"
     tokenizer: Tokenizer,
     seq_len: int, # T
 ) -> dict[str, PackedConversations]: # "train", and "test" for the held-out ones
     "Load a stage's packed conversations, or make them. Raises `UserError` for an invalid mixture."
     section, folder, capacity = run.config[stage], run.stage_dir(stage)/"rows", seq_len + 1
-    key = sha256_json([section["mixture"], section.get("replay", 0), card_of(run.config),
+    key = sha256_json([section["mixture"], section.get("replay", 0), subject_of(run.config),
                        run.seed, tokenizer.hash, seq_len])
     with file_lock(folder/".lock", f"packing the conversations of {stage}"):
         if found := _load_rows(folder, key): return found

@@ -32,7 +32,9 @@ from ..train.checkpoint import load_model
 from ..train.loop import Loop, LoopSettings, all_reduce_sum, autocast
 from ..train.pretrain import (
     choose_kernels, fill_micro_batches, loop_settings, optimizer_for, unscaled_dtype)
-from .public import REAL_TASKS, TASKS, make_task
+from .reading import Reading
+from .public import REAL_TASKS, TASKS
+from .mixture import Subject, open_task, subject_of
 from .chat_eval import evaluate_stage, evaluate_task
 
 # %% ../../nbs/post/38_rl.ipynb #b2165cdd
@@ -436,15 +438,17 @@ class _TaskSlice:
 def rl_tasks(
     names: str,  # names of tasks, separated by commas, as in `rl.task`
     seed: int,  # the run's seed
+    subject: Subject = Subject(),  # what the conversations of the run are about
 ) -> tuple[list, list]: # to train on; held-out
     "Make the tasks of `rl.task`. Raises `UserError` if one does not exist or has no data."
     practice, heldout = [], []
     for name in dict.fromkeys(names_in(names)):
-        splits = getattr((TASKS | REAL_TASKS).get(name), "splits", ())
-        task = make_task(name, "rl" if "rl" in splits else "train", seed)
+        known = TASKS | REAL_TASKS | {"reading": Reading}
+        splits = getattr(known.get(name), "splits", ())
+        task = open_task(name, "rl" if "rl" in splits else "train", seed, None, subject)
         n = len(task)  # downloads a public set now, not in the middle of a step
         try:
-            test = make_task(name, "test", seed)
+            test = open_task(name, "test", seed, None, subject)
             len(test)
         except UserError as e:
             say(f"The test split of {name} is not available ({e}): a tenth of its training "
@@ -486,7 +490,7 @@ def train_rl(
         seed_everything(derive_seed(run.seed, "rl"))
         model, tokenizer, _ = load_model(run, "sft", device)
         if device.type == "cuda": choose_kernels(model, dtype)
-        tasks, tests = on_every_rank(lambda: rl_tasks(section["task"], run.seed))
+        tasks, tests = on_every_rank(lambda: rl_tasks(section["task"], run.seed, subject_of(run.config)))
         engine = Engine(model, tokenizer, dtype)
         optimizer = optimizer_for(model, config, section["lr_scale"])
         heldout = HeldOutTasks(tests, section["eval_problems"], config["eval"]["batch"])
@@ -593,5 +597,5 @@ def show_rollouts(
     engine = Engine(model, tokenizer, unscaled_dtype(device, run.config))
     how = _rollout_settings(section, derive_seed(run.seed, "show rollouts"))
     how = replace(how, prompts_per_step=problems, samples_per_prompt=samples)
-    _, heldout = rl_tasks(section["task"], run.seed)
+    _, heldout = rl_tasks(section["task"], run.seed, subject_of(run.config))
     return Rollouts(rollout(engine, heldout, number, how, section["sigma_norm"]), tokenizer)

@@ -9,7 +9,7 @@ __all__ = ['KIND_REPLIES', 'small_talk']
 from functools import cache
 
 from ..core.grammar import (
-    WORDS, Draw, compile_templates, expand_one, expansions, join_words, made_up)
+    WORDS, Draw, compile_template, compile_templates, expand_one, expansions, join_words, made_up)
 from ..core.itself import read_broad, say_one
 from ..core.world import World
 
@@ -57,6 +57,9 @@ _REPLIES |= {
     "refuse": ["I am sorry, but I cannot help with that."],
     "place": ["The town is called {town}."], "size": ["{n} people live in {town}."],
     "people": ["{three} live in {town}, and {rest} more people."]}
+_OF_TOWN = ("place", "size", "people")
+_READS = compile_template("I can answer questions about a text that you show me, fill gaps in it, "
+                          "continue it, repeat words and remember what you say.")
 
 # %% ../../nbs/post/31e_smalltalk.ipynb #41e3cfaf
 # the replies without slots, by kind
@@ -139,16 +142,21 @@ _ENGLISH = "I only understand English. Could you ask me in English?"
 _COMPILED = {kind: compile_templates(replies) for kind, replies in _REPLIES.items()}
 
 # %% ../../nbs/post/31e_smalltalk.ipynb #9a4f2e14
+def _town_slots(world: World) -> dict[str, str]:
+    names = sorted(person.first for person in world.residents)
+    return {"town": world.town, "n": str(len(names)), "three": join_words(names[:3]),
+            "rest": str(len(names) - 3)}
+
 def small_talk(
-    world: World, # whose town the model knows
+    world: World | None, # whose town the model knows; None: it knows your own text instead
     draw: Draw, # makes the choices
 ) -> tuple[str, str]:
     "Return what a user says and the reply."
     if draw.chance(0.1): return say_one(_foreign(), {}, draw), _ENGLISH
     if draw.chance(0.12): return _nonsense(draw), _UNCLEAR
     kind = draw.pick(draw.weighted(_GROUPS))
-    names = sorted(person.first for person in world.residents)
-    slots = {"town": world.town, "n": str(len(names)), "three": join_words(names[:3]),
-             "rest": str(len(names) - 3)}
+    while not world and kind in _OF_TOWN: kind = draw.pick(draw.weighted(_GROUPS))
+    slots = _town_slots(world) if world else {}
     said = say_one(_said()[kind], slots, draw)
-    return said, expand_one(_COMPILED[kind], slots, draw)
+    replies = [_READS] if kind == "can" and not world else _COMPILED[kind]
+    return said, expand_one(replies, slots, draw)

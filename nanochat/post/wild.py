@@ -17,7 +17,6 @@ from ..core.stories import form_faults, repeated
 from ..core.verses import couplet_faults, line_syllables
 from ..core.world import Resident, World, wrong_values
 from ..core.identity import IDENTITY
-from ..train.settings import EXAM_SHARE
 from .tasks import Task, assistant, closing_text, final_number, user, wild_messages
 
 # %% ../../nbs/post/32f_wild.ipynb #c7e01020
@@ -452,7 +451,6 @@ class Wild(Task):
     "Messages as newcomers type them, with a judge of each answer."
     splits = ("test",)
     max_new_tokens = 200 # for stories
-    share = EXAM_SHARE # questions for each one that another task is asked: there are many kinds
     model_maker = IDENTITY["maker"]
 
     def __init__(self, name: str, split: str, seed: int, world: World):

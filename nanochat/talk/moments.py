@@ -27,7 +27,7 @@ from ..model.gpt import GPT, GPTConfig
 from ..model.engine import Engine, Sampling
 from ..train.checkpoint import load_snapshot, snapshots_in
 from ..post.public import TASKS
-from ..post.mixture import card_of, open_task
+from ..post.mixture import open_task, subject_of
 from ..post.chat_eval import plain_text, read_task_names
 
 # %% ../../nbs/talk/47_moments.ipynb #5d6eede5
@@ -396,8 +396,8 @@ def _exam(
 ) -> list: # of tasks
     "Open tasks by name; a list of tasks, or a task, is returned as a list."
     if not isinstance(task, str): return list(task) if isinstance(task, (list, tuple)) else [task]
-    world, card = World(run.seed), card_of(run.config)
-    return [open_task(name, "test", run.seed, world, card) for name in read_task_names(task)]
+    world, subject = World(run.seed), subject_of(run.config)
+    return [open_task(name, "test", run.seed, world, subject) for name in read_task_names(task)]
 
 # %% ../../nbs/talk/47_moments.ipynb #8e38347d
 def _learned_at(

@@ -19,15 +19,15 @@ from ..core.dataset import (
 from ..model.shape import (
     count_params, flops_per_token, layer_windows, scaling_params)
 from .hardware import Hardware, Kernels, attained, token_parts
-from nanochat.train.settings import (
-    ANSWER_TOKENS, EXAM_SHARE, EXAM_TASKS, MOST_HELD_OUT, SET_SIZES, TASK_SIZE, WORLD_TASKS,
-    mixture_of)
+from .settings import (
+    ANSWER_TOKENS, EXAM_TASKS, MOST_HELD_OUT, SET_SIZES, TASK_QUESTIONS, TASK_SIZE, TEXT_TASKS,
+    WORLD_TASKS, mixture_of)
 
 # %% ../../nbs/train/22_estimate.ipynb #d25752bf
 # mean tokens of a conversation in a public set, with a vocabulary of 32,768
 _SET_TOKENS = {"smoltalk": 800, "mmlu": 350, "gsm8k": 182, "arc-easy": 72, "arc-challenge": 81}
 _TASK_TOKENS = 40 # mean of a conversation in a generated task, with a vocabulary of 2,048
-_LONG_TASK_TOKENS = {"writing": 100} # the same, for tasks with longer conversations
+_LONG_TASK_TOKENS = {"writing": 100, "reading": 165} # the same, for tasks with longer conversations
 _LONG_ANSWERS = {"writing": 200} # most tokens of an answer, where it is more than the usual limit
 # rough mean of the pretraining documents that `mid.replay` and `sft.replay` mix in
 _DOCUMENT_TOKENS = {"world": 87, "web": 1000}
@@ -66,7 +66,7 @@ def _task_size(
     vocab_size: int, # tokens in the vocabulary
 ) -> tuple[int, float]: # count of conversations, mean tokens of one
     "Estimate how many conversations a task has, and how long they are."
-    if task in WORLD_TASKS: return TASK_SIZE, _LONG_TASK_TOKENS.get(task, _TASK_TOKENS)
+    if task in (*WORLD_TASKS, *TEXT_TASKS): return TASK_SIZE, _LONG_TASK_TOKENS.get(task, _TASK_TOKENS)
     per_token = bytes_per_token(vocab_size)
     if task in SET_SIZES:
         return SET_SIZES[task][split], _SET_TOKENS[task] * bytes_per_token(32768) / per_token
@@ -401,9 +401,8 @@ def _exam_parts(
     written = [task for task in dict.fromkeys(asked) if task not in _CHOICE_TASKS]
     times = stages - 1
     reading = times * _reading_seconds(c, hw, len(choices) * n * _PROMPT_TOKENS["web"])
-    share = dict.fromkeys(EXAM_TASKS, EXAM_SHARE)
     writing = times * sum(
-        _written_seconds(c, hw, [task], n * share.get(task, 1)) for task in written)
+        _written_seconds(c, hw, [task], n * TASK_QUESTIONS.get(task, 1)) for task in written)
     return {"CORE": _core_seconds(c, hw), "choices": reading, "written answers": writing}
 
 # %% ../../nbs/train/22_estimate.ipynb #6ad80036
@@ -419,7 +418,7 @@ def _packing_seconds(
     T, seconds = c["model.sequence_len"], 0.0
     for task, weight in mixture_of(c, stage).items():
         size, mean = _task_size(task, weight.split, c["model.vocab_size"])
-        speed = _speed(hw, "generating" if task in WORLD_TASKS else "packing")
+        speed = _speed(hw, "generating" if task in (*WORLD_TASKS, *TEXT_TASKS) else "packing")
         seconds += weight.count(size) * min(mean, T) / (speed * hw.cores)
     return seconds
 

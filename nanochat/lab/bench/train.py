@@ -38,7 +38,7 @@ from ...train.plan import make_plan
 from ...train.checkpoint import load_model
 from ...train.loop import accumulate_gradients, bits_per_byte
 from ...train.pretrain import grad_accum_steps, optimizer_for, prepare_model
-from ...post.mixture import card_of, open_mixture, take
+from ...post.mixture import open_mixture, subject_of, take
 from ...post.finetune import (
     ConversationLoader, finetune, fit_conversations, pack_conversations)
 from .measure import run_child, table
@@ -288,7 +288,7 @@ def _held_out_losses(
     "The loss on the held-out conversations of each task of SFT."
     model, tokenizer, _ = load_model(run, stage)
     T, token_bytes, found = model.config.sequence_len, torch.as_tensor(tokenizer.token_bytes()), {}
-    for entry in open_mixture(run.config["sft"]["mixture"], run.seed, card_of(run.config)):
+    for entry in open_mixture(run.config["sft"]["mixture"], run.seed, subject_of(run.config)):
         n = min(200, len(entry.held_out))
         some = (entry.held_out[i] for i in range(n))
         fitted = fit_conversations(entry.name, some, n, tokenizer, T + 1)
