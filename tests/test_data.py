@@ -22,6 +22,8 @@ from nanochat.core.download import SETS
 from nanochat.core.dataset import conversations, set_rows, take_characters
 from nanochat.core.dataloader import tokenize
 from nanochat.train.plan import make_plan
+from nanochat.post.mixture import open_task, subject_of
+from nanochat.lab.report import Report
 from nanochat.lab.stages import run_stage
 
 
@@ -48,6 +50,39 @@ def pretrain(monkeypatch, tmp_path, source, **overrides):
 
 def bits_per_byte(run):
     return [row["bits_per_byte"] for row in run.rows("base") if "bits_per_byte" in row]
+
+
+def test_own_text_becomes_an_assistant_that_reads_it(monkeypatch, tmp_path):
+    "Conversations are about passages of the text, and the exam is about held-out documents, beside what simpler methods answer."
+    folder = tmp_path/"text"
+    folder.mkdir()
+    write_txt(folder, list(World(7).documents(0, 600)))
+    fewer = {"base.steps": 5, "base.eval_every": 5, "data.characters": 100_000, "eval.questions": 3, "rl.steps": 1, "rl.eval_problems": 4, "rl.max_new_tokens": 8}
+    run = pretrain(monkeypatch, tmp_path, folder, **fewer, **{"eval.tasks": "reading,smalltalk"})
+    assert set(run.config["mid"]["mixture"]) == {"reading", "smalltalk", "identity", "memory", "repeat"}
+    for stage in ("mid", "sft", "rl"): run_stage(run, stage)
+    found = json.loads((run.stage_dir("rl")/"eval.json").read_text())["tasks"]
+    assert not found["reading"]["too_long"] and found["reading"]["n"] == 12 and found["smalltalk"]["n"] == 3
+    asked = {kind: n for kind, (_, n) in found["reading"]["kinds"].items()}
+    assert sum(asked.values()) == 12 and "continue" not in asked
+    assert all(0 <= n <= asked[kind] for right in found["reading"]["methods"].values() for kind, n in right.items())
+    assert len(found["reading"]["methods"]) == 3
+    # the exam's passages are those of held-out documents
+    exam, learned = (open_task("reading", split, run.seed, subject=subject_of(run.config)) for split in ("test", "train"))
+    seen = {sentence for passage in learned.text.passages for sentence in passage}
+    shown = [sentence for i in range(len(exam)) for sentence in exam[i]["question"].passage]
+    assert sum(sentence in seen for sentence in shown) < len(shown) / 2 # the town's documents repeat some sentences
+    assert "documents of your text that training has not seen" in Report(run).write().read_text()
+
+
+@pytest.mark.parametrize("document", ["- a list\n- of things\n", "total: 17, 18, 19\n", "NO SENTENCE HERE\n", "これは文です。\n"])
+def test_text_without_sentences_is_refused_before_training(monkeypatch, tmp_path, document):
+    folder = tmp_path/"text"
+    folder.mkdir()
+    write_txt(folder, [document * (5 + i) for i in range(40)])
+    with pytest.raises(UserError, match="0 passages of two or more full sentences for training.*--until base"): pretrain(monkeypatch, tmp_path, folder)
+    plan = make_plan("smoke", {"base.eval_tokens": 4096, "eval.core_questions": 0, "until": "base", "data.characters": 2000}, data=str(folder))
+    run_stage(Run.create("base alone", plan.config), "data")
 
 
 @pytest.mark.parametrize("write", [write_txt, write_parquet, write_jsonl_gz])
@@ -79,6 +114,8 @@ HUB_RUN = """
 import nanochat.core.dataset as d
 from nanochat.core.run import Run
 from nanochat.train.plan import make_plan
+from nanochat.post.mixture import open_task, subject_of
+from nanochat.lab.report import Report
 from nanochat.lab.stages import run_stage
 d.SOURCES["climbmix"] = d.Source("a test", "none", repo="someone/text", shards=5, shard_characters=40_000)
 run = Run.create("hub", make_plan("smoke", {"data.characters": 120_000, "tokenizer.max_characters": 40_000, "eval.core_questions": 0, "eval.tasks": "world"}, data="climbmix").config)

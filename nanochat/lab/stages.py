@@ -82,8 +82,10 @@ def _fetch_training_sets(run: Run):
 def _check_passages(config: dict):
     "Raise `UserError` if a run's own text is too small to ask questions about it."
     from nanochat.post.mixture import open_task, subject_of
-    mixtures = [config[stage]["mixture"] for stage in ("mid", "sft") if stage in _stages_of(config)]
-    if not any("reading" in mixture for mixture in mixtures): return
+    stages = _stages_of(config)
+    tasks = {name for stage in ("mid", "sft") if stage in stages for name in config[stage]["mixture"]}
+    if "rl" in stages: tasks |= set(names_in(config["rl"]["task"]))
+    if "reading" not in tasks: return
     for split in ("train", "test"): open_task("reading", split, subject=subject_of(config))[0]
 
 # %% ../../nbs/lab/55_stages.ipynb #bdc0fcfe

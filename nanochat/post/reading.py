@@ -18,12 +18,13 @@ from typing import NamedTuple
 from ..core.files import UserError
 from ..core.grammar import Draw, capital, compile_templates, expand_one
 from ..core.dataset import file_state, iter_texts, text_files, text_path
-from .tasks import Task, as_typed, assistant, closing_text, normal, user
+from .tasks import Task, as_typed, assistant, closing_text, user
 
 # %% ../../nbs/post/32g_reading.ipynb #0e30fe75
 _STOP = re.compile(r"[.!?…][\"”’»)\]]*(?=\s)")
-_ABBREVIATION = re.compile(
-    r"(?:^|[\s(])(?:[^\W\d_]|[A-Z]\.[A-Z]|Mr|Mrs|Ms|Dr|St|Prof|Jr|Sr|vs|etc|No|Fig|e\.g|i\.e)\.$")
+_ABBREVIATION = re.compile( # also an initial, as in "J. Ray"
+    r"(?:^|[\s(])(?:[^\W\d_]|[A-Z]\.[A-Z]|Mr|Mrs|Ms|Dr|St|Prof|Gen|Col|Rev|Mt|Jr|Sr|vs|etc|Fig|e\.g"
+    r"|i\.e|ca)\.$")
 
 # %% ../../nbs/post/32g_reading.ipynb #d9d4048e
 def _sentences(paragraph: str) -> list[str]:
@@ -31,28 +32,37 @@ def _sentences(paragraph: str) -> list[str]:
     found, start = [], 0
     for stop in _STOP.finditer(paragraph):
         end = stop.end()
-        following = paragraph[end:].lstrip("\"“‘«([ ")
+        following = paragraph[end:end + 9].lstrip("\"“‘«([ ")
         if following[:1].islower() or _ABBREVIATION.search(paragraph[start:end]): continue
         found.append(paragraph[start:end].strip())
         start = end
     return [*found, paragraph[start:].strip()]
 
 # %% ../../nbs/post/32g_reading.ipynb #48cc70b3
-_WHOLE = re.compile(r"[^\W_][^|{}<>\\_=#*@\n]*[.!?…][\"”’»)]*")
+_WHOLE = re.compile(r"[^\W_][^|{}<>\\_=#*@\n]*[.!?…][\"”’»)]*") # begins with a letter or a digit
 
 def _is_whole(sentence: str) -> bool:
-    "Is this a sentence of running text, with 5 to 28 words?"
+    "Return whether this is a sentence of running text, with 5 to 28 words."
     if not _WHOLE.fullmatch(sentence) or sentence[0].islower(): return False
     return 5 <= len(sentence.split()) <= 28 and "http" not in sentence and "()" not in sentence
 
-# %% ../../nbs/post/32g_reading.ipynb #edb91627
+# %% ../../nbs/post/32g_reading.ipynb #0e343bf5
+def _paragraphs(document: str) -> list[str]: # each in one line
+    "Split a document into paragraphs, without footnote marks such as [1]."
+    lines = re.sub(r"\[\d+\]", "", document).splitlines()
+    ended = sum(line.rstrip().endswith((".", "!", "?", "”", '"')) for line in lines)
+    if all(map(str.strip, lines)) and 2 * ended > len(lines): return lines
+    paragraphs = re.split(r"\n\s*\n", "\n".join(lines))
+    return [" ".join(paragraph.split()) for paragraph in paragraphs]
+
+# %% ../../nbs/post/32g_reading.ipynb #b39ec799
 _MOST_WORDS = 70 # of a passage
 
-def _passages(text: str) -> Iterator[list[str]]: # sentences
+def _passages(document: str) -> Iterator[list[str]]: # sentences
     "Yield the passages of a document."
-    for paragraph in re.split(r"\n\s*\n" if "\n\n" in text else "\n", text):
+    for paragraph in _paragraphs(document):
         here = []
-        for sentence in _sentences(" ".join(paragraph.split())):
+        for sentence in _sentences(paragraph):
             whole, words = _is_whole(sentence), len(" ".join([*here, sentence]).split())
             if not whole or words > _MOST_WORDS:
                 if len(here) > 1: yield here
@@ -60,10 +70,18 @@ def _passages(text: str) -> Iterator[list[str]]: # sentences
             if whole: here.append(sentence)
         if len(here) > 1: yield here
 
-# %% ../../nbs/post/32g_reading.ipynb #6c1eae34
+# %% ../../nbs/post/32g_reading.ipynb #9a301d85
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+
+def _plain(text: str) -> str:
+    "Return the words of a text in lower case, with spaces between them, to compare answers."
+    return " ".join(_WORD.findall(text.lower()))
+
+def _holds(text: str, part: str) -> bool: # both as `_plain` returns them
+    return f" {part} " in f" {text} "
+
+# %% ../../nbs/post/32g_reading.ipynb #126213a6
 _MOST_CHARACTERS = 20_000_000 # of the text that is read
-_FREQUENT = 100 # words that nobody asks for; in a small text a tenth of its words
 
 @lru_cache(maxsize=4)
 def _read_passages(
@@ -74,32 +92,46 @@ def _read_passages(
     documents = iter_texts(path, split, _MOST_CHARACTERS)
     return [passage for document in documents for passage in _passages(document)]
 
-# %% ../../nbs/post/32g_reading.ipynb #14644557
+# %% ../../nbs/post/32g_reading.ipynb #e5e261da
+_FREQUENT = 100 # words that nobody asks for; in a small text a tenth of its words
+
+class _Words(NamedTuple):
+    "What the words of a text are like; all words are in lower case."
+    names: set[str]
+    small: set[str] # occur without a capital letter
+    frequent: set[str] # occur most often, and are not names
+
 @lru_cache(maxsize=4)
-def _read_words(state: tuple, path: Path) -> tuple[set[str], set[str]]: # in lower case
-    "Return the most frequent words of the training text, and its names."
-    counts = {True: Counter(), False: Counter()} # with a capital letter, and without
+def _read_words(state: tuple, path: Path) -> _Words:
+    "Count the words of the training text, without the first word of each sentence."
+    large, small = Counter(), Counter()
     for passage in _read_passages(state, path, "train"):
         for sentence in passage:
-            for word in _WORD.findall(sentence)[1:]: counts[word[0].isupper()][word.lower()] += 1
-    both = counts[True] + counts[False]
-    frequent = both.most_common(min(_FREQUENT, len(both) // 10))
-    names = {word for word, n in counts[True].items() if n > counts[False][word]}
-    return {word for word, _ in frequent}, names
+            for word in _WORD.findall(sentence)[1:]:
+                counts = large if word[0].isupper() else small
+                counts[word.lower()] += 1
+    names = {word for word, n in large.items() if n > small[word]}
+    others = Counter({word: n for word, n in small.items() if word not in names})
+    frequent = others.most_common(min(_FREQUENT, len(others) // 10))
+    return _Words(names, set(small), {word for word, _ in frequent})
 
-# %% ../../nbs/post/32g_reading.ipynb #4bdcd1e2
+# %% ../../nbs/post/32g_reading.ipynb #05df9000
 class _Text(NamedTuple):
-    "The passages of one split of a text, and what the words of the training text are like."
+    "The passages of one split of a text, and the words of its training split."
     passages: list[list[str]]
-    frequent: set[str]
-    names: set[str]
+    words: _Words
 
     def is_content(self, word: str) -> bool:
-        return len(word) > 2 and word.lower() not in self.frequent
+        "Return whether a word is worth asking for."
+        return len(word) > 2 and word.lower() not in self.words.frequent
 
     def is_name(self, word: str) -> bool:
-        return word[0].isupper() and self.is_content(word) and word.lower() in self.names
+        return len(word) > 1 and word[0].isupper() and word.lower() in self.words.names
 
+    def is_english(self) -> bool:
+        return {"the", "of", "and"} <= self.words.small
+
+# %% ../../nbs/post/32g_reading.ipynb #66f275a8
 _FEWEST = {"train": 20, "val": 1} # passages
 
 def _text_of(source: str, split: str) -> _Text:
@@ -110,94 +142,97 @@ def _text_of(source: str, split: str) -> _Text:
                         "give a folder or a file with --data, or set its weight to 0.")
     state = file_state(text_files(path))
     passages = _read_passages(state, path, split)
-    if len(passages) >= _FEWEST[split]: return _Text(passages, *_read_words(state, path))
+    if len(passages) >= _FEWEST[split]: return _Text(passages, _read_words(state, path))
     part = "for training" if split == "train" else "held out for the exam"
     raise UserError(
-        f"{source} has {len(passages)} passages of two or more full sentences {part}, too few "
-        f"to ask about (at least {_FEWEST[split]}): add running text, stop after pretraining with "
-        "--until base, or use other conversations (--set mid.mixture.reading=0 and "
-        "sft.mixture.reading=0).")
+        f"{source} has {len(passages)} passages of two or more full sentences {part}, too few to "
+        f"ask about (at least {_FEWEST[split]}): add running text, with spaces between words and "
+        "full stops, or train a base model only, with --until base.")
 
-# %% ../../nbs/post/32g_reading.ipynb #2e877a50
+# %% ../../nbs/post/32g_reading.ipynb #3c055571
 class _Question(NamedTuple):
     "A question about a passage."
     kind: str # a key of `_KINDS`
-    passage: list[str] # the sentences that are shown; empty: none
+    passage: list[str] # the sentences that are shown
     ask: str # the question
-    about: str # the part of the question that is not in every question of this kind
-    answer: str # the right answer, as a sentence
-    wanted: str # the words that a right answer must contain
-    options: tuple = () # of which one is right
+    about: str # the part of it that comes from the text
+    answer: str # the right answer
+    wanted: str # the part of the answer that is judged; empty: nothing is
+    options: tuple = () # sentences of which one is right
 
 _Maker = Callable[[_Text, list, Draw], _Question | None] # None: the passage has no such question
 
-# %% ../../nbs/post/32g_reading.ipynb #ee29ce00
+# %% ../../nbs/post/32g_reading.ipynb #417abfc7
 GAP = "___"
 _FILL = compile_templates([
     "[Fill the gap|Fill in the gap|Fill in the missing word|Complete the sentence|Which word is "
     "missing|What is the missing word|What goes in the gap|Which word belongs in the gap]: {gapped}",
     "[Can you fill|Please fill|Now fill] [the gap|in the missing word]: {gapped}"])
 
-def _with_gap(kind, text, passage, sentence, allowed, draw) -> _Question | None:
-    "Leave out an allowed content word that occurs once in a sentence, but not at its beginning."
-    places = [place for place in _WORD.finditer(sentence) if place.start()]
-    places = [place for place in places if text.is_content(place[0]) and place[0] in allowed]
-    places = [place for place in places if sentence.count(place[0]) == 1]
+def _with_gap(kind, text, passage, sentence, known, draw) -> _Question | None:
+    "Leave out a content word that is known, once in a sentence, and not its first word."
+    counts = Counter(_plain(sentence).split())
+    def fits(word): return word in known and text.is_content(word) and counts[word.lower()] == 1
+    places = [place for place in _WORD.finditer(sentence) if place.start() and fits(place[0])]
     if not places: return None
     place = draw.pick(places)
     gapped = sentence[:place.start()] + GAP + sentence[place.end():]
     ask = expand_one(_FILL, {"gapped": gapped}, draw)
     return _Question(kind, passage, ask, gapped, sentence, place[0])
 
-# %% ../../nbs/post/32g_reading.ipynb #ce943f6f
+# %% ../../nbs/post/32g_reading.ipynb #b8f17b50
 def _quoted(text, passage, draw):
     sentence = draw.pick(passage)
-    words = set(_WORD.findall(sentence))
-    return _with_gap("quoted", text, passage, sentence, words, draw)
+    return _with_gap("quoted", text, passage, sentence, _WORD.findall(sentence), draw)
 
 def _cloze(text, passage, draw):
     *earlier, sentence = passage
-    known = set(_WORD.findall(" ".join(earlier)))
+    known = _WORD.findall(" ".join(earlier))
     return _with_gap("cloze", text, earlier, sentence, known, draw)
 
-# %% ../../nbs/post/32g_reading.ipynb #0b713504
-_PAST = """was were had became began built brought came did fell felt fought found gave went held kept
-    knew led left lost made met paid ran rebuilt said sat saw sent sold spoke stood taught thought
-    told took won wrote""".split()
-_CAPITAL = r"[^\W\d_a-zß-ÿ][\w.'’-]*"
+# %% ../../nbs/post/32g_reading.ipynb #d26d90ee
+_PAST = """began built brought came did fell felt fought found gave went held kept knew led left lost
+    made met paid ran rebuilt said sat saw sent sold spoke stood taught thought told took won wrote""".split()
+_CAPITAL = r"[^\W\d_a-zß-ÿ][\w.'’-]*" # a word that begins with a capital letter, such as "O’Neil"
 _WHO = re.compile(rf"({_CAPITAL}(?: {_CAPITAL}){{0,3}}) (\w+ed|{'|'.join(_PAST)}) (.+)\.")
 
 def _who(text, passage, draw):
     found = [match for match in map(_WHO.fullmatch, passage) if match]
-    found = [match for match in found if all(map(text.is_name, match[1].split()))]
+    # a first word that also occurs in small letters is probably not a name
+    found = [match for match in found if not _plain(match[1]).split()[0] in text.words.small]
     if not found: return None
-    name, verb, rest = draw.pick(found).groups()
-    answer = f"{name} {verb} {rest}."
-    return _Question("who", passage, f"Who {verb} {rest}?", f"{verb} {rest}", answer, name)
+    match = draw.pick(found)
+    name, done = match[1], f"{match[2]} {match[3]}"
+    if sum(done in sentence for sentence in passage) > 1: return None # others did so, too
+    return _Question("who", passage, f"Who {done}?", done, match[0], name)
 
-# %% ../../nbs/post/32g_reading.ipynb #fe28631b
+# %% ../../nbs/post/32g_reading.ipynb #9499e45b
+# such as "The mill of Norwick is a tall building."
 _IS = re.compile(r"((?:(?:A|An|The) )?[^\W\d_][^\s,]*(?: [^\W\d_][^\s,]*){0,3}) (is|are|was|were) "
-                 r"(?:an?|the|any|one|when) .+\.")
+                 r"(?:an?|the|any|one) .+\.")
 _NO_SUBJECT = set("""
-    this that these those it he she they there here what which who we i you one another all some
-    such both its his her their our my your each many most and but so if as in for result
+    this that these those it he she they there here what which who whom whose we i you one nobody
+    nothing somebody something everybody everything another all some such both its his her their our
+    my your each many most and but so if as in for at by to from with when while where because after
+    before although though since until unless how why today yesterday tomorrow now then result
     """.split())
 
 def _what(text, passage, draw):
     found = [match for match in map(_IS.fullmatch, passage) if match]
-    found = [match for match in found if not _NO_SUBJECT & set(match[1].lower().split())]
+    found = [match for match in found if not _NO_SUBJECT & set(_plain(match[1]).split())]
     if not found: return None
     match = draw.pick(found)
     subject, verb = match[1], match[2]
-    if not text.is_name(subject.split()[0]): subject = subject[0].lower() + subject[1:]
+    if subject.split()[0].lower() in text.words.small: subject = subject[0].lower() + subject[1:]
     return _Question("what", passage, f"What {verb} {subject}?", subject, match[0], match[0])
 
-# %% ../../nbs/post/32g_reading.ipynb #b30c23e5
-_YEAR = re.compile(r",? (in|by|since|until) ((?:1\d|20)\d\d)\b,?", re.IGNORECASE)
-_PLACE = re.compile(rf" (in|at) ((?:the )?{_CAPITAL}(?: {_CAPITAL})?)(?=\.$)")
+# %% ../../nbs/post/32g_reading.ipynb #3f816e96
+_YEAR = re.compile(r",? (in|by|since|until) ((?:1\d|20)\d\d)(?:,|(?=[.;]))", re.IGNORECASE)
+_PLACE = re.compile(rf" (in) ((?:the )?{_CAPITAL}(?: {_CAPITAL})?)(?=\.$)")
 _NO_PLACE = set("""
-    january february march april may june july august september october november december english
-    french german latin spanish greek congress chapter figure section part table god
+    january february march april may june july august september october november december monday
+    tuesday wednesday thursday friday saturday sunday christmas easter english french german latin
+    spanish greek congress chapter figure section part table god
     """.split())
 
 def _placed(kind, pattern, question, passage, allowed, draw) -> _Question | None:
@@ -209,20 +244,19 @@ def _placed(kind, pattern, question, passage, allowed, draw) -> _Question | None
     if not found: return None
     match = draw.pick(found)
     rest = (match.string[:match.start()] + match.string[match.end():]).strip()
-    rest = capital(rest)
     answer = f"{capital(match[1])} {match[2]}."
-    return _Question(kind, passage, f"{rest} {question}", rest, answer, match[2])
+    return _Question(kind, passage, f"{capital(rest)} {question}", capital(rest), answer, match[2])
 
-# %% ../../nbs/post/32g_reading.ipynb #ecfb5b47
+# %% ../../nbs/post/32g_reading.ipynb #4fd4cffa
 def _when(text, passage, draw):
     return _placed("when", _YEAR, "When was that?", passage, bool, draw)
 
 def _where(text, passage, draw):
-    def is_place(words):
-        return text.is_name(words.split()[-1]) and not _NO_PLACE & set(words.lower().split())
+    def is_place(name):
+        return text.is_name(name.split()[-1]) and not _NO_PLACE & set(_plain(name).split())
     return _placed("where", _PLACE, "Where was that?", passage, is_place, draw)
 
-# %% ../../nbs/post/32g_reading.ipynb #2599e28d
+# %% ../../nbs/post/32g_reading.ipynb #5bc9bd47
 _FOLLOWS = compile_templates([
     "[Which of these sentences|Which sentence|Which of these lines|Which line] [comes next|follows"
     "|follows this text|continues the text]?"])
@@ -237,7 +271,7 @@ def _follows(text, passage, draw):
     ask = "\n- ".join([expand_one(_FOLLOWS, {}, draw), *options])
     return _Question("follows", earlier[-2:], ask, "", right, right, tuple(options))
 
-# %% ../../nbs/post/32g_reading.ipynb #6ace9fe1
+# %% ../../nbs/post/32g_reading.ipynb #8efef076
 _CONTINUE = compile_templates([
     "[Continue|Continue this text|Continue this passage|Go on|How does this text go on|What comes "
     "next]: {beginning}"])
@@ -248,38 +282,79 @@ def _continued(text, passage, draw):
     ask = expand_one(_CONTINUE, {"beginning": beginning}, draw)
     return _Question("continue", [], ask, beginning, " ".join(passage[n:n + 2]), "")
 
-# %% ../../nbs/post/32g_reading.ipynb #cae2e33e
-_KINDS: dict[str, tuple[_Maker, float, float]] = { # kind: maker, share in training, in the exam
-    "cloze": (_cloze, 0.27, 0.4), "quoted": (_quoted, 0.2, 0.2), "who": (_who, 0.1, 0.1),
-    "what": (_what, 0.14, 0.08), "when": (_when, 0.06, 0.06), "where": (_where, 0.06, 0.06),
-    "follows": (_follows, 0.07, 0.1), "continue": (_continued, 0.1, 0.0)}
-_TRIES = 60 # passages in which to look for a question of a kind
+# %% ../../nbs/post/32g_reading.ipynb #0a0ad3d8
+def _fills(question: _Question, said: str) -> bool:
+    "Return whether an answer, as `_plain` returns it, fills the gap."
+    before = _plain(question.about.split(GAP)[0])
+    wanted = _plain(question.wanted)
+    return said == wanted or f"{said} ".startswith(f"{before} {wanted} ")
+
+def _names_only(text: _Text, question: _Question, answer: str) -> bool:
+    "Return whether an answer names what is wanted, and nobody and nothing else."
+    known = set(_plain(f"{question.about} {question.answer}").split())
+    words = _WORD.findall(answer)
+    others = {word.lower() for word in words if word.lower() not in known}
+    capitals = {word.lower() for word in words[1:] if not word[0].islower()}
+    return not others & (capitals | text.words.names | {"not"})
+
+def _is_right(text: _Text, question: _Question, answer: str) -> bool:
+    said, wanted = _plain(answer), _plain(question.wanted)
+    if question.kind in ("what", "follows"): return said == wanted
+    if question.kind in ("cloze", "quoted"): return _fills(question, said)
+    if question.kind == "when": return set(re.findall(r"\b\d{4}\b", answer)) == {wanted}
+    return _holds(said, wanted) and _names_only(text, question, answer)
+
+# %% ../../nbs/post/32g_reading.ipynb #3879227c
+class _Kind(NamedTuple):
+    make: _Maker
+    train: float # share of the conversations to train on
+    exam: float # share of the exam, and of the questions of reinforcement learning
+    english: bool = False # for English texts only
+
+_KINDS = {
+    "cloze": _Kind(_cloze, 0.27, 0.4), "quoted": _Kind(_quoted, 0.2, 0.2),
+    "follows": _Kind(_follows, 0.07, 0.1), "continue": _Kind(_continued, 0.1, 0.0),
+    "who": _Kind(_who, 0.1, 0.1, True), "what": _Kind(_what, 0.14, 0.08, True),
+    "when": _Kind(_when, 0.06, 0.06, True), "where": _Kind(_where, 0.06, 0.06, True)}
+
+# %% ../../nbs/post/32g_reading.ipynb #a3aa5127
+def _shares(split: str, english: bool) -> dict[str, float]: # kind → share; the sum is 1
+    "Return the share of each kind in a split."
+    kinds = {name: kind for name, kind in _KINDS.items() if english or not kind.english}
+    shares = {name: kind.train if split == "train" else kind.exam for name, kind in kinds.items()}
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items() if share}
+
+# %% ../../nbs/post/32g_reading.ipynb #f973bb3c
+_TRIES = 60 # passages in which to look for a question of a kind; then another kind is drawn
 
 def _make_question(text: _Text, shares: dict[str, float], draw: Draw) -> _Question:
     "Draw a kind and a passage. Raises `UserError` if no passage has a question of any kind."
     for _ in range(_TRIES):
-        maker, *_ = _KINDS[draw.weighted(shares)]
+        kind = _KINDS[draw.weighted(shares)]
         for _ in range(_TRIES):
-            question = maker(text, draw.pick(text.passages), draw)
+            question = kind.make(text, draw.pick(text.passages), draw)
             if question: return question
-    raise UserError("the text has sentences, but no question could be made of them: use other "
-                    "conversations (--set mid.mixture.reading=0 and sft.mixture.reading=0).")
+    raise UserError("the text has sentences, but no question could be made of them: add text, or "
+                    "train a base model only, with --until base.")
 
-# %% ../../nbs/post/32g_reading.ipynb #fb88658e
+# %% ../../nbs/post/32g_reading.ipynb #46e022e7
 class Reading(Task):
-    "Questions about passages of your own text; those of the exam are about held-out documents."
+    """Questions about passages of your own text.
+
+    Those of "train" and "rl" are about its training documents, those of "test" about others.
+    """
     splits = ("train", "rl", "test")
 
     def __init__(self,
         name: str, # "reading"
-        split: str, # "train", "rl" or "test"
+        split: str, # "train", "rl" (the kinds of the exam) or "test"
         seed: int, # the same seed gives the same conversations
         source: str, # the folder or file with the text
     ):
         super().__init__(name, split, seed, None)
         self.source, self.text = source, _text_of(source, "val" if split == "test" else "train")
-        column = 1 if split == "train" else 2
-        self.shares = {kind: row[column] for kind, row in _KINDS.items() if row[column]}
+        self.shares = _shares(split, self.text.is_english())
         if split == "test": self.size = min(self.size, 4 * len(self.text.passages))
 
     def __getitem__(self, i: int) -> dict: # messages, kind, question
@@ -294,10 +369,11 @@ class Reading(Task):
         "Return what the user says: the passage, and the question before or after it."
         ask, passage = question.ask, " ".join(question.passage)
         if self.split == "train":
-            if question.kind == "what" and draw.chance(2 / 3): return as_typed(ask, draw)
-            if "\n" not in ask: ask = as_typed(ask, draw, keep=[question.about])
+            if question.about: ask = as_typed(ask, draw, keep=[question.about])
+            if question.kind == "what" and draw.chance(2 / 3): passage = ""
         if not passage: return ask
-        parts = [ask, passage] if draw.chance(0.2) and not question.options else [passage, ask]
+        parts = [passage, ask]
+        if not question.options and draw.chance(0.2): parts.reverse()
         return "\n".join(parts)
 
     def evaluate(self,
@@ -305,32 +381,17 @@ class Reading(Task):
         completion: str, # visible text of a model's answer
     ) -> bool:
         "Return whether the answer is right."
-        return _is_right(conversation["question"], closing_text(completion))
+        return _is_right(self.text, conversation["question"], closing_text(completion))
 
-# %% ../../nbs/post/32g_reading.ipynb #ea219e3a
-def _holds(words: str, part: str) -> bool: # both as `normal` returns them
-    return f" {part} " in f" {words} "
-
-def _is_right(question: _Question, answer: str) -> bool:
-    "Return whether an answer is right."
-    said, wanted = normal(answer), normal(question.wanted)
-    if question.kind in ("what", "follows"): return said == wanted
-    if question.kind in ("cloze", "quoted"):
-        before = normal(question.about.split(GAP)[0]).split()[-2:]
-        return said == wanted or _holds(said, " ".join([*before, wanted]))
-    known = set(normal(question.answer).split())
-    others = [word for word in _WORD.findall(answer)[1:] if not word[0].islower()]
-    return _holds(said, wanted) and all(word.lower() in known for word in others)
-
-# %% ../../nbs/post/32g_reading.ipynb #cfadc2f2
+# %% ../../nbs/post/32g_reading.ipynb #7b56620f
 _K, _B = 1.2, 0.75 # as most search engines set them
 
 def _bm25(query: str, documents: list[str]) -> list[float]:
     "Return how much each document is like the query."
-    counts = [Counter(normal(document).split()) for document in documents]
+    counts = [Counter(_plain(document).split()) for document in documents]
     n, mean = len(documents), sum(map(Counter.total, counts)) / len(documents)
     scores = [0.0] * n
-    for word in set(normal(query).split()):
+    for word in set(_plain(query).split()):
         holding = sum(word in count for count in counts)
         weight = math.log(1 + (n - holding + 0.5) / (holding + 0.5))
         for i, count in enumerate(counts):
@@ -338,25 +399,24 @@ def _bm25(query: str, documents: list[str]) -> list[float]:
             scores[i] += weight * count[word] * (_K + 1) / (count[word] + length)
     return scores
 
-# %% ../../nbs/post/32g_reading.ipynb #a2e01ad3
+# %% ../../nbs/post/32g_reading.ipynb #cbae1e8d
 _NAME = re.compile(rf"{_CAPITAL}(?: {_CAPITAL})*")
 
 def _candidates(text: _Text, kind: str, sentence: str) -> list[str]:
     "Return what a question of a kind could ask for in a sentence."
-    if kind == "when": return [match[2] for match in _YEAR.finditer(f" {sentence}")]
-    if kind in ("who", "where"):
-        names = [name.rstrip(".") for name in _NAME.findall(sentence)]
-        return [name for name in names if all(map(text.is_name, name.split()))]
-    return [word for word in _WORD.findall(sentence) if text.is_content(word)]
+    if kind == "when": return re.findall(r"\b\d{4}\b", sentence)
+    if kind not in ("who", "where"): return list(filter(text.is_content, _WORD.findall(sentence)))
+    names = [name.rstrip(".") for name in _NAME.findall(sentence)]
+    return [name for name in names if _plain(name) not in text.words.small]
 
 def _most_frequent(words: list[str], question: _Question) -> str: # empty: there are no others
     "Return the most frequent of the words that are not in the question."
-    left = [word for word in words if not _holds(normal(question.about), normal(word))]
+    left = [word for word in words if not _holds(_plain(question.about), _plain(word))]
     return Counter(left).most_common(1)[0][0] if left else ""
 
-# %% ../../nbs/post/32g_reading.ipynb #38d0b966
+# %% ../../nbs/post/32g_reading.ipynb #1b7ae58c
 def _from_passage(text: _Text, question: _Question) -> str:
-    "Answer with the most frequent word of the passage that the question could ask for."
+    "Answer with the most frequent word of the passage, or with its first sentence."
     sentences = question.options or question.passage
     if question.kind in ("what", "follows"): return sentences[0]
     words = [word for s in sentences for word in _candidates(text, question.kind, s)]
@@ -371,7 +431,7 @@ def _from_similar(text: _Text, question: _Question) -> str:
     if question.kind in ("what", "follows"): return best
     return _most_frequent(_candidates(text, question.kind, best), question)
 
-# %% ../../nbs/post/32g_reading.ipynb #89e62fd9
+# %% ../../nbs/post/32g_reading.ipynb #fc2f0686
 _TRAINED_ON = 2000 # conversations in which the most frequent answers are counted
 
 def _simple_answers(
@@ -381,7 +441,7 @@ def _simple_answers(
     "Answer questions by methods that do not learn from sentences."
     trained = Reading(task.name, "train", task.seed, task.source)
     counts = {}
-    for i in range(min(_TRAINED_ON, len(trained))):
+    for i in range(_TRAINED_ON):
         question = trained[i]["question"]
         counts.setdefault(question.kind, Counter())[question.wanted] += 1
     usual = {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
@@ -390,6 +450,7 @@ def _simple_answers(
         "most frequent word of the passage": [_from_passage(task.text, q) for q in questions],
         "most similar sentence (BM25)": [_from_similar(task.text, q) for q in questions]}
 
+# %% ../../nbs/post/32g_reading.ipynb #ae4bdf3a
 def simple_results(
     task: Reading, # the exam
     n: int, # how many of its questions
@@ -397,6 +458,7 @@ def simple_results(
     "Let methods that do not learn from sentences answer the first questions of an exam."
     questions, results = [task[i]["question"] for i in range(n)], {}
     for method, answers in _simple_answers(task, questions).items():
-        right = [q.kind for q, answer in zip(questions, answers) if _is_right(q, answer)]
+        pairs = zip(questions, answers)
+        right = [question.kind for question, answer in pairs if _is_right(task.text, question, answer)]
         results[method] = dict(Counter(right))
     return results
