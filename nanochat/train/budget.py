@@ -244,21 +244,18 @@ def _refuse_budget(given: dict, hw: Hardware):
 
 # %% ../../nbs/train/24_budget.ipynb #ee29bb50
 _TALKS = 0.5 # largest share of a budget that mid-training and SFT get
-# the size of a model for this estimate
-_LAPTOP = {"dial.depth": 4, "model.n_embd": 128, "tokenizer.vocab_size": 2048,
-           "dial.head_dim": 64, "model.window_pattern": "L", "model.sequence_len": 256}
 
 def _shrinks(name: str) -> bool: # a setting by its full name
     "Is this a number of conversations or of RL steps?"
     return ".mixture." in name or name in ("mid.replay", "sft.replay", "rl.steps")
 
 def _fewer_conversations(
-    given: dict, # settings by full name, without a depth
+    given: dict, # settings by full name
     said: dict, # those of them that a person gave
     hw: Hardware,
 ) -> dict: # settings by full name
-    "Shrink mixtures and RL to the budget."
-    seconds = stage_seconds(_filled(_LAPTOP | given, 1_000_000, hw), hw)
+    "Shrink mixtures and RL to the budget, at the speed of the model that is given."
+    seconds = stage_seconds(_filled(given, 1_000_000, hw), hw)
     talks = seconds.get("mid", 0) + seconds.get("sft", 0)
     share = _TALKS * _budget_seconds(given, hw) / max(talks, 1e-9)
     if share >= 1: return given
@@ -274,14 +271,15 @@ def _choose(
     hw: Hardware,
 ) -> tuple[dict, list[Candidate]]: # settings; the candidates, the chosen one first
     "Choose the model for a small machine."
-    given = _fewer_conversations(given, said, hw)
     fixed = {name: value for name, value in given.items() if name in said or name not in _CHOSEN}
     shapes = _shapes(fixed)
-    best = _best(_candidate(shape, hw) for shape in shapes)[:4]
+    def spend(shape, hw): return _candidate(_fewer_conversations(shape, said, hw), hw)
+    best = _best(spend(shape, hw) for shape in shapes)[:4]
     if best and hw.here:
-        tried = [({name: x.c[name] for name in shapes[0]},
+        # once more with measured speeds, from as many conversations as were wanted at first
+        tried = [({name: x.c[name] for name in shapes[0]} | fixed,
                   replace(hw, measured=measured_speeds(x.c, 0.5))) for x in best]
-        best = _best(_candidate(shape, measured) for shape, measured in tried)
+        best = _best(spend(shape, measured) for shape, measured in tried)
     if not best: _refuse_budget(given, hw)
     c = best[0].c
     # `base.steps` sets the length; `derive` computes both names below from it

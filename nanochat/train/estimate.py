@@ -27,7 +27,7 @@ from .settings import (
 # mean tokens of a conversation in a public set, with a vocabulary of 32,768
 _SET_TOKENS = {"smoltalk": 800, "mmlu": 350, "gsm8k": 182, "arc-easy": 72, "arc-challenge": 81}
 _TASK_TOKENS = 40 # mean of a conversation in a generated task, with a vocabulary of 2,048
-_LONG_TASK_TOKENS = {"writing": 100, "reading": 165} # the same, for tasks with longer conversations
+_LONG_TASK_TOKENS = {"writing": 100, "reading": 160} # the same, for tasks with longer conversations
 _LONG_ANSWERS = {"writing": 200} # most tokens of an answer, where it is more than the usual limit
 # rough mean of the pretraining documents that `mid.replay` and `sft.replay` mix in
 _DOCUMENT_TOKENS = {"world": 87, "web": 1000}
