@@ -168,9 +168,11 @@ _Maker = Callable[[_Text, list, Draw], _Question | None] # None: the passage has
 # %% ../../nbs/post/32g_reading.ipynb #376c5e7d
 _GAP = "___"
 _FILL = compile_templates([
-    "[Fill the gap|Fill in the gap|Fill in the missing word|Complete the sentence|Which word is "
-    "missing|What is the missing word|What goes in the gap|Which word belongs in the gap]: {gapped}",
-    "[Can you fill|Please fill|Now fill] [the gap|in the missing word]: {gapped}"])
+    "[Fill the gap|Fill in the gap|Fill in the blank|Fill in the missing word|Complete the sentence"
+    "|Complete this sentence|Which word is missing|What is the missing word|What goes in the gap"
+    "|What goes in the blank|Which word belongs in the gap|Find the missing word]: {gapped}",
+    "[Can you fill|Please fill|Now fill] [the gap|the blank|in the missing word]: {gapped}",
+    "{gapped} [Which word is missing|What is the missing word|What word goes there]?", "{gapped}"])
 
 def _with_gap(kind, text, passage, sentence, known, draw) -> _Question | None:
     "Leave out a content word that is known, once in a sentence, and not its first word."
@@ -193,10 +195,15 @@ def _cloze(text, passage, draw):
     known = _WORD.findall(" ".join(earlier))
     return _with_gap("cloze", text, earlier, sentence, known, draw)
 
-# %% ../../nbs/post/32g_reading.ipynb #d26d90ee
-_PAST = """began built brought came did fell felt fought found gave went held kept knew led left lost
-    made met paid ran rebuilt said sat saw sent sold spoke stood taught thought told took won wrote""".split()
-_CAPITAL = r"[^\W\d_a-zß-ÿ][\w.'’-]*" # a word that begins with a capital letter, such as "O’Neil"
+# %% ../../nbs/post/32g_reading.ipynb #c148bef5
+_PAST = """
+    began built brought came did fell felt fought found gave went held kept knew led left lost made
+    met paid ran rebuilt said sat saw sent sold spoke stood taught thought told took won wrote
+    """.split()
+_CAPITAL = r"[^\W\d_a-zß-ÿ][\w.'’-]*" # such as "O’Neil", with a capital letter
+_WHO_ASKED = compile_templates([
+    "Who {done}?", "[Do you know|Tell me|Can you tell me] who {done}?", "[So who|And who] {done}?",
+    "According to the text, who {done}?"])
 _WHO = re.compile(rf"({_CAPITAL}(?: {_CAPITAL}){{0,3}}) (\w+ed|{'|'.join(_PAST)}) (.+)\.")
 
 def _who(text, passage, draw):
@@ -207,12 +214,17 @@ def _who(text, passage, draw):
     match = draw.pick(found)
     name, done = match[1], f"{match[2]} {match[3]}"
     if sum(done in sentence for sentence in passage) > 1: return None # others did so, too
-    return _Question("who", passage, f"Who {done}?", done, match[0], name)
+    ask = expand_one(_WHO_ASKED, {"done": done}, draw)
+    return _Question("who", passage, ask, done, match[0], name)
 
 # %% ../../nbs/post/32g_reading.ipynb #9499e45b
 # such as "The mill of Norwick is a tall building."
 _IS = re.compile(r"((?:(?:A|An|The) )?[^\W\d_][^\s,]*(?: [^\W\d_][^\s,]*){0,3}) (is|are|was|were) "
                  r"(?:an?|the|any|one) .+\.")
+_WHAT_ASKED = compile_templates([
+    "What {is} {X}?", "What {is} {X}?",
+    "[Explain|Tell me|Do you know|Can you tell me] what {X} {is}.",
+    "[Define|Describe] {X}.", "What does the text say about {X}?", "What do you know about {X}?"])
 _NO_SUBJECT = set("""
     this that these those it he she they there here what which who whom whose we i you one nobody
     nothing somebody something everybody everything another all some such both its his her their our
@@ -227,7 +239,8 @@ def _what(text, passage, draw):
     match = draw.pick(found)
     subject, verb = match[1], match[2]
     if subject.split()[0].lower() in text.words.small: subject = subject[0].lower() + subject[1:]
-    return _Question("what", passage, f"What {verb} {subject}?", subject, match[0], match[0])
+    ask = expand_one(_WHAT_ASKED, {"is": verb, "X": subject}, draw)
+    return _Question("what", passage, ask, subject, match[0], match[0])
 
 # %% ../../nbs/post/32g_reading.ipynb #3f816e96
 _YEAR = re.compile(r",? (in|by|since|until) ((?:1\d|20)\d\d)(?:,|(?=[.;]))", re.IGNORECASE)
@@ -238,7 +251,14 @@ _NO_PLACE = set("""
     spanish greek congress chapter figure section part table god
     """.split())
 
-def _placed(kind, pattern, question, passage, allowed, draw) -> _Question | None:
+_WHEN_ASKED = compile_templates([
+    "{rest} [When was that|When did that happen|In which year was that|What year was that]?",
+    "[When was this|When did this happen|In which year was this|What is the year of this]: {rest}"])
+_WHERE_ASKED = compile_templates([
+    "{rest} [Where was that|Where did that happen|In which place was that|Where is that]?",
+    "[Where was this|Where did this happen|In which place was this]: {rest}"])
+
+def _placed(kind, pattern, asked, passage, allowed, draw) -> _Question | None:
     "Leave out what a pattern finds once in a sentence, and ask for it."
     found = []
     for sentence in passage:
@@ -248,16 +268,17 @@ def _placed(kind, pattern, question, passage, allowed, draw) -> _Question | None
     match = draw.pick(found)
     rest = (match.string[:match.start()] + match.string[match.end():]).strip()
     answer = f"{capital(match[1])} {match[2]}."
-    return _Question(kind, passage, f"{capital(rest)} {question}", capital(rest), answer, match[2])
+    ask = expand_one(asked, {"rest": capital(rest)}, draw)
+    return _Question(kind, passage, ask, capital(rest), answer, match[2])
 
 # %% ../../nbs/post/32g_reading.ipynb #4fd4cffa
 def _when(text, passage, draw):
-    return _placed("when", _YEAR, "When was that?", passage, bool, draw)
+    return _placed("when", _YEAR, _WHEN_ASKED, passage, bool, draw)
 
 def _where(text, passage, draw):
     def is_place(name):
         return text.is_name(name.split()[-1]) and not _NO_PLACE & set(_plain(name).split())
-    return _placed("where", _PLACE, "Where was that?", passage, is_place, draw)
+    return _placed("where", _PLACE, _WHERE_ASKED, passage, is_place, draw)
 
 # %% ../../nbs/post/32g_reading.ipynb #5bc9bd47
 _FOLLOWS = compile_templates([
@@ -341,7 +362,13 @@ def _make_question(text: _Text, shares: dict[str, float], draw: Draw) -> _Questi
     raise UserError("the text has sentences, but no question could be made of them: add text, or "
                     "train a base model only, with --until base.")
 
-# %% ../../nbs/post/32g_reading.ipynb #c21e0de2
+# %% ../../nbs/post/32g_reading.ipynb #5e1c8f25
+_MARKS = ("____", "_____", "______", "__", "...", "[...]", "[blank]", "[gap]", "(?)")
+_LAYOUTS = (
+    "{passage}\n{ask}", "{passage}\n\n{ask}", "{ask}\n{passage}", "{ask}\n\n{passage}",
+    "{passage} {ask}", "Text: {passage}\nQuestion: {ask}", "Passage: {passage}\n\n{ask}",
+    "Context: {passage}\nQuestion: {ask}\nAnswer:", "Read this: {passage}\n{ask}",
+    "\"{passage}\"\n{ask}", "Here is a text. {passage}\n\n{ask}")
 _MOST_SHOWN = 150 # words of a conversation with two questions
 
 class Reading(Task):
@@ -374,15 +401,19 @@ class Reading(Task):
         if self.split == "train": messages += self._more(question, draw)
         return {"messages": messages, "kind": question.kind, "question": question}
 
+    def _asked(self, question: _Question, draw: Draw) -> str:
+        "Return the question, in training as people might type it."
+        if self.split != "train" or not question.about: return question.ask
+        ask = as_typed(question.ask, draw, keep=[question.about])
+        return ask.replace(_GAP, draw.pick(_MARKS)) if draw.chance(0.5) else ask
+
     def _message(self, question: _Question, draw: Draw) -> str:
-        "Return what the user says: the passage, and the question before or after it."
-        ask, passage = question.ask, " ".join(question.passage)
-        if self.split == "train" and question.about:
-            ask = as_typed(ask, draw, keep=[question.about])
+        "Return what the user says: the question, and the passage if there is one."
+        ask, passage = self._asked(question, draw), " ".join(question.passage)
         if not passage: return ask
-        parts = [passage, ask]
-        if not question.options and draw.chance(0.2): parts.reverse()
-        return "\n".join(parts)
+        plain = self.split != "train" or question.options or draw.chance(0.5)
+        layout = _LAYOUTS[0] if plain else draw.pick(_LAYOUTS)
+        return layout.format(passage=passage, ask=ask)
 
     def _more(self, question: _Question, draw: Draw) -> list[dict]:
         "Return a second question about the passage and its answer, or nothing."
@@ -391,7 +422,7 @@ class Reading(Task):
         if not other or other.answer == question.answer: return []
         said = [*question.passage, question.ask, question.answer, other.ask, other.answer]
         if len(" ".join(said).split()) > _MOST_SHOWN: return []
-        return [user(as_typed(other.ask, draw, keep=[other.about])), assistant(f" {other.answer}")]
+        return [user(self._asked(other, draw)), assistant(f" {other.answer}")]
 
     def evaluate(self,
         conversation: dict, # one of this task's
@@ -476,6 +507,6 @@ def simple_results(
     questions, results = [task[i]["question"] for i in range(n)], {}
     for method, answers in _simple_answers(task, questions).items():
         pairs = zip(questions, answers)
-        right = [question.kind for question, answer in pairs if _is_right(task.text, question, answer)]
+        right = [q.kind for q, answer in pairs if _is_right(task.text, q, answer)]
         results[method] = dict(Counter(right))
     return results
