@@ -33,7 +33,8 @@ def _sentences(paragraph: str) -> list[str]:
     for stop in _STOP.finditer(paragraph):
         end = stop.end()
         following = paragraph[end:end + 9].lstrip("\"“‘«([ ")
-        if following[:1].islower() or _ABBREVIATION.search(paragraph[start:end]): continue
+        last = paragraph[max(start, end - 9):end] # long enough for an abbreviation
+        if following[:1].islower() or _ABBREVIATION.search(last): continue
         found.append(paragraph[start:end].strip())
         start = end
     return [*found, paragraph[start:].strip()]
@@ -41,12 +42,14 @@ def _sentences(paragraph: str) -> list[str]:
 # %% ../../nbs/post/32g_reading.ipynb #48cc70b3
 _WHOLE = re.compile(r"[^\W_][^|{}<>\\_=#*@\n]*[.!?…][\"”’»)]*") # begins with a letter or a digit
 
+_LONGEST = 400
+
 def _is_whole(sentence: str) -> bool:
     "Return whether this is a sentence of running text, with 5 to 28 words."
-    if not _WHOLE.fullmatch(sentence) or sentence[0].islower(): return False
+    if len(sentence) > _LONGEST or not _WHOLE.fullmatch(sentence): return False
     words = sentence.split()
     small = sum(word[0].islower() for word in words) # few in a title or a reference
-    if 2 * small < len(words) or not 5 <= len(words) <= 28: return False
+    if sentence[0].islower() or 2 * small < len(words) or not 5 <= len(words) <= 28: return False
     return "http" not in sentence and "()" not in sentence
 
 # %% ../../nbs/post/32g_reading.ipynb #0e343bf5
