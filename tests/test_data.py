@@ -80,7 +80,7 @@ def test_text_without_sentences_is_refused_before_training(monkeypatch, tmp_path
     folder = tmp_path/"text"
     folder.mkdir()
     write_txt(folder, [document * (5 + i) for i in range(40)])
-    with pytest.raises(UserError, match="0 passages of two or more full sentences for training.*--until base"): pretrain(monkeypatch, tmp_path, folder)
+    with pytest.raises(UserError, match="no passage of two or more full sentences for training.*--until base"): pretrain(monkeypatch, tmp_path, folder)
     plan = make_plan("smoke", {"base.eval_tokens": 4096, "eval.core_questions": 0, "until": "base", "data.characters": 2000}, data=str(folder))
     run_stage(Run.create("base alone", plan.config), "data")
 

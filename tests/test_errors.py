@@ -41,7 +41,7 @@ def test_folder_without_text(tmp_path):
     done = nanochat(base, "speedrun", "--preset", "smoke", "--data", folder)
     assert_user_error(done, str(folder), ".txt")
     assert [path.name for path in folder.iterdir()] == ["cat.png"]
-    (folder/"cat.txt").write_text("The cat sat on the mat. " * 100) # with text in it, the same run goes on
+    (folder/"cat.txt").write_text("The cat sat on the mat. It did not move at all.\n\n" * 100) # with text in it, the same run goes on
     assert nanochat(base, "stage", "data", "--run", "smoke-pictures").returncode == 0
 
 

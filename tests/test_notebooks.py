@@ -19,7 +19,7 @@ OTHERS = sorted((REPO/"lessons").rglob("*.ipynb"))
 
 def nbdev(code, cwd, **env):
     "Run some Python, as nbdev's commands do, in a project's folder."
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=os.environ | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=os.environ | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1200)
 
 
 def test_every_notebook_runs(tmp_path):
