@@ -337,9 +337,9 @@ class _Kind(NamedTuple):
     english: bool = False # for English texts only
 
 _KINDS = {
-    "cloze": _Kind(_cloze, 0.36, 0.4), "quoted": _Kind(_quoted, 0.18, 0.2),
-    "follows": _Kind(_follows, 0.05, 0.1), "continue": _Kind(_continued, 0.08, 0.0),
-    "who": _Kind(_who, 0.1, 0.1, True), "what": _Kind(_what, 0.11, 0.08, True),
+    "cloze": _Kind(_cloze, 0.27, 0.4), "quoted": _Kind(_quoted, 0.2, 0.2),
+    "follows": _Kind(_follows, 0.07, 0.1), "continue": _Kind(_continued, 0.1, 0.0),
+    "who": _Kind(_who, 0.1, 0.1, True), "what": _Kind(_what, 0.14, 0.08, True),
     "when": _Kind(_when, 0.06, 0.06, True), "where": _Kind(_where, 0.06, 0.06, True)}
 
 # %% ../../nbs/post/32g_reading.ipynb #a3aa5127
@@ -406,13 +406,13 @@ class Reading(Task):
         "Return the question, in training as people might type it."
         if self.split != "train" or not question.about: return question.ask
         ask = as_typed(question.ask, draw, keep=[question.about])
-        return ask.replace(_GAP, draw.pick(_MARKS)) if draw.chance(0.3) else ask
+        return ask.replace(_GAP, draw.pick(_MARKS)) if draw.chance(0.5) else ask
 
     def _message(self, question: _Question, draw: Draw) -> str:
         "Return what the user says: the question, and the passage if there is one."
         ask, passage = self._asked(question, draw), " ".join(question.passage)
         if not passage: return ask
-        plain = self.split != "train" or question.options or draw.chance(0.7)
+        plain = self.split != "train" or question.options or draw.chance(0.5)
         layout = _LAYOUTS[0] if plain else draw.pick(_LAYOUTS)
         return layout.format(passage=passage, ask=ask)
 
