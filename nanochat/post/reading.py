@@ -50,7 +50,7 @@ def _is_whole(sentence: str) -> bool:
     words = sentence.split()
     small = sum(word[0].islower() for word in words) # few in a title or a reference
     if sentence[0].islower() or 2 * small < len(words) or not 5 <= len(words) <= 28: return False
-    return "http" not in sentence and "()" not in sentence
+    return not any(mark in sentence for mark in ("http", "()", " - "))
 
 # %% ../../nbs/post/32g_reading.ipynb #0e343bf5
 def _paragraphs(document: str) -> list[str]: # each in one line
@@ -58,7 +58,8 @@ def _paragraphs(document: str) -> list[str]: # each in one line
     lines = re.sub(r"\[\d+\]", "", document).splitlines()
     ended = sum(line.rstrip().endswith((".", "!", "?", "”", '"')) for line in lines)
     if all(map(str.strip, lines)) and 2 * ended > len(lines): return lines
-    paragraphs = re.split(r"\n\s*\n", "\n".join(lines))
+    wrapped = re.sub(r"(?<=\w)-\s*\n\s*(?=\w)", "-", "\n".join(lines)) # in-⏎memory
+    paragraphs = re.split(r"\n\s*\n", wrapped)
     return [" ".join(paragraph.split()) for paragraph in paragraphs]
 
 # %% ../../nbs/post/32g_reading.ipynb #b39ec799
