@@ -114,8 +114,6 @@ HUB_RUN = """
 import nanochat.core.dataset as d
 from nanochat.core.run import Run
 from nanochat.train.plan import make_plan
-from nanochat.post.mixture import open_task, subject_of
-from nanochat.lab.report import Report
 from nanochat.lab.stages import run_stage
 d.SOURCES["climbmix"] = d.Source("a test", "none", repo="someone/text", shards=5, shard_characters=40_000)
 run = Run.create("hub", make_plan("smoke", {"data.characters": 120_000, "tokenizer.max_characters": 40_000, "eval.core_questions": 0, "eval.tasks": "world"}, data="climbmix").config)

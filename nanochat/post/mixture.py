@@ -22,10 +22,11 @@ import click
 from ..core.files import UserError, atomic_write, run_command, say
 from ..core.world import World
 from ..core.identity import read_card
-from ..core.dataset import conversation_files, conversations
 from ..core.download import SOURCES
-from ..train.settings import (
-    MOST_HELD_OUT, SET_SIZES, TASK_SIZE, TEXT_TASKS, check_split, read_weight)
+from ..core.dataset import conversation_files, conversations
+from nanochat.train.settings import (
+    GENERATED_TASKS, MIXTURE_TASKS, MOST_HELD_OUT, SET_SIZES, TASK_SIZE, TEXT_TASKS, check_split,
+    read_weight)
 from .tasks import Task, spoken_text, visible_text
 from .conversation import CardIdentity, SmallTalk
 from .reading import Reading
@@ -53,12 +54,13 @@ def open_task(
     subject: Subject = Subject(),
 ) -> Task | RealTask:
     "Return a task by name. Raises `UserError` for a name, split, card or text that is missing."
-    card = read_card(subject.card)
     if name in TEXT_TASKS: return Reading(name, split, seed, subject.source)
+    if name not in TASKS | EXAMS: return make_task(name, split, seed, world) # needs no card
+    card = read_card(subject.card)
     if name == "identity" and subject.card != "none":
         return CardIdentity(name, split, seed, world or World(seed), card)
     task = make_task(name, split, seed, world)
-    if isinstance(task, Task): task.model_name = card.name
+    task.model_name = card.name
     if name in EXAMS: task.model_maker = card.maker
     if isinstance(task, SmallTalk): task.knows_town = subject.source in SOURCES
     return task
@@ -117,10 +119,9 @@ def read_weights(mixture: dict) -> dict:
         except ValueError as e:
             given = f"the weight of {name} in a mixture is {value!r}"
             raise UserError(f"{given}, but it must be {e}.") from None
-        known = [*TASKS, *TEXT_TASKS, *SET_SIZES]
-        if name not in known and not conversation_files(name, must=False):
+        if name not in MIXTURE_TASKS and not conversation_files(name, must=False):
             raise UserError(f"a mixture names {name!r}, which is neither a file or folder that "
-                            f"exists nor one of {', '.join(known)}: check the name.")
+                            f"exists nor one of {', '.join(MIXTURE_TASKS)}: check the name.")
         check_split(name, weight.split)
         if weight.n: weights[name] = weight
     if weights: return weights
@@ -140,7 +141,7 @@ def open_mixture(
     """
     weights, world = read_weights(mixture), World(seed)
     for name, weight in weights.items():
-        if name in TASKS or name in TEXT_TASKS: # generated: any number, with its own test split
+        if name in GENERATED_TASKS: # generated: any number, with its own test split
             asked, task = weight.count(TASK_SIZE), open_task(name, "train", seed, world, subject)
             task.size = max(task.size, asked)
             test = open_task(name, "test", seed, world, subject)

@@ -41,8 +41,7 @@ def _sentences(paragraph: str) -> list[str]:
 
 # %% ../../nbs/post/32g_reading.ipynb #48cc70b3
 _WHOLE = re.compile(r"[^\W_][^|{}<>\\_=#*@\n]*[.!?…][\"”’»)]*") # begins with a letter or a digit
-
-_LONGEST = 400
+_LONGEST = 400 # characters of a sentence
 
 def _is_whole(sentence: str) -> bool:
     "Return whether this is a sentence of running text, with 5 to 28 words."
@@ -211,7 +210,7 @@ _WHO = re.compile(rf"({_CAPITAL}(?: {_CAPITAL}){{0,3}}) (\w+ed|{'|'.join(_PAST)}
 def _who(text, passage, draw):
     found = [match for match in map(_WHO.fullmatch, passage) if match]
     # a first word that also occurs in small letters is probably not a name
-    found = [match for match in found if not _plain(match[1]).split()[0] in text.words.small]
+    found = [match for match in found if _plain(match[1]).split()[0] not in text.words.small]
     if not found: return None
     match = draw.pick(found)
     name, done = match[1], f"{match[2]} {match[3]}"
@@ -323,11 +322,13 @@ def _names_only(text: _Text, question: _Question, answer: str) -> bool:
     capitals = {word.lower() for word in words[1:] if not word[0].islower()}
     return not others & (capitals | text.words.names | {"not"})
 
+_FOUR_DIGITS = re.compile(r"\b\d{4}\b")
+
 def _is_right(text: _Text, question: _Question, answer: str) -> bool:
     said, wanted = _plain(answer), _plain(question.wanted)
     if question.kind in ("what", "follows"): return said == wanted
     if question.kind in ("cloze", "quoted"): return _fills(question, said)
-    if question.kind == "when": return set(re.findall(r"\b\d{4}\b", answer)) == {wanted}
+    if question.kind == "when": return set(_FOUR_DIGITS.findall(answer)) == {wanted}
     return _holds(said, wanted) and _names_only(text, question, answer)
 
 # %% ../../nbs/post/32g_reading.ipynb #3879227c
@@ -454,7 +455,7 @@ _NAME = re.compile(rf"{_CAPITAL}(?: {_CAPITAL})*")
 
 def _candidates(text: _Text, kind: str, sentence: str) -> list[str]:
     "Return what a question of a kind could ask for in a sentence."
-    if kind == "when": return re.findall(r"\b\d{4}\b", sentence)
+    if kind == "when": return _FOUR_DIGITS.findall(sentence)
     if kind not in ("who", "where"): return list(filter(text.is_content, _WORD.findall(sentence)))
     names = [name.rstrip(".") for name in _NAME.findall(sentence)]
     return [name for name in names if _plain(name) not in text.words.small]
@@ -464,22 +465,21 @@ def _most_frequent(words: list[str], question: _Question) -> str: # empty: there
     left = [word for word in words if not _holds(_plain(question.about), _plain(word))]
     return Counter(left).most_common(1)[0][0] if left else ""
 
-# %% ../../nbs/post/32g_reading.ipynb #1b7ae58c
-def _from_passage(text: _Text, question: _Question) -> str:
-    "Answer with the most frequent word of the passage, or with its first sentence."
-    sentences = question.options or question.passage
+# %% ../../nbs/post/32g_reading.ipynb #c601f6bc
+def _shown(question: _Question) -> list[str]: # sentences
+    "Return the sentences of the passage, or those to choose from."
+    return question.options or question.passage
+
+def _from_sentences(text: _Text, question: _Question, sentences: list[str]) -> str:
+    "Answer with the most frequent word that the question could ask for, or the first sentence."
     if question.kind in ("what", "follows"): return sentences[0]
     words = [word for s in sentences for word in _candidates(text, question.kind, s)]
     return _most_frequent(words, question)
 
-def _from_similar(text: _Text, question: _Question) -> str:
-    "Answer from the sentence of the passage that is most like the question."
-    sentences = question.options or question.passage
+def _most_similar(question: _Question) -> str: # a sentence
     query = " ".join(question.passage) if question.options else question.about
-    scores = _bm25(query, sentences)
-    best = sentences[scores.index(max(scores))]
-    if question.kind in ("what", "follows"): return best
-    return _most_frequent(_candidates(text, question.kind, best), question)
+    scores = _bm25(query, _shown(question))
+    return _shown(question)[scores.index(max(scores))]
 
 # %% ../../nbs/post/32g_reading.ipynb #fc2f0686
 _TRAINED_ON = 2000 # conversations in which the most frequent answers are counted
@@ -497,8 +497,10 @@ def _simple_answers(
     usual = {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
     return {
         "most frequent answer": [usual.get(q.kind, "") for q in questions],
-        "most frequent word of the passage": [_from_passage(task.text, q) for q in questions],
-        "most similar sentence (BM25)": [_from_similar(task.text, q) for q in questions]}
+        "most frequent word of the passage": [
+            _from_sentences(task.text, q, _shown(q)) for q in questions],
+        "most similar sentence (BM25)": [
+            _from_sentences(task.text, q, [_most_similar(q)]) for q in questions]}
 
 # %% ../../nbs/post/32g_reading.ipynb #ae4bdf3a
 def simple_results(

@@ -442,9 +442,9 @@ def rl_tasks(
 ) -> tuple[list, list]: # to train on; held-out
     "Make the tasks of `rl.task`. Raises `UserError` if one does not exist or has no data."
     practice, heldout = [], []
+    kinds = TASKS | REAL_TASKS | {"reading": Reading}
     for name in dict.fromkeys(names_in(names)):
-        known = TASKS | REAL_TASKS | {"reading": Reading}
-        splits = getattr(known.get(name), "splits", ())
+        splits = getattr(kinds.get(name), "splits", ())
         task = open_task(name, "rl" if "rl" in splits else "train", seed, None, subject)
         n = len(task)  # downloads a public set now, not in the middle of a step
         try:
@@ -490,7 +490,8 @@ def train_rl(
         seed_everything(derive_seed(run.seed, "rl"))
         model, tokenizer, _ = load_model(run, "sft", device)
         if device.type == "cuda": choose_kernels(model, dtype)
-        tasks, tests = on_every_rank(lambda: rl_tasks(section["task"], run.seed, subject_of(run.config)))
+        subject = subject_of(run.config)
+        tasks, tests = on_every_rank(lambda: rl_tasks(section["task"], run.seed, subject))
         engine = Engine(model, tokenizer, dtype)
         optimizer = optimizer_for(model, config, section["lr_scale"])
         heldout = HeldOutTasks(tests, section["eval_problems"], config["eval"]["batch"])

@@ -20,7 +20,7 @@ from ..model.shape import (
     count_params, flops_per_token, layer_windows, scaling_params)
 from .hardware import Hardware, Kernels, attained, token_parts
 from .settings import (
-    ANSWER_TOKENS, EXAM_TASKS, MOST_HELD_OUT, SET_SIZES, TASK_QUESTIONS, TASK_SIZE, TEXT_TASKS,
+    ANSWER_TOKENS, EXAM_TASKS, GENERATED_TASKS, MOST_HELD_OUT, SET_SIZES, TASK_QUESTIONS, TASK_SIZE,
     WORLD_TASKS, mixture_of)
 
 # %% ../../nbs/train/22_estimate.ipynb #d25752bf
@@ -66,7 +66,7 @@ def _task_size(
     vocab_size: int, # tokens in the vocabulary
 ) -> tuple[int, float]: # count of conversations, mean tokens of one
     "Estimate how many conversations a task has, and how long they are."
-    if task in (*WORLD_TASKS, *TEXT_TASKS): return TASK_SIZE, _LONG_TASK_TOKENS.get(task, _TASK_TOKENS)
+    if task in GENERATED_TASKS: return TASK_SIZE, _LONG_TASK_TOKENS.get(task, _TASK_TOKENS)
     per_token = bytes_per_token(vocab_size)
     if task in SET_SIZES:
         return SET_SIZES[task][split], _SET_TOKENS[task] * bytes_per_token(32768) / per_token
@@ -418,7 +418,7 @@ def _packing_seconds(
     T, seconds = c["model.sequence_len"], 0.0
     for task, weight in mixture_of(c, stage).items():
         size, mean = _task_size(task, weight.split, c["model.vocab_size"])
-        speed = _speed(hw, "generating" if task in (*WORLD_TASKS, *TEXT_TASKS) else "packing")
+        speed = _speed(hw, "generating" if task in GENERATED_TASKS else "packing")
         seconds += weight.count(size) * min(mean, T) / (speed * hw.cores)
     return seconds
 
