@@ -261,7 +261,8 @@ def pretrain_scratch(
     text: Path, # a folder or file
 ) -> tuple[Run, dict]: # the run; the manifest of its pretraining
     "Make a run, up to the pretrained model."
-    run = Run.create(name, make_plan(preset, settings, data=str(text)).config)
+    plan = make_plan(preset, settings | {"until": "base"}, data=str(text))
+    run = Run.create(name, plan.config)
     for stage in ("data", "tokenizer", "base"): result = run_stage(run, stage)
     return run, result
 
