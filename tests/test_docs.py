@@ -210,7 +210,7 @@ def clone(tmp_path):
     guide.mkdir(parents=True)
     (guide/"index.md").write_text("# Small home\n\n[start](start.md), [small](../core/00_small.ipynb#How-sure?), [lesson](../../lessons/01_first.ipynb), [stage](../speedrun/1_data.ipynb)\n\n![dot](images/dot.png)\n")
     (guide/"start.md").write_text("# Begin\n\n[home](index.md) [small](../core/00_small.ipynb)\n\nInline $x^2$.\n")
-    for name in ("report_laptop", "negative_results", "glossary", "howto_one"): (guide/f"{name}.md").write_text(f"# {name}\n\n[home](index.md)\n")
+    for name in ("report_laptop", "negative_results", "glossary", "howto_one", "course", "teach"): (guide/f"{name}.md").write_text(f"# {name}\n\n[home](index.md)\n")
     (guide/"images").mkdir()
     shutil.copy(REPO/"nbs"/"images"/"chat.png", guide/"images"/"dot.png")
     write_notebook(root/"nbs"/"core"/"00_small.ipynb", "# Small\n\n> A small module.", ("#| default_exp core.small", None), ("#| export\ndef double(x): return 2 * x", None),

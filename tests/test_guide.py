@@ -38,6 +38,7 @@ def test_commands_parse(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("talks", "FOLDER"): (tmp_path/folder).mkdir() # what the pages speak of
     (tmp_path/"talks"/"letters.jsonl").write_text("")
+    (tmp_path/"lessons").symlink_to(REPO/"lessons")
     for words in typed_commands(page.read_text("utf-8")): check_parses(words)
 
 

@@ -50,15 +50,15 @@ def test_lessons_are_copied_out_and_never_overwritten(installed):
     done = installed.run("lessons", course)
     assert done.returncode == 0 and "jupyter lab" in done.stdout, done.stderr
     lessons = sorted((course/"lessons").glob("*.ipynb"))
-    assert [path.read_bytes() for path in lessons] == [path.read_bytes() for path in sorted((REPO/"lessons").glob("*.ipynb"))] and len(lessons) == 12
+    assert [path.read_bytes() for path in lessons] == [path.read_bytes() for path in sorted((REPO/"lessons").glob("*.ipynb"))] and len(lessons) == 14
     for path in lessons: # every link to a file leads somewhere
         text = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown")
         for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)", text): assert (path.parent/unquote(link)).exists(), (path.name, link)
     lessons[0].write_text("my solution")
-    assert_user_error(installed.run("lessons", course), "01_tokens.ipynb", "--overwrite")
+    assert_user_error(installed.run("lessons", course), "00_gradients.ipynb", "--overwrite")
     assert lessons[0].read_text() == "my solution"
     assert installed.run("lessons", course, "--overwrite").stdout.startswith("1 files copied")
-    assert lessons[0].read_bytes() == (REPO/"lessons"/"01_tokens.ipynb").read_bytes()
+    assert lessons[0].read_bytes() == (REPO/"lessons"/"00_gradients.ipynb").read_bytes()
 
 
 def test_an_editable_install_reads_the_clone(tmp_path):
@@ -95,7 +95,7 @@ def first_cell(path):
 
 
 def test_hosted_notebooks_begin_with_the_same_cell(tmp_path, monkeypatch):
-    assert len(HOSTED) == 20 and len({first_cell(path) for path in HOSTED}) == 1
+    assert len(HOSTED) == 22 and len({first_cell(path) for path in HOSTED}) == 1
     calls = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "run", lambda command, check: calls.append((command, check)))

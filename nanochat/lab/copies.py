@@ -53,4 +53,4 @@ def _lessons_command(folder, overwrite):
     folder = folder.expanduser().resolve()
     written = _copy_course(folder, overwrite)
     click.echo(f"{len(written)} files copied to {folder}; "
-               f"to begin: jupyter lab {folder/'lessons'/'01_tokens.ipynb'}")
+               f"to begin: jupyter lab {folder/'lessons'/'00_gradients.ipynb'}")
