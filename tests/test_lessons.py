@@ -176,6 +176,11 @@ def test_all_solutions_are_a_chatgpt(tmp_path, monkeypatch, capsys):
     found = finale.exam(made, questions=2)
     assert "identity" in found and all(0 <= right <= n for right, n in found.values())
     said = finale.chat(made, "Who are you?")
+    talk = [] # a conversation, and its beginning is forgotten when the context is full
+    for _ in range(12): finale.chat(made, "Anna has 9 plums. How many plums does Anna have?", talk)
+    assert talk[-1]["role"] == "assistant" and 2 <= len(talk) < 24
+    letters = {"messages": [{"role": "user", "content": "A or B?"}], "letters": ["A", "B"]}
+    assert finale._answer(made, letters) in ("A", "B")
     finale.save(made, tmp_path/"model")
     assert finale.chat(finale.load(tmp_path/"model"), "Who are you?") == said
 

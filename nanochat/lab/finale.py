@@ -35,6 +35,7 @@ from ..post.mixture import open_mixture, open_task, sample_messages, subject_of
 from ..post.core_eval import wilson_interval
 from ..post.chat_eval import read_task_names
 from ..post.rl import rl_tasks
+from ..talk.chat import readable
 from .course import Shown
 from .mine import FILE, mine, own_parts
 from . import checks # registers the parts of all lessons
@@ -221,11 +222,16 @@ def _result(f: Finale, stage: str) -> str:
     name = "reward" if stage == "rl" else "loss"
     return f"{len(f.losses[stage])} steps, {name} {sum(values) / max(1, len(values)):.3f}"
 
+# %% ../../nbs/lab/86_finale.ipynb #r73786af
+def _rendered(f: Finale, messages: list[dict]) -> list[int]: # ids
+    special = f.tokenizer.special.__getitem__
+    ids, _ = f.parts.render({"messages": messages}, f.tokenizer.encode, special)
+    return ids
+
 # %% ../../nbs/lab/86_finale.ipynb #73786af0
 def _letter(f: Finale, conversation: dict) -> str:
     "Choose the likeliest letter."
-    letters = conversation["letters"]
-    prompt, _ = f.parts.render(_question(conversation), f.tokenizer.encode, f.tokenizer.special)
+    letters, prompt = conversation["letters"], _rendered(f, _question(conversation)["messages"])
     ids = torch.tensor([[*prompt, f.tokenizer.special["<|assistant_start|>"]]])
     with torch.no_grad(): logits = f.model(ids)[0, -1]
     return max(letters, key=lambda letter: logits[f.tokenizer.encode(letter)[0]].item())
@@ -277,12 +283,6 @@ def beside(
     text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)) for line in lines)
     return Shown(html, text)
 
-# %% ../../nbs/lab/86_finale.ipynb #20ea0c9b
-def _as_text(parts: list[dict]) -> str: # as `reply` returns them
-    "Return an answer for a reader: what the calculator did stands in brackets."
-    marks = {"text": "{}", "python": "[{}", "python_output": " = {}] "}
-    return "".join(marks[part["type"]].format(part["text"]) for part in parts).strip()
-
 # %% ../../nbs/lab/86_finale.ipynb #fbc14375
 def chat(
     f: Finale,
@@ -294,12 +294,11 @@ def chat(
     messages = [] if before is None else before
     messages.append({"role": "user", "content": message})
     room = f.config["model"]["sequence_len"] - f.config["eval"]["max_new_tokens"]
-    def length(talk): return len(f.parts.render({"messages": talk}, f.tokenizer.encode, f.tokenizer.special)[0])
-    while len(messages) > 1 and length(messages) > room: del messages[:2]
+    while len(messages) > 1 and len(_rendered(f, messages)) > room: del messages[:2]
     parts = f.parts.reply(f.model, f.tokenizer, {"messages": messages}, temperature=temperature,
                           max_new_tokens=f.config["eval"]["max_new_tokens"])
     messages.append({"role": "assistant", "content": parts})
-    return _as_text(parts)
+    return readable(parts).strip()
 
 # %% ../../nbs/lab/86_finale.ipynb #6d01fd43
 def save(f: Finale, folder: str | Path):

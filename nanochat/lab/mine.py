@@ -21,7 +21,7 @@ from types import ModuleType
 # %% ../../nbs/lab/70a_mine.ipynb #c98a030f
 from ..core.files import UserError, atomic_write
 from IPython.display import Markdown, display
-from .course import PARTS, assess
+from .course import PARTS, assess, with_article
 
 # %% ../../nbs/lab/70a_mine.ipynb #a7308fc1
 class NotAlone(Exception):
@@ -115,7 +115,8 @@ def _gather(
             continue
         needed = _statement(value, name) if local and callable(value) else _literal(name, value)
         if needed is None:
-            raise NotAlone(f"it uses `{name}`, a {type(value).__name__} of the notebook")
+            kind = with_article(type(value).__name__)
+            raise NotAlone(f"it uses `{name}`, {kind} of the notebook")
         more, lines = _gather(needed, known, seen)
         definitions += [*more, needed]
         imports |= lines
@@ -173,7 +174,8 @@ def _namespace(text: str = "") -> dict: # of the learner's file
     "Run the course's parts, then the learner's file, in one namespace."
     names = {"__name__": "my_nanochat"}
     parts = [list(versions.values())[-1] for versions in PARTS.values()] # the latest ones
-    for module in dict.fromkeys(map(inspect.getmodule, parts)): names |= {k: v for k, v in vars(module).items() if not k.startswith("__")}
+    for module in dict.fromkeys(map(inspect.getmodule, parts)):
+        names |= {k: v for k, v in vars(module).items() if not k.startswith("__")}
     for part in parts:
         file = getattr(inspect.getmodule(part), "__file__", "a cell")
         code = compile(_source_of(part), file, "exec")
@@ -181,22 +183,21 @@ def _namespace(text: str = "") -> dict: # of the learner's file
     exec(compile(text, FILE, "exec"), names)
     return names
 
-# `keep` adds an answer to the file. First it tries the answer in its new place: the check must accept it there, too. An exercise may improve a part of an earlier one. Then the earlier exercise no longer replaces it.
-
 # %% ../../nbs/lab/70a_mine.ipynb #839986a6
 def _alone(
     number: str, # of the exercise
     name: str, # of the part
     answer, # the learner's
+    imports: set[str], # of the file so far, as `_read` returns them
+    sections: dict[str, tuple[str, str]],
 ) -> str: # the text of the file with the answer
     "Put an answer into the text of the learner's file. Raises `NotAlone` if it fails there."
-    imports, sections = _read(Path(FILE))
     own_name = answer.__name__ if answer.__name__ != "<lambda>" else name
     source = _statement(answer, own_name)
     definitions, lines = _gather(source, _function_of(answer).__globals__, {own_name, name})
     if own_name != name: source += f"\n\n{name} = {own_name}"
-    sections[name] = number, "\n\n".join([*definitions, source])
-    text = _text(imports | lines, sections)
+    section = number, "\n\n".join([*definitions, source])
+    text = _text(imports | lines, sections | {name: section})
     mark, sentence = assess(number, _namespace(text)[name])
     if mark != "✓": raise NotAlone(f"there, {sentence}")
     return text
@@ -209,10 +210,10 @@ def keep(
     "Keep an answer in the learner's file, if it can stand there."
     name = next((name for name, versions in PARTS.items() if number in versions), None)
     if name is None: return ""
-    _, sections = _read(Path(FILE))
+    imports, sections = _read(Path(FILE))
     if name in sections and _order(sections[name][0]) > _order(number):
         return f"{FILE} has a later version of {name}."
-    try: atomic_write(Path(FILE), _alone(number, name, answer))
+    try: atomic_write(Path(FILE), _alone(number, name, answer, imports, sections))
     except NotAlone as e: return f"It is not in {FILE}: {e}."
     return f"{name} is now in {FILE}."
 
