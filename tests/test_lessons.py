@@ -174,7 +174,7 @@ def test_all_solutions_are_a_chatgpt(tmp_path, monkeypatch, capsys):
     made = finale.train_mine("smoke")
     assert made.losses["base"][-1] < made.losses["base"][0] - 1 and set(made.seconds) == {"tokenizer", "base", "mid", "sft", "rl"}
     found = finale.exam(made, questions=2)
-    assert "identity" in found and all(0 <= right <= n for right, n in found.values())
+    assert "identity" in found and all(set(marks) <= {"0", "1"} and marks for marks in found.values())
     said = finale.chat(made, "Who are you?")
     talk = [] # a conversation, and its beginning is forgotten when the context is full
     for _ in range(12): finale.chat(made, "Anna has 9 plums. How many plums does Anna have?", talk)

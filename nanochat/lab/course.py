@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LESSONS', 'EXERCISES', 'PARTS', 'Shown', 'lesson_map', 'Explore', 'NotYet', 'expect', 'with_article', 'expect_type',
-           'as_number', 'as_int', 'as_ints', 'as_pair', 'as_numbers', 'expect_tensor', 'expect_close', 'expect_cases',
-           'call_on_copies', 'give', 'exercise', 'assess', 'accepts', 'refuses', 'exercises_of', 'cli']
+           'as_plain', 'as_number', 'as_int', 'as_ints', 'as_things', 'as_numbers', 'expect_tensor', 'expect_close',
+           'expect_cases', 'call_on_copies', 'give', 'exercise', 'assess', 'accepts', 'refuses', 'exercises_of', 'cli']
 
 # %% ../../nbs/lab/70_course.ipynb #04ad2f4a
 import base64
@@ -21,8 +21,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import contextmanager
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 
 # %% ../../nbs/lab/70_course.ipynb #99245442
@@ -180,44 +182,58 @@ def expect_type(
     expect(isinstance(got, kinds), _wrong_type(got, what, expected))
 
 # %% ../../nbs/lab/70_course.ipynb #f0a8f9aa
-def _plain(got):
-    "Turn an array or a tensor of one element into a Python number."
-    one = (np.generic, np.ndarray, torch.Tensor)
-    if isinstance(got, one) and math.prod(got.shape) == 1: return got.item()
-    return got
+def as_plain(
+    got, # a number, an array, a tensor, or any collection of them
+): # lists of Python numbers, as deep as `got`; what is none of these stays as it is
+    "Turn an answer into Python's own numbers and lists, a set into a sorted list."
+    if isinstance(got, (torch.Tensor, np.ndarray, np.generic)): return got.tolist()
+    if isinstance(got, (Real, Decimal)) and not isinstance(got, int): return float(got)
+    if isinstance(got, (str, bytes, dict)) or not np.iterable(got): return got
+    return [as_plain(one) for one in (sorted(got) if isinstance(got, Set) else got)]
+
+# %% ../../nbs/lab/70_course.ipynb #a5f0c0de
+def _number(got) -> int | float | None: # None: it is not one number
+    "Return an answer, which may be an array of one element, as a Python number."
+    if isinstance(got, (np.ndarray, torch.Tensor)) and math.prod(got.shape) == 1: got = got.item()
+    number = as_plain(got)
+    return number if isinstance(number, (int, float)) else None
 
 # %% ../../nbs/lab/70_course.ipynb #7a552c2f
 def as_number(got, what: str) -> int | float:
     "Return an answer as a Python number. Raises `NotYet` if it is not a number."
-    number = _plain(got)
-    expect_type(number, (int, float), what, "a number is")
+    number = _number(got)
+    expect(number is not None, _wrong_type(got, what, "a number is"))
     return number
 
 # %% ../../nbs/lab/70_course.ipynb #2ef6c539
 def as_int(got, what: str) -> int:
     "Return an answer as an int. Raises `NotYet` if it is not a whole number."
-    number = _plain(got)
-    whole = isinstance(number, int) and not isinstance(number, bool)
-    expect(whole, _wrong_type(number, what, "a whole number is"))
-    return number
+    number = _number(got)
+    wanted = number is not None and not isinstance(number, bool)
+    expect(wanted, _wrong_type(got, what, "a whole number is"))
+    expect(float(number).is_integer(), f"{what} is {number}, where a whole number is expected.")
+    return int(number)
 
 # %% ../../nbs/lab/70_course.ipynb #c487f974
 def as_ints(got, what: str) -> list[int]:
     "Return an answer as a list of ints. Raises `NotYet` if it is not one."
-    if isinstance(got, (np.ndarray, torch.Tensor)): got = got.tolist()
-    expect_type(got, (list, tuple, range), what, "a list of whole numbers is")
-    return [as_int(number, f"an element of {what}") for number in got]
+    numbers = as_plain(got)
+    expect(isinstance(numbers, list), _wrong_type(got, what, "a list of whole numbers is"))
+    return [as_int(number, f"an element of {what}") for number in numbers]
 
 # %% ../../nbs/lab/70_course.ipynb #3db65b77
-def as_pair(
+def as_things(
     got, # what the learner's code returned
+    n: int, # how many things are expected
     what: str, # what it is, such as "the answer"
     expected: str, # such as "two things (x and y)"
-) -> list | tuple:
-    "Return an answer that is two things. Raises `NotYet` if it is not."
-    two = isinstance(got, (list, tuple)) and len(got) == 2
-    expect(two, _wrong_type(got, what, f"{expected} are"))
-    return got
+) -> list:
+    "Return an answer that is n things as a list. Raises `NotYet` for another number of things."
+    several = np.iterable(got) and not isinstance(got, (str, bytes, dict))
+    expect(several, _wrong_type(got, what, f"{expected} are"))
+    things = list(got)
+    expect(len(things) == n, f"{what} has {len(things)} elements, where {expected} are expected.")
+    return things
 
 # %% ../../nbs/lab/70_course.ipynb #63a88736
 def _expect_shape(got, shape: tuple, what: str):
@@ -230,12 +246,15 @@ def as_numbers(
     got, # what the learner's code returned
     shape: tuple, # that it must have
     what: str, # what it is, such as "the loss"
-) -> torch.Tensor: # float64
+) -> torch.Tensor: # float64, without a gradient
     "Return an answer as a tensor. Raises `NotYet` for another type or shape."
     sentence = _wrong_type(got, what, "numbers are")
     expect(got is not None, sentence)
-    try: got = torch.as_tensor(got, dtype=torch.float64)
+    array = isinstance(got, (np.ndarray, torch.Tensor))
+    if not array: got = as_plain(got) if shape else as_number(got, what)
+    try: got = torch.as_tensor(got, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError): raise NotYet(sentence) from None
+    if got.numel() == math.prod(shape) == 1: got = got.reshape(shape)
     _expect_shape(got, shape, what)
     return got
 

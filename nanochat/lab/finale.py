@@ -33,10 +33,10 @@ from ..train.plan import make_plan
 from ..post.tasks import visible_text
 from ..post.mixture import open_mixture, open_task, sample_messages, subject_of
 from ..post.core_eval import wilson_interval
-from ..post.chat_eval import read_task_names
+from ..post.chat_eval import mcnemar, read_task_names
 from ..post.rl import rl_tasks
 from ..talk.chat import readable
-from .course import Shown
+from .bench.measure import table
 from .mine import FILE, mine, own_parts
 from . import checks # registers the parts of all lessons
 
@@ -249,7 +249,7 @@ def exam(
     f: Finale,
     questions: int | None = None, # of each task; None: as many as the preset asks
     tasks: str = "", # names with commas between them; empty: the preset's
-) -> dict[str, tuple[int, int]]: # task: right answers, questions
+) -> dict[str, str]: # task: a 1 for each right answer, a 0 for each wrong one
     "Ask the held-out questions of a run's exam."
     section, world, found = f.config["eval"], World(f.config["seed"]), {}
     names = read_task_names(tasks or section["tasks"])
@@ -258,30 +258,31 @@ def exam(
             task = open_task(name, "test", f.config["seed"], world, subject_of(f.config))
             asked = (questions or section["questions"]) * TASK_QUESTIONS.get(name, 1)
             items = [task[i] for i in range(min(asked, len(task)))]
-            right = sum(bool(task.evaluate(item, _answer(f, item))) for item in items)
-            found[name] = right, len(items)
+            marks = (bool(task.evaluate(item, _answer(f, item))) for item in items)
+            found[name] = "".join(str(int(mark)) for mark in marks)
             bar.update()
     return found
 
 # %% ../../nbs/lab/86_finale.ipynb #e364908a
 def beside(
-    found: dict[str, tuple[int, int]], # from `exam`
+    found: dict[str, str], # from `exam`
     run: str | None = None, # name of a run with the same seed; None: the learner's model alone
-) -> Shown:
-    "Show results in a table, with 95 % intervals."
+) -> str: # a table
+    "Show results with 95 % intervals, beside a run's."
     other = {}
     if run: other = read_json(Run.open(run).dir/"rl"/"eval.json", "finish that run")["tasks"]
-    lines = [["task", "yours", "95 %", *(["the library's"] if run else [])]]
-    for name, (right, n) in found.items():
+    rows = [["task", "yours", "95 %", *(["the library's", "p"] if run else [])]]
+    for name, marks in found.items():
+        right, n = marks.count("1"), len(marks)
         low, high = wilson_interval(right, n)
-        line = [name, f"{right / n:.0%}", f"{low:.0%} to {high:.0%}"]
-        if run: line.append(f"{other[name]['accuracy']:.0%}" if name in other else "–")
-        lines.append(line)
-    header, *rows = ("".join(f"<td style='text-align: left'>{cell}</td>" for cell in line) for line in lines)
-    html = f"<table><tr>{header}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)) for line in lines)
-    return Shown(html, text)
+        row = [name, f"{right / n:.0%}", f"{low:.0%} to {high:.0%}"]
+        theirs = other[name]["right"] if name in other else ""
+        if len(theirs) == n:
+            p = mcnemar([mark == "1" for mark in marks], [mark == "1" for mark in theirs])
+            row += [f"{other[name]['accuracy']:.0%}", f"{p:.2g}"]
+        elif run: row += ["–", "–"]
+        rows.append(row)
+    return table(rows)
 
 # %% ../../nbs/lab/86_finale.ipynb #fbc14375
 def chat(
@@ -336,7 +337,7 @@ def cli(preset, seed, minutes, run, out):
     "Train the model of my_nanochat.py, examine it, and keep it in a folder."
     f = train_mine(preset, seed, **({"minutes": minutes} if minutes else {}))
     save(f, out)
-    say(repr(beside(exam(f), run)))
+    say(beside(exam(f), run))
     say(f"{len(own_parts())} parts are yours. The model is in {out}.")
 
 # %% ../../nbs/lab/86_finale.ipynb #9fd39a49

@@ -248,7 +248,7 @@ def mine(
                  if name not in [*yours, *outdated] and "." in first[name]]
     open_ones += [f"{name} ({list(PARTS[name])[-1]})" for name in outdated]
     if yours: print(f"Yours, from {FILE}: {', '.join(yours)}.")
-    if open_ones: print(f"The course's, until you solve them: {', '.join(open_ones)}.")
+    if open_ones: print(f"The course's, until you solve the exercises: {', '.join(open_ones)}.")
     parts = [loaded[name] for name in names]
     return parts[0] if len(parts) == 1 else parts
 

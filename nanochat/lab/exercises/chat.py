@@ -7,7 +7,6 @@ __all__ = ['render', 'pack', 'chat_rows']
 
 # %% ../../../nbs/lab/exercises/78_chat.ipynb #1f446525
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -15,11 +14,11 @@ import torch
 # %% ../../../nbs/lab/exercises/78_chat.ipynb #96bee8b8
 from ...core.tokenizer import SPECIAL_TOKENS, chat_pieces
 from ..course import (
-    as_ints, as_numbers, call_on_copies, exercise, expect, expect_close, expect_type)
+    as_int, as_ints, as_number, as_numbers, as_plain, as_things, call_on_copies, exercise, expect,
+    expect_close, expect_type)
 
 # %% ../../../nbs/lab/exercises/78_chat.ipynb #878cfa1d
 from .data import packed
-from .evaluation import as_float, as_two, as_whole
 
 # %% ../../../nbs/lab/exercises/78_chat.ipynb #969d21fa
 _TOOL_MARKS = {"python": "python", "python_output": "output"}
@@ -121,20 +120,16 @@ def _expect_rendered(
     more = len(ids) - len(want)
     expect(not more, f"there are {len(ids)} tokens, {more} more than expected.")
 
-# %% ../../../nbs/lab/exercises/78_chat.ipynb #817e83fa
-def _listed(got):
-    "Return what an iterator yields as a list, and anything else as it is."
-    return list(got) if isinstance(got, Iterator) else got
-
 # %% ../../../nbs/lab/exercises/78_chat.ipynb #3c347f3b
 @exercise("7.1", "Render a conversation", part=render)
 def _render_chat(answer):
     changed = "the conversation was changed: leave the messages as they are."
     for conversation in _CHATS:
         got = call_on_copies(answer, conversation, _bytes_of, _special_id, changed=changed)
-        ids, mask = map(_listed, as_two(got, "the answer", "two lists (the ids and the mask)"))
+        ids, mask = as_things(got, 2, "the answer", "two lists (the ids and the mask)")
         ids = as_ints(ids, "the list of ids")
-        expect(mask is not None and np.ndim(mask) == 1, "the mask is a list of 0 and 1.")
+        mask = as_plain(mask)
+        expect(np.ndim(mask) == 1, "the mask is a list of 0 and 1.")
         expect(len(ids) == len(mask), f"there are {len(ids)} ids and {len(mask)} numbers "
                                       "in the mask: every token needs one.")
         mask = as_numbers(mask, (len(ids),), "the mask").tolist()
@@ -194,7 +189,7 @@ def _masked_loss(loss):
     want = (_next_losses(logits, ids) * learned).sum() / learned.sum()
     expect_close(got.detach(), want, "the loss",
                  "It is the mean of -log p over the tokens whose mask is 1.")
-    empty = as_float(loss(logits, ids, torch.zeros_like(_MASK)), "the loss")
+    empty = as_number(loss(logits, ids, torch.zeros_like(_MASK)), "the loss")
     expect_close(empty, 0.0, "the loss of a batch with no token to train on",
                  "It is 0: what is divided by what?")
 
@@ -219,7 +214,7 @@ def _weights_to_counts(counts):
         named = isinstance(got, dict) and got.keys() == weights.keys()
         expect(named, f"{case} it must return a dictionary "
                       f"with a count for each of {', '.join(weights)}.")
-        numbers = [as_whole(n, f"{case} a count") for n in got.values()]
+        numbers = [as_int(n, f"{case} a count") for n in got.values()]
         got = dict(zip(got, numbers))
         expect(sum(numbers) == total, f"{case} the counts add up to {sum(numbers)}: what becomes "
                                       "of the conversations that rounding lost or won?")
@@ -294,7 +289,7 @@ def chat_rows(
 # %% ../../../nbs/lab/exercises/78_chat.ipynb #88d11e67
 def _expect_rows(got, T: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Return inputs and targets. Raises `NotYet` unless they are tensors of ids, (N, T) both."
-    x, y = as_two(got, "the answer", "two tensors (x and y)")
+    x, y = as_things(got, 2, "the answer", "two tensors (x and y)")
     for name, rows in (("x", x), ("y", y)):
         expect_type(rows, torch.Tensor, name, "a tensor is")
         expect(rows.dtype == torch.int64, f"{name} has the dtype {rows.dtype}: the model and "

@@ -19,9 +19,8 @@ import torch
 
 # %% ../../../nbs/lab/exercises/73_data.ipynb #0d0f1a34
 from ..course import (
-    as_int, as_ints, as_number, as_pair, call_on_copies, exercise, expect, expect_close,
+    as_int, as_ints, as_number, as_things, call_on_copies, exercise, expect, expect_close,
     expect_tensor, expect_type, give)
-from .tokens import listed
 
 # %% ../../../nbs/lab/exercises/73_data.ipynb #fddc7506
 def _runs(text: str, n: int) -> set[tuple[str, ...]]:
@@ -57,7 +56,7 @@ def _as_pairs(got, what: str) -> set[tuple[int, int]]:
     if isinstance(got, (np.ndarray, torch.Tensor)): got = got.reshape(-1, 2).tolist()
     kinds = () if isinstance(got, str) else (Collection, Iterator)
     expect_type(got, kinds, what, "a list of pairs is")
-    pairs = [tuple(sorted(as_ints(listed(pair), "a pair"))) for pair in got]
+    pairs = [tuple(sorted(as_ints(pair, "a pair"))) for pair in got]
     two = all(len(pair) == 2 for pair in pairs)
     expect(two, f"{what} holds something that is not two numbers.")
     expect(all(i != j for i, j in pairs), "a text is a near-duplicate of itself, "
@@ -152,7 +151,7 @@ def _random_exam(n_questions: int, n_documents: int) -> tuple[list[str], list[st
 def _exam_in_the_text(contaminated):
     changed = "the questions or the documents were changed: read them, and leave them as they are."
     def found(*case):
-        got = as_ints(listed(call_on_copies(contaminated, *case, changed=changed)), "the answer")
+        got = as_ints(call_on_copies(contaminated, *case, changed=changed), "the answer")
         expect(len(set(got)) == len(got), f"a question is named twice: {got}.")
         return sorted(got)
 
@@ -194,8 +193,8 @@ def _one_step_later(inputs_and_targets):
     for rows, bos_id in _rows_with_padding():
         before = rows[:, :-1]
         after = rows[:, 1:]
-        x, y = as_pair(call_on_copies(inputs_and_targets, rows, bos_id, changed=changed),
-                       "the answer", "two things (x and y)")
+        got = call_on_copies(inputs_and_targets, rows, bos_id, changed=changed)
+        x, y = as_things(got, 2, "the answer", "two things (x and y)")
         for name, got in (("x", x), ("y", y)):
             expect_tensor(got, before.shape, name)
             whole = not got.is_floating_point()
@@ -229,7 +228,7 @@ def packed(
     rows = call_on_copies(pack, lengths, capacity,
                           changed="the list of lengths was changed: sort a copy, or the indices.")
     expect_type(rows, (Iterable,), "the answer", "a list of rows is")
-    rows = [as_ints(listed(row), "a row") for row in rows]
+    rows = [as_ints(row, "a row") for row in rows]
     # every item is in one row
     placed = [i for row in rows for i in row]
     known = set(placed) <= set(range(n))
@@ -311,8 +310,7 @@ _WASTES = [ # rows of (document, start, length), lengths, capacity, share of roo
 def _waste(waste):
     for *case, empty, thrown, hint in _WASTES:
         got = waste(*copy.deepcopy(case))
-        if isinstance(got, (np.ndarray, torch.Tensor)): got = got.reshape(-1).tolist()
-        got = as_pair(got, "the answer", "two things (shares of the row space and of the tokens)")
+        got = as_things(got, 2, "the answer", "two things (shares of the row space and of the tokens)")
         got = [as_number(share, "a share") for share in got]
         for share in got:
             outside = not -1e-6 < share < 1 + 1e-6
@@ -450,8 +448,8 @@ def _position_after_step(
     "Let all ranks read their rows of a step. Raises `NotYet` if they are not the next rows."
     names = "two things (the rows, and the next position)"
     ranks = [next_rows(position, rank, world_size, batch_size) for rank in range(world_size)]
-    ranks = [as_pair(got, "the answer", names) for got in ranks]
-    rows = [as_ints(listed(mine), "the rows") for mine, _ in ranks]
+    ranks = [as_things(got, 2, "the answer", names) for got in ranks]
+    rows = [as_ints(mine, "the rows") for mine, _ in ranks]
     for rank, n in enumerate(map(len, rows)):
         expect(n == batch_size, f"rank {rank} of {world_size} reads {n} rows, "
                                 f"where its batch has {batch_size}.")

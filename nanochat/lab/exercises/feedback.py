@@ -17,9 +17,9 @@ import torch.nn.functional as F
 # %% ../../../nbs/lab/exercises/81_feedback.ipynb #74e04044
 from ...post.dpo import preferences_from
 from ..course import (
-    NotYet, as_number, call_on_copies, exercise, expect, expect_close, expect_type)
+    NotYet, as_number, as_numbers, call_on_copies, exercise, expect, expect_close, expect_type)
 from .rl import (
-    _Bytes, _Notes, _numbers, _prompt, _scalar_with_gradient, _Talker)
+    _Bytes, _Notes, _prompt, _scalar_with_gradient, _Talker)
 
 # %% ../../../nbs/lab/exercises/81_feedback.ipynb #f4868460
 def _record(prompt: str, answer: str, rating: int, *instead_of: str) -> dict:
@@ -150,7 +150,7 @@ def _answer_logprob(answer):
         if T > 6: mask[1] = 0
         got = call_on_copies(answer, logits, ids, mask,
                              changed="what was handed in has been changed.")
-        got = _numbers(got, (B,), "the result")
+        got = as_numbers(got, (B,), "the result")
         want = [_right_logprob(*row) for row in zip(logits, ids, mask)]
         expect_close(got, want, "the log-probability", "Which row of the logits predicts token t? "
                      "Does the mask move along with the tokens? Is it a softmax over the "
@@ -173,7 +173,7 @@ def _dpo_loss(answer):
     for n, beta in ((1, 0.5), (4, 0.1), (9, 2.0)):
         four = [-5 * torch.rand(n, generator=draw) for _ in range(4)]
         same = call_on_copies(answer, *four[:2], *four[:2], beta)
-        same = _numbers(same, same.shape if getattr(same, "shape", ()) == (1,) else (), "the loss")
+        same = as_numbers(same, same.shape if getattr(same, "shape", ()) == (1,) else (), "the loss")
         expect_close(same.reshape(()), math.log(2), "the loss of a model that has not moved",
                      "Each answer is compared with the *reference's* log-probability of the same "
                      "answer.")

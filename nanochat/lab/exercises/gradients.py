@@ -8,7 +8,7 @@ __all__ = ['slopes', 'Value', 'backpropagate', 'draw_graph', 'learn_bigrams']
 # %% ../../../nbs/lab/exercises/71_gradients.ipynb #50d5308c
 import base64
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 # %% ../../../nbs/lab/exercises/71_gradients.ipynb #8ed277be
 import numpy as np
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 # %% ../../../nbs/lab/exercises/71_gradients.ipynb #5cf19f1e
-from ..course import (
-    NotYet, Shown, as_number, as_numbers, call_on_copies, exercise, expect, expect_close)
+from nanochat.lab.course import (
+    NotYet, Shown, as_number, as_numbers, as_things, call_on_copies, exercise, expect,
+    expect_close)
 
 # %% ../../../nbs/lab/exercises/71_gradients.ipynb #98c87f4e
 def _product(numbers): return numbers[0] * numbers[1]
@@ -30,20 +31,6 @@ _SLOPES = [ # function, its name, where, the slopes there
     (_wave, "sin(a) · exp(b)", [0.3, 1.0], [2.5968489, 0.8033055]),
     (_cubes, "a³", [2.0], [12.0]),
 ]
-
-# %% ../../../nbs/lab/exercises/71_gradients.ipynb #3d31c026
-def _listed(got):
-    "Turn a generator, a map or the like into a list; leave arrays and all else as they are."
-    whole = isinstance(got, (np.ndarray, torch.Tensor, list, tuple, str, dict))
-    return list(got) if isinstance(got, Iterable) and not whole else got
-
-# %% ../../../nbs/lab/exercises/71_gradients.ipynb #c5f20b65
-def _as_row(got, length: int, what: str) -> list[float]:
-    "Return a learner's numbers as a list. Raises `NotYet` for another number of them."
-    got = _listed(got)
-    if isinstance(got, (list, tuple)):
-        got = [as_number(one, f"an element of {what}") for one in got]
-    return as_numbers(got, (length,), what).tolist()
 
 # %% ../../../nbs/lab/exercises/71_gradients.ipynb #aad2336b
 def slopes(f, numbers, h=1e-4):
@@ -68,7 +55,8 @@ def _slopes(answer):
     for f, name, at, want in _SLOPES:
         # the function of the learner may hand in any row of numbers
         def row_of(numbers): return f([as_number(n, "a number for `f`") for n in numbers])
-        got = _as_row(call_on_copies(answer, row_of, at, changed=changed), len(at), "the result")
+        got = as_numbers(call_on_copies(answer, row_of, at, changed=changed),
+                         (len(at),), "the result").tolist()
         far = max(abs(g - w) for g, w in zip(got, want))
         rough = far > 1e-6 and np.allclose(got, _one_sided(f, at), atol=1e-6)
         expect(not rough, f"the slopes of {name} at {at} are off by up to {far:.1g}: "
@@ -347,12 +335,8 @@ def _head_by_autograd(x, W, targets) -> tuple: # loss and the gradients of x and
 def _expect_head(got, case: tuple):
     "Raise `NotYet` unless a learner's loss and gradients are right."
     (N, C), V = case[0].shape, len(case[1])
-    got = _listed(got)
-    three = isinstance(got, (list, tuple)) and len(got) == 3
-    end = ": is there a `return`?" if got is None else "."
-    expect(three, f"the result is a {type(got).__name__}, where three things are expected: the "
-           f"loss, the gradient of x and the gradient of W{end}")
-    loss, dx, dW = got
+    loss, dx, dW = as_things(got, 3, "the result", "three things (the loss, the gradient of x "
+                             "and the gradient of W)")
     want, x_want, W_want = _head_by_autograd(*case)
     expect_close(as_number(loss, "the loss"), want, "the loss", "It is the mean over the tokens "
                  "of −log of the target's probability. (Subtract each row's maximum first.)", 1e-4)
@@ -406,12 +390,10 @@ def _descent(first, second, n, steps, rate, keep=0.0, sign=1): # `keep`: of the 
 def _expect_descent(got, case: tuple):
     "Raise `NotYet` unless a learner's table and losses are right."
     _, _, n, steps, _ = case
-    two = isinstance(got, (tuple, list)) and len(got) == 2
-    end = ": is there a `return`?" if got is None else "."
-    expect(two, f"the result is a {type(got).__name__}, where two things are expected: the table "
-           f"of logits and the losses{end}")
+    mine_table, mine = as_things(got, 2, "the result", "two things (the table of logits "
+                                 "and the losses)")
     table, losses = _descent(*case)
-    mine = _as_row(got[1], steps, "the list of losses")
+    mine = as_numbers(mine, (steps,), "the list of losses").tolist()
     expect_close(mine[0], math.log(n), "the first loss", "It is the loss of the table of zeros, "
                  f"before the first step: ln {n} = {math.log(n):.3f}.", 1e-4)
     # what is wrong shows in how the losses go on
@@ -423,8 +405,7 @@ def _expect_descent(got, case: tuple):
            "it to zero (or None) before each `backward()`.")
     expect_close(mine, losses, "the losses", "The loss is the mean over all pairs, and each step "
                  "is `rate` times its gradient.", 1e-4)
-    tensor = got[0].detach() if isinstance(got[0], torch.Tensor) else got[0]
-    expect_close(tensor, table, "the table", "Is it the table after the last step, with a row "
+    expect_close(mine_table, table, "the table", "Is it the table after the last step, with a row "
                  "for each first character?", 1e-3)
 
 # %% ../../../nbs/lab/exercises/71_gradients.ipynb #e15aa4dd

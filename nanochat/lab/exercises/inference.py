@@ -26,7 +26,7 @@ from ...core.tokenizer import SPECIAL_TOKENS
 from ...model.attention import reference_attention
 from ...model.gpt import apply_rope, norm, rope_tables
 from ..course import (
-    as_int, as_ints, as_number, as_numbers, as_pair, call_on_copies, exercise, expect,
+    as_int, as_ints, as_number, as_numbers, as_plain, as_things, call_on_copies, exercise, expect,
     expect_close, expect_type, give)
 from .chat import render
 from .transformer import rms_norm, rotate
@@ -574,8 +574,8 @@ def forward(self: _Scripted, ids, cache=None) -> torch.Tensor: # (B, T, vocab_si
 # %% ../../../nbs/lab/exercises/79_inference.ipynb #20105153
 def _mask_ints(mask) -> list[int]:
     "Return a mask as ints. Raises `NotYet` if it is not one."
-    if hasattr(mask, "tolist"): mask = mask.tolist()
-    expect_type(mask, (list, tuple), "a mask", "a list of 0 and 1 is")
+    mask = as_plain(mask)
+    expect_type(mask, list, "a mask", "a list of 0 and 1 is")
     return [int(as_number(number, "a number of a mask")) for number in mask]
 
 # %% ../../../nbs/lab/exercises/79_inference.ipynb #1fccb755
@@ -592,7 +592,7 @@ def _generated(answer, model, n: int, max_new_tokens: int, **how) -> list[tuple[
     got = list(got)
     expect(len(got) == n, f"with n = {n} there are {len(got)} answers: "
                           "one pair (ids, mask) is returned for each row.")
-    rows = [as_pair(row, "a row", "two lists (the ids and the mask)") for row in got]
+    rows = [as_things(row, 2, "a row", "two lists (the ids and the mask)") for row in got]
     return [(as_ints(ids, "the ids of a row"), _mask_ints(mask)) for ids, mask in rows]
 
 # %% ../../../nbs/lab/exercises/79_inference.ipynb #ac9413b4
@@ -771,7 +771,7 @@ def _speculate(answer):
         given = torch.tensor(uniform)
         got = call_on_copies(answer, _P, _Q, torch.tensor(drafted), given,
                              changed="an input was changed: leave p, q and the tokens as they are.")
-        n, probs = as_pair(got, "the answer", "two things (a number and probabilities)")
+        n, probs = as_things(got, 2, "the answer", "two things (a number and probabilities)")
         want, right = accept(_P, _Q, drafted, uniform)
         case = f"for the drafted tokens {drafted} and the random numbers {uniform}"
         n = as_int(n, "how many are accepted")

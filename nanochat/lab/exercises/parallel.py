@@ -15,12 +15,6 @@ import torch
 # %% ../../../nbs/lab/exercises/82_parallel.ipynb #82646bb6
 from ..course import as_number, as_numbers, call_on_copies, exercise, expect
 
-# %% ../../../nbs/lab/exercises/82_parallel.ipynb #5fbe7a20
-def _nested(got):
-    "Turn arrays and tensors, and lists of them, into nested lists."
-    if isinstance(got, (list, tuple)): return [_nested(part) for part in got]
-    return got.tolist() if isinstance(got, (np.ndarray, torch.Tensor)) else got
-
 # %% ../../../nbs/lab/exercises/82_parallel.ipynb #8b030bcb
 def _after_ring_step(data: np.ndarray, step: int) -> np.ndarray:
     "Let each rank of (rank, chunk, numbers) send its chunk of the step to the next rank."
@@ -40,7 +34,7 @@ def _ring_step(ring_step):
         for step in range(ranks - 1):
             got = call_on_copies(ring_step, data, step,
                                  changed="`data` itself was changed: work on a copy.")
-            got = as_numbers(_nested(got), data.shape, "the new state").numpy()
+            got = as_numbers(got, data.shape, "the new state").numpy()
             want, case = _after_ring_step(data, step), f"With {ranks} ranks, in step {step}"
             # which chunks, and what is in them
             changed = (got != data).any(-1)
@@ -164,7 +158,7 @@ def _attended(online_attention, scores, values, block: int, what: str) -> np.nda
     changed = "`scores` or `values` was changed: leave them as they are."
     with np.errstate(all="ignore"):
         got = call_on_copies(online_attention, scores, values, block, changed=changed)
-    got = as_numbers(_nested(got), (5,), "the result").numpy()
+    got = as_numbers(got, (5,), "the result").numpy()
     expect(np.isfinite(got).all(), f"With {what} the result is not finite: "
            "subtract the largest score so far before `exp`.")
     return got

@@ -21,15 +21,6 @@ from nanochat.lab.course import (
     NotYet, as_number, as_numbers, call_on_copies, exercise, expect, expect_close, expect_type,
     give)
 
-# %% ../../../nbs/lab/exercises/80_rl.ipynb #f3bb1af0
-def _numbers(got, shape: tuple, what: str) -> torch.Tensor: # float64
-    "Return an answer as a tensor, also a list of tensors. Raises `NotYet` for another shape."
-    if isinstance(got, (list, tuple)) and got and isinstance(got[0], torch.Tensor):
-        try: got = torch.stack([row.detach() for row in got])
-        except (RuntimeError, TypeError, AttributeError): pass
-    if isinstance(got, torch.Tensor): got = got.detach()
-    return as_numbers(got, shape, what)
-
 # %% ../../../nbs/lab/exercises/80_rl.ipynb #f256f075
 def _scalar_with_gradient(got, what: str) -> torch.Tensor: # ()
     "Return a loss. Raises `NotYet` unless it is one number in a tensor that has a gradient."
@@ -58,13 +49,13 @@ def _expect_advantages(answer: Callable, rewards: torch.Tensor): # the learner's
     "Raise `NotYet` unless the advantages of a step are right."
     got = call_on_copies(answer, rewards, changed="the rewards that were handed in have been "
                          "changed: compute a new tensor, without an operation in place.")
-    got = _numbers(got, rewards.shape, "the result")
+    got = as_numbers(got, rewards.shape, "the result")
     expect(got.sum(1).abs().max() < 1e-4, "a group's advantages don't add up to 0: "
            "is the baseline the mean of its own row (`dim=1, keepdim=True`)?")
     expect_close(got, advantages(rewards), "the advantages",
                  "Without `sigma_norm` nothing is divided.")
     # a small number beside σ against a division by 0 is allowed
-    scaled = _numbers(answer(rewards.clone(), sigma_norm=True), rewards.shape, "the result")
+    scaled = as_numbers(answer(rewards.clone(), sigma_norm=True), rewards.shape, "the result")
     expect_close(scaled, advantages(rewards, sigma_norm=True), "the σ-normalised advantages",
                  "Over how many is σ the mean: the samples, or one less? (`correction=0`)",
                  tolerance=1e-3)
@@ -76,7 +67,7 @@ def _group_advantages(answer):
     for value, n in ((0.0, 4), (1.0, 8), (0.1, 7)):
         for sigma_norm in (False, True):
             got = answer(torch.full((2, n), value), sigma_norm=sigma_norm)
-            got = _numbers(got, (2, n), "the result")
+            got = as_numbers(got, (2, n), "the result")
             case = f"{'with' if sigma_norm else 'without'} sigma_norm"
             expect(bool((got.abs() < 0.01).all()), # false for NaN
                    f"a group whose rewards are all {value:g} must get 0, {case}: "
@@ -193,7 +184,7 @@ def _kl_k3(answer):
         logprobs = -3 * torch.rand(shape, generator=draw)
         reference = -3 * torch.rand(shape, generator=draw)
         log_rho = reference.double() - logprobs.double()
-        got = _numbers(answer(logprobs.clone(), reference.clone()), shape, "the estimate")
+        got = as_numbers(answer(logprobs.clone(), reference.clone()), shape, "the estimate")
         want = log_rho.exp() - 1 - log_rho
         expect_close(got, want, "the estimate", "Which model is above in ρ, "
                      "and which below? And the result is one number for each token, no mean.")
@@ -201,12 +192,12 @@ def _kl_k3(answer):
                "an estimate is negative, and k3 never is: look at the signs.")
     # where both models agree, exactly or nearly
     logprobs = torch.full((4,), -1.0)
-    got = _numbers(answer(logprobs, logprobs.clone()), (4,), "the estimate")
+    got = as_numbers(answer(logprobs, logprobs.clone()), (4,), "the estimate")
     expect(bool((got.abs() < 1e-12).all()),
            "where both models agree, the estimate should be exactly 0.")
     reference = logprobs + torch.tensor([1e-3, -1e-3, 4e-4, -4e-4])
     log_rho = (reference - logprobs).double()
-    got = _numbers(answer(logprobs, reference), (4,), "the estimate")
+    got = as_numbers(answer(logprobs, reference), (4,), "the estimate")
     want = torch.expm1(log_rho) - log_rho
     near = (got - want).abs() <= 0.1 * want + 1e-9
     expect(bool((near & (got >= 0)).all()),

@@ -21,11 +21,6 @@ from ..course import (
 # %% ../../../nbs/lab/exercises/83_speedrun.ipynb #6c82e2d9
 from .evaluation import paired_results
 
-# %% ../../../nbs/lab/exercises/83_speedrun.ipynb #e2574a3d
-def _whole(got):
-    "Turn a whole float into an int, and leave everything else."
-    return int(got) if isinstance(got, float) and got.is_integer() else got
-
 # %% ../../../nbs/lab/exercises/83_speedrun.ipynb #ae46d430
 _BUDGETS = [ # dollars, largest depth, largest depth that fits the memory
     (100, 100, 100), (0.5, 100, 100), (1e9, 100, 100), (1e9, 100, 37), (5.0, 1, 1), (64, 64, 64),
@@ -43,7 +38,7 @@ def _depth_and_calls(
     "Ask for the best depth, with a cost that counts its calls."
     calls, outside = [], []
     def cost(depth):
-        depth = as_int(_whole(depth), "the depth with which `cost` was called")
+        depth = as_int(depth, "the depth with which `cost` was called")
         calls.append(depth)
         if not 1 <= depth <= deepest:
             outside.append(depth)
@@ -67,7 +62,7 @@ def _best_depth(best_depth):
         except UserError:
             raise NotYet(f"{case}, the UserError of a depth that does not fit went through: "
                          "such a depth is not affordable.") from None
-        got = as_int(_whole(got), f"{case}, the answer")
+        got = as_int(got, f"{case}, the answer")
         affordable = [depth for depth in range(1, fits + 1) if _dollars(depth) <= budget]
         expect(got == max(affordable, default=0), f"{case}, the answer is {got}. It should be "
                "the largest depth that costs at most the budget, or 0.")

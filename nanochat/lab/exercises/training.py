@@ -19,8 +19,9 @@ from ...model import gpt as library
 from ...model.shape import flops_per_token
 from ...train.hardware import Hardware
 from ...train.loop import accumulate_gradients
-from ..course import call_on_copies, exercise, expect, expect_close
-from .optimizers import Optimizer, as_real, as_things
+from ..course import (
+    as_number, as_things, call_on_copies, exercise, expect, expect_close)
+from .optimizers import Optimizer
 from .transformer import GPT, cross_entropy, init_weights
 
 # %% ../../../nbs/lab/exercises/76_training.ipynb #22172608
@@ -77,12 +78,11 @@ def _trained(loop: Callable, log: Callable | None = None) -> tuple: # losses, mo
 # %% ../../../nbs/lab/exercises/76_training.ipynb #5f4c7b94
 def _expect_losses(got, want: list[float]):
     "Raise `NotYet` unless a learner's losses are right."
-    sentence = f"a list of {len(want)} losses is returned, one for each step."
-    got = as_things(got, len(want), sentence)
+    got = as_things(got, len(want), "the answer", f"{len(want)} losses, one for each step,")
     graphs = any(isinstance(loss, torch.Tensor) and loss.requires_grad for loss in got)
     expect(not graphs, "each loss in the list still holds its graph, and with it the memory of a "
                        "step: `loss.item()` is the number alone.")
-    got = [as_real(loss, "a loss") for loss in got]
+    got = [as_number(loss, "a loss") for loss in got]
     expect_close(got[0], want[0], "the loss of step 0", "It is the mean cross-entropy of the "
                  "first batch, before the first update.", 1e-4)
     expect_close(got[1:], want[1:], f"the list of losses from step 1 to {len(want) - 1}",
@@ -96,14 +96,14 @@ def _train(answer):
     got, model, optimizer = _trained(answer)
     taken, right = len(optimizer.multipliers), [_falling(step) for step in range(_STEPS)]
     expect(taken == _STEPS, f"the optimizer took {taken} steps, where {_STEPS} are expected.")
-    got_multipliers = [as_real(m, "the multiplier") for m in optimizer.multipliers]
+    got_multipliers = [as_number(m, "the multiplier") for m in optimizer.multipliers]
     expect_close(got_multipliers, right, "the list of multipliers that `optimizer.step` got",
                  "It gets `multiplier(step)`, and steps count from 0.")
     _expect_losses(got, want)
     # the log
     lines = []
-    _trained(answer, lambda step, loss: lines.append([as_real(step, "a step"),
-                                                      as_real(loss, "a logged loss")]))
+    _trained(answer, lambda step, loss: lines.append([as_number(step, "a step"),
+                                                      as_number(loss, "a logged loss")]))
     expect(len(lines) == _STEPS, f"`log` was called {len(lines)} times in {_STEPS} steps: "
                                  "call log(step, loss) once in each, if there is a `log`.")
     expect_close(lines, list(map(list, enumerate(want))), "what `log` was told",
@@ -171,7 +171,7 @@ def _accumulate(answer):
     want, right = _right_gradients(model, parts)
     def of_model(parts): return answer(model, parts)
     changed = "your code has changed the batch itself: read it, and leave it as it is."
-    loss = as_real(call_on_copies(of_model, parts, changed=changed), "the mean loss")
+    loss = as_number(call_on_copies(of_model, parts, changed=changed), "the mean loss")
     expect(not math.isnan(loss), "the mean loss is NaN: a part without any target has no mean, "
                                  "and adds nothing.")
     expect_close(loss, want, "the mean loss",
@@ -218,7 +218,7 @@ def _bits_per_byte(answer):
     for *case, want, what, hint in _BITS:
         got = call_on_copies(answer, *case, changed="your code has changed its inputs: "
                                                     "work on copies.")
-        expect_close(as_real(got, "the answer"), want, f"{what}, the answer", hint)
+        expect_close(as_number(got, "the answer"), want, f"{what}, the answer", hint)
 
 # %% ../../../nbs/lab/exercises/76_training.ipynb #1301efca
 _EACH_LAYER = ("12·C² for each layer, and each parameter is used once forward and twice backward. "
@@ -243,12 +243,12 @@ def _flops(n_embd: int, vocab_size: int, windows: list[int], T: int) -> int:
 def _train_flops(answer):
     for *shape, hint in _MODELS:
         what = "the cost for n_embd={}, vocab_size={}, windows={}, T={}".format(*shape)
-        got = as_real(call_on_copies(answer, *shape, changed="your code changes the list of "
+        got = as_number(call_on_copies(answer, *shape, changed="your code changes the list of "
                                      "windows: make a new one."), "the cost")
         expect_close(got, _flops(*shape), what, hint, 1e-6)
     d12 = library.GPTConfig()
     got = answer(d12.n_embd, d12.vocab_size, list(d12.windows), d12.sequence_len)
-    expect_close(as_real(got, "the cost"), flops_per_token(vars(d12)),
+    expect_close(as_number(got, "the cost"), flops_per_token(vars(d12)),
                  "the cost of depth 12, gates aside,", _ATTENTION, 1e-4)
 
 # %% ../../../nbs/lab/exercises/76_training.ipynb #e6452b1f
@@ -256,8 +256,8 @@ def _machine(count: int) -> Hardware: # of GPUs, $3 an hour each
     return Hardware("a machine", "cuda", count, 80 * 2**30, 1e15, 3.0)
 
 def _bought(answer, *case) -> list[float]: # hours and tokens
-    things = as_things(answer(*case), 2, "two numbers are returned: hours and tokens.")
-    return [as_real(things[0], "the number of hours"), as_real(things[1], "the number of tokens")]
+    things = as_things(answer(*case), 2, "the answer", "two numbers (hours and tokens)")
+    return [as_number(things[0], "the number of hours"), as_number(things[1], "the number of tokens")]
 
 # %% ../../../nbs/lab/exercises/76_training.ipynb #cfeeb845
 @exercise("5.5", "A budget in dollars")

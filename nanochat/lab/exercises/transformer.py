@@ -25,13 +25,6 @@ from nanochat.lab.course import (
     NotYet, as_number, as_numbers, call_on_copies, exercise, expect, expect_close, expect_tensor,
     expect_type, give)
 
-# %% ../../../nbs/lab/exercises/74_transformer.ipynb #3eab1309
-def _joined(got):
-    "Turn nested lists of tensors, arrays and numbers into one tensor. Leaves other things alone."
-    if not isinstance(got, (list, tuple)): return got
-    try: return torch.stack([torch.as_tensor(_joined(row), dtype=torch.float64) for row in got])
-    except (TypeError, ValueError, RuntimeError): return got # `as_numbers` says what is wrong
-
 # %% ../../../nbs/lab/exercises/74_transformer.ipynb #4cf30fba
 def _in_file(answer) -> bool: # a function or a class
     "Is this the answer's copy in the learner's file?"
@@ -131,7 +124,7 @@ def _one_head(answer):
     for T, d, window in ((1, 4, 2), (9, 4, 3), (9, 16, 0), (6, 8, 20)):
         what = f"the head's output for {T} tokens and a window of {window}"
         def head(*qkv):
-            return as_numbers(_joined(call_on_copies(answer, *qkv, window)), (T, d), what)
+            return as_numbers(call_on_copies(answer, *qkv, window), (T, d), what)
         q, k, v = (torch.randn(T, d, generator=draw) for _ in range(3))
         got = head(q, k, v)
         expect(got.isfinite().all(), f"{what} has numbers that are not finite: does every query "
@@ -169,7 +162,7 @@ def _rope(answer):
     draw = torch.Generator().manual_seed(1)
     for T, d, base in ((1, 4, 100.0), (6, 2, 10000.0), (20, 8, 10000.0), (20, 8, 500.0)):
         x = torch.randn(T, d, generator=draw)
-        got = as_numbers(_joined(call_on_copies(answer, x, base)), x.shape, "the result")
+        got = as_numbers(call_on_copies(answer, x, base), x.shape, "the result")
         expect_close(got[0], x[0], "the vector at position 0",
                      "Positions are counted from 0, and an angle of 0 turns nothing.")
         expect_close(got.norm(dim=-1), x.norm(dim=-1), "the length of the vectors", "A rotation "
@@ -197,14 +190,14 @@ def _rms_norm(answer):
     draw = torch.Generator().manual_seed(0)
     for shape in ((8,), (5, 8), (2, 3, 64)):
         x = 3 * torch.randn(shape, generator=draw)
-        got = _joined(call_on_copies(answer, x))
+        got = call_on_copies(answer, x)
         expect_close(got, library.norm(x), f"the norm of a tensor of shape {shape}",
                      "Each vector along the last dimension is divided by the root of the mean "
                      "of its own squares.")
     zeros, small = torch.zeros(2, 4), torch.full((1, 4), 1e-3)
-    expect_close(_joined(answer(zeros)), torch.zeros(2, 4), "the norm of zeros",
+    expect_close(answer(zeros), torch.zeros(2, 4), "the norm of zeros",
                  "A 1e-6 is added to the mean of the squares, so that nothing is divided by zero.")
-    expect_close(_joined(answer(small)), library.norm(small), "the norm of small numbers",
+    expect_close(answer(small), library.norm(small), "the norm of small numbers",
                  "The 1e-6 is under the root, beside the mean.")
     _expect_trains(answer, rms_norm, torch.randn(4, 64, 64, generator=draw))
 
@@ -730,7 +723,7 @@ def _expect_no_targets(answer, logits: torch.Tensor):
     none = torch.full(logits.shape[:2], -1)
     got = answer(logits, none)
     hint = "Where no target counts, nothing may be divided by zero: the loss is 0."
-    expect_close(_joined(got).reshape(()), 0.0, "the loss without a target", hint)
+    expect_close(as_number(got, "the loss"), 0.0, "the loss without a target", hint)
     if not got.requires_grad: return
     grad, = torch.autograd.grad(got.sum(), logits, allow_unused=True)
     if grad is not None: expect_close(grad, torch.zeros_like(logits), "its gradient", hint)
