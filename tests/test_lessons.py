@@ -73,7 +73,7 @@ def test_form(path):
     prose = "\n".join(source for kind, source, _ in cells if kind == "markdown")
     n = int(path.stem[:2])
     assert (path.stem, prose.splitlines()[0]) == (LESSONS[n][0], f"# {n} · {LESSONS[n][1]}")
-    for part in ("## What you will be able to do", "## What to remember", "## Where to read on"): assert part in prose
+    for part in ("## What you will be able to do", "## What to remember", "## Further reading"): assert part in prose
     assert f"lesson_map({n})" in "".join(source for kind, source, _ in cells if kind == "code")
     assert re.search(r"nbs/\w+/\d\d[a-z]?_\w+\.ipynb", prose) # the library's own notebook
     for m in {n - 1, n + 1} & LESSONS.keys(): assert f"]({LESSONS[m][0]}.ipynb)" in prose
