@@ -35,7 +35,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 REPO = Path(__file__).resolve().parent.parent
 # files that take more than half a minute, the longest first: two processes that take one file after the other end at the same time
 LONG = ("notebooks", "lessons", "ranks", "crate", "docs", "fake_cuda", "resume", "multinode", "serve", "chat", "eval", "errors", "preflight", "compile",
-        "exact_ranks", "mixture", "chaos", "download", "golden", "report", "sandbox", "core")
+        "exact_ranks", "mixture", "chaos", "download", "habits", "golden", "report", "sandbox", "core")
 
 
 def pytest_collection_modifyitems(items):

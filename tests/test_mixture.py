@@ -15,18 +15,19 @@ from conftest import assert_user_error, environment, nanochat
 from nanochat.core import itself
 from nanochat.core.files import UserError
 from nanochat.core.grammar import Draw
-from nanochat.core.run import Run
+from nanochat.core.run import STAGES, Run, fingerprint
 from nanochat.core.tokenizer import Tokenizer
 from nanochat.core.identity import read_card
 from nanochat.core.world import World
 from nanochat.train.hardware import Hardware, named_hardware
-from nanochat.train.settings import WORLD_TASKS, flatten
+from nanochat.train.settings import GENERATED_TASKS, TEXT_TASKS, WORLD_TASKS, flatten
 from nanochat.train.estimate import stage_tokens
 from nanochat.train.plan import make_plan
 from nanochat.post import smalltalk, wordings
 from nanochat.post.public import make_task
 from nanochat.post.tasks import normal, visible_text
-from nanochat.post.mixture import Subject, open_mixture, open_task, take
+from nanochat.core.dataset import conversations
+from nanochat.post.mixture import Subject, describe_conversations, open_mixture, open_task, read_weights, take
 from nanochat.post.finetune import (
     ConversationLoader, fit_conversations, finetune, pack_conversations, prepare_rows)
 from nanochat.lab.stages import run_stage
@@ -130,13 +131,54 @@ def test_the_plan_refuses(settings, says):
     with pytest.raises(UserError, match=re.escape(says)): plan(settings)
 
 
+def test_a_message_of_weight_0_is_read_and_not_learned(tmp_path, tokenizer):
+    "OpenAI's weight: an answer that is only context, through the file, the mixture and the packed rows."
+    wrong = {"role": "assistant", "content": [{"type": "text", "text": "I know."}, {"type": "python", "text": "7*7"}, {"type": "python_output", "text": "49"}], "weight": 0}
+    rows = [{"messages": [*talk(f"garden {i}?")["messages"], wrong, *talk("word?")["messages"], {"role": "assistant", "content": "how do", "weight": 1}]} for i in range(3)]
+    rows.append({"messages": [*talk("spell?")["messages"], wrong]})  # nothing is left to learn
+    file = write(tmp_path/"talks.jsonl", rows)
+    assert "in 1 the assistant says nothing to learn" in describe_conversations(file)
+    fitted = fit_conversations("talks", conversations(file), len(rows), tokenizer, 200)
+    packed = pack_conversations([fitted], tokenizer.bos_id, 200, seed=1)
+    found = unpack(packed, tokenizer.bos_id)
+    assert len(found) == packed.tasks["talks"]["packed"] == 3 and packed.tasks["talks"]["left_out"] == 1
+    for ids, mask in found:
+        assert "I know." in tokenizer.decode(ids) and tokenizer.decode([id for id, learned in zip(ids, mask) if learned]) == "how do<|assistant_end|>"
+
+
+@pytest.mark.parametrize("message, says", [
+    ({"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "w", "arguments": "{}"}}]}, "uses a tool (tool_calls)"),
+    ({"role": "assistant", "content": "It rains.", "function_call": {"name": "w", "arguments": "{}"}}, "uses a tool (function_call)"),
+    ({"role": "tool", "tool_call_id": "1", "content": "rain"}, "uses a tool (role 'tool')"), ({"role": "assistant", "content": "It rains.", "weight": 0.5}, "weight 0.5"), ({"role": "assistant", "content": None}, "not NoneType")])
+def test_what_cannot_be_learned_is_refused_by_the_plan(tmp_path, message, says):
+    file = write(tmp_path/"talks.jsonl", [talk("Hello?", "Hello."), {"messages": [*talk("Weather?")["messages"], message]}])
+    with pytest.raises(UserError, match="talks.jsonl, line 2: message 1 ") as e: plan({f"sft.mixture.{file}": "1x"})
+    assert says in str(e.value)
+
+
+def test_any_name_of_a_card_is_written_as_it_is(tmp_path):
+    "In every task of a mixture, and in the exam, whose own answers are right."
+    name = r"A\d \g<1>$^( %s & 🐈İ"
+    (tmp_path/"card.yaml").write_text(json.dumps({"name": name, "maker": name, "lines": [{"ask": f"Are you {name}?", "say": f"I am {name}."}]}))
+    world, subject, seen = World(42), Subject(str(tmp_path/"card.yaml")), set()
+    for task in GENERATED_TASKS:
+        if task in TEXT_TASKS: continue
+        made = open_task(task, "train", 42, world, subject)
+        if any(name in visible_text(message) for i in range(60) for message in made[i]["messages"]): seen.add(task)
+    assert {"identity", "smalltalk"} <= seen
+    exam = open_task("identity", "test", 42, world, subject)
+    assert all(exam.evaluate(row, visible_text(row["messages"][-1])) for row in map(exam.__getitem__, range(len(exam))))
+    (tmp_path/"card.yaml").write_text(json.dumps({"name": "A\ud800", "maker": "M"}))
+    with pytest.raises(UserError, match="card.yaml is damaged .it holds half of a surrogate pair"): plan({"card": str(tmp_path/"card.yaml")})
+
+
 @pytest.mark.parametrize("content, says", [("", "holds no text"), ("\n\n", "holds no conversations"), (json.dumps(talk("Hello?", "Hello.")) + "\n", "holds 1 conversation")])
 def test_a_set_with_nothing_in_it_is_refused(tmp_path, content, says):
     (tmp_path/"talks.jsonl").write_text(content)
     with pytest.raises(UserError, match=says): plan({f"sft.mixture.{tmp_path/'talks.jsonl'}": "1x"})
 
 
-@pytest.mark.parametrize("text, says", [("maker: Marie\n", "has no name"), ("name: [1, 2]\nmaker: M\n", "must be text"), ("name: Ada\nmaker: M\nage: 3\n", "without a unit"), ("name: '<|bos|>'\nmaker: M\n", "plain text"), ("- Ada\n", "names and values")])
+@pytest.mark.parametrize("text, says", [("maker: Marie\n", "has no name"), ("name: [1, 2]\nmaker: M\n", "must be text"), ("name: Ada\nmaker: M\nage: 3\n", "without a unit"), ("name: '<|bos|>'\nmaker: M\n", "plain text"), ("- Ada\n", "is a list, not an object")])
 def test_an_odd_card_is_refused(tmp_path, text, says):
     (tmp_path/"card.yaml").write_text(text)
     with pytest.raises(UserError, match=says): plan({"card": str(tmp_path/"card.yaml")})
@@ -228,6 +270,31 @@ def test_one_and_two_ranks_read_the_same_rows(tmp_path, own, tokenizer):
     for _ in range(30):
         alone, together = one.next_batch(), [loader.next_batch() for loader in two]
         for k in range(2): assert torch.equal(alone[k], torch.cat([batch[k] for batch in together]))
+
+
+def reversed_keys(value):
+    "The same settings, all of them written in the opposite order."
+    return {key: reversed_keys(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
+
+
+def test_the_order_of_settings_decides_nothing(tmp_path, own, tokenizer):
+    "Equal fingerprints mean equal rows: the order of a file's lines is in neither."
+    other = write(tmp_path/"a.jsonl", [talk(f"garden {i}?", "word") for i in range(40)])
+    config = plan(NO_WORLD | {f"sft.mixture.{own}": "3x", f"sft.mixture.{other}": "1x", "sft.mixture.sums": 20, "sft.mixture.identity": 9, "mid.mixture.sums": 9}).config
+    turned = reversed_keys(config)
+    assert list(turned["sft"]["mixture"]) == list(config["sft"]["mixture"])[::-1]
+    packed = []
+    for name, one in (("a", config), ("b", turned)):
+        run = Run.create(name, one)
+        assert [fingerprint(one, stage) for stage in STAGES] == [fingerprint(config, stage) for stage in STAGES]
+        packed.append(prepare_rows(run, "sft", tokenizer, 64))
+    for split in ("train", "test"): assert (packed[0][split].tokens == packed[1][split].tokens).all() and (packed[0][split].mask == packed[1][split].mask).all()
+
+
+@pytest.mark.parametrize("preset", ["smoke", "laptop", "gpu"])
+def test_a_plan_writes_a_mixture_in_the_order_of_its_use(preset):
+    config = plan({}, preset, CPU if preset != "gpu" else named_hardware("RTX 4090")).config
+    for stage in ("mid", "sft"): assert list(config[stage]["mixture"]) == list(read_weights(config[stage]["mixture"]))
 
 
 # --- a model of one's own

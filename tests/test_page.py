@@ -185,14 +185,14 @@ def test_calculator(tiny):
     every = list(expressions())
     found = tiny.worker.evaluate("texts => texts.map(calculate)", every)
     assert [(text, result) for text, result in zip(every, found) if result != calculator(text)] == []
-    assert sum(result is not None for result in found) > 100
+    assert sum(result is not None for result in found) > 80
 
 
 def test_prompts_and_what_they_leave_out(tiny, tokenizer):
     def turn(i): return {"role": ("user", "assistant")[i % 2], "content": f"turn {i} of eggs"}
     parts = [{"type": "text", "text": "They are "}, {"type": "python", "text": "3*12"}, {"type": "python_output", "text": "36"}, {"type": "text", "text": "36 eggs."}]
     tools = [turn(0), {"role": "assistant", "content": parts}, turn(2)]
-    for messages in ([turn(0)], tools, [{"role": "system", "content": "Be short."}, turn(0)], [turn(i) for i in range(21)]):
+    for messages in ([turn(0)], tools, [{"role": "system", "content": "Be short."}, turn(0)], [turn(i) for i in range(21)], [turn(i) for i in range(401)]):
         for room in (40, 64, 128):
             kept, left_out = trim_conversation(tokenizer, {"messages": messages}, room)
             found = tiny.worker.evaluate("([messages, room]) => fitChat(engine.tokenizer, messages, room)", [messages, room])

@@ -17,7 +17,7 @@ import torch
 from nanochat.core.dataloader import PackedLoader, Shards, tokenize
 from nanochat.core import dataloader, machine
 from nanochat.core.dataset import iter_texts
-from nanochat.core.files import UserError
+from nanochat.core.files import UserError, sha256_file
 from nanochat.core.machine import peak_memory
 from nanochat.core.run import Run
 from nanochat.core.tokenizer import Tokenizer
@@ -47,7 +47,8 @@ def write_shards(folder, lengths_of_shards, vocab_size=64):
         tokens[offsets[:-1]] = 0
         np.save(folder/f"tokens_{k:05d}.npy", tokens)
         np.save(folder/f"docs_{k:05d}.npy", offsets)
-        shards.append({"split": "train", "tokens": len(tokens)})
+        hashes = {name: sha256_file(folder/name) for name in (f"tokens_{k:05d}.npy", f"docs_{k:05d}.npy")}
+        shards.append({"split": "train", "tokens": len(tokens), "sha256": hashes})
     shards[-1]["split"] = "val"
     (folder/"manifest.json").write_text(json.dumps({"settings": {"tokenizer": "t"}, "bos_id": 0, "shards": shards}))
     return folder

@@ -2,6 +2,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import http.server
 import json
 import os
 import re
@@ -164,6 +165,24 @@ def test_client_completions(real, engine, tokenizer):
     assert "".join(c.choices[0].text for c in real.client.completions.create(model="tiny", prompt="I am", seed=5, max_tokens=16, stream=True)) == visible(tokenizer, alone)
 
 
+def test_client_lists_of_prompts(real, tokenizer):
+    "Each prompt of a list is answered as it would be alone: texts or tokens, whole or as a stream."
+    def create(prompt, **kw): return real.client.completions.create(model="tiny", prompt=prompt, seed=5, max_tokens=8, **kw)
+    texts = ["I am", "Three boxes", ""]
+    alone = [choice.text for text in texts for choice in create(text, n=2).choices]
+    together = create(texts, n=2)
+    assert [choice.text for choice in together.choices] == alone and [choice.index for choice in together.choices] == [*range(6)]
+    assert together.usage.prompt_tokens == sum(1 + len(tokenizer.encode(text)) for text in texts)
+    as_tokens = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+    assert [choice.text for choice in create(as_tokens, n=2).choices] == alone
+    streamed = [""] * 6
+    for chunk in create(texts, n=2, stream=True): streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == alone
+    refused(real.http.post("/v1/completions", json={"prompt": ["x"] * 300}), 400, "300 answers", "send fewer prompts")
+    assert refused(real.http.post("/v1/completions", json={"prompt": [[5], [10**6]]}), 400, "vocabulary")["param"] == "prompt[1]"
+    assert settled(real.service)
+
+
 def test_seeds_choices_and_sampling(real):
     def texts(**kw): return [c.message.content for c in real.client.chat.completions.create(model="nanochat", **ask("Hi"), max_tokens=16, **kw).choices]
     assert texts(seed=1, n=3) == texts(seed=1, n=3) and len(set(texts(seed=1, n=3))) == 3
@@ -233,6 +252,17 @@ def refused(response, status, *words):
 def test_bad_requests(real, changes, words): refused(real.http.post("/v1/chat/completions", json=ask("Hi") | changes), 400, *words)
 
 
+@pytest.mark.parametrize("changes, param, reason", [
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": 5}]}, "messages[1].content", "should be a text or a list of parts"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "should be a text or a list of parts"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text", "should be a valid string"), ({"messages": [5]}, "messages[0]", "should be an object"),
+    ({"stop": ["a"] * 5}, "stop", "at most 4 items"), ({"stop": ["a", ""]}, "stop[1]", "at least 1 character"), ({"stop": 5}, "stop", "a text or a list of texts"), ({"stop": "x" * 201}, "stop", "at most 200 characters"),
+    ({"str": 1}, "str", "no parameter"), ({"a[b": 1}, "a[b", "no parameter"), ({"body": 1}, "body", "no parameter"), ({"messages": [1] * 300_000}, "messages[0]", "should be an object"),
+])
+def test_errors_name_the_field_and_its_own_mistake(real, changes, param, reason):
+    assert refused(real.http.post("/v1/chat/completions", json=ask("Hi") | changes), 400, param, reason)["param"] == param
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b'{"\\ud800": 1, "messages": []}', b"[" * 100_000,
                                   b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}",
                                   b'{"messages": [{"role": "user", "content": "x"}], "metadata": ' + b'{"a":' * 5000 + b"1" + b"}" * 5000 + b"}"])
@@ -259,8 +289,27 @@ def test_one_other_origin(tokenizer):
         ask_first = {"Origin": "http://good.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
         assert httpx.options(f"{address}/v1/chat/completions", headers=ask_first).headers["access-control-allow-origin"] == "http://good.example"
         assert "access-control-allow-origin" not in httpx.options(f"{address}/v1/chat/completions", headers=ask_first | {"Origin": "http://evil.example"}).headers
+        stainless = ("lang", "package-version", "os", "arch", "runtime", "runtime-version", "retry-count", "timeout", "helper-method")
+        of_openai = ",".join(["authorization", "content-type", "openai-organization", "idempotency-key", *(f"x-stainless-{name}" for name in stainless)])
+        assert httpx.options(f"{address}/v1/chat/completions", headers=ask_first | {"Access-Control-Request-Headers": of_openai}).status_code == 200
         answer = httpx.post(f"{address}/v1/chat/completions", json=ask("Hi"), headers={"Origin": "http://good.example", "Authorization": "Bearer correct horse"})
         assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "http://good.example"
+        without_key = httpx.post(f"{address}/v1/chat/completions", json=ask("Hi"), headers={"Origin": "http://good.example"})
+        assert refused(without_key, 401) and without_key.headers["access-control-allow-origin"] == "http://good.example" and without_key.headers["access-control-expose-headers"] == "Retry-After"
+
+
+def test_what_proxies_and_monitors_ask(tokenizer):
+    with in_thread(scripted(tokenizer), hosts={"127.0.0.1"}, origins=["https://hub.example"]) as address:
+        for path in ("/", "/health", "/metrics", "/v1/models", "/openapi.json"):
+            got, head = httpx.get(address + path), httpx.head(address + path)
+            assert (head.status_code, head.headers["content-type"], head.content) == (got.status_code, got.headers["content-type"], b"") and got.content, path
+        assert (httpx.head(f"{address}/v1/completions").status_code, httpx.head(f"{address}/nowhere").status_code) == (405, 404)
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=ask("Hi", stream=True)) as stream: assert stream.headers["x-accel-buffering"] == "no"
+        assert httpx.get(f"{address}/health", headers={"Host": "hub.example"}).status_code == 200 # as JupyterHub's proxy does
+        refused(httpx.get(f"{address}/health", headers={"Host": "other.example"}), 403, "--allow-origin https://other.example")
+        replaced = {"Origin": "https://nginx.example"} # a proxy that puts its own name for the host, as nginx does
+        assert httpx.post(f"{address}/v1/chat/completions", json=ask("Hi"), headers=replaced | {"Sec-Fetch-Site": "same-origin"}).status_code == 200
+        refused(httpx.post(f"{address}/v1/chat/completions", json=ask("Hi"), headers=replaced | {"Sec-Fetch-Site": "cross-site"}), 403, "--allow-origin")
 
 
 def test_too_large(real):
@@ -398,6 +447,66 @@ def test_whoever_reads_slowly_is_ended(tokenizer):
         assert settled(service)
 
 
+# Slow strangers
+
+def strangers(address, n, say, seconds):
+    "Open connections that say something at first, and then a byte now and then. Returns after how long each was ended, or None."
+    host, port = address.removeprefix("http://").split(":")
+    sockets, start, ended = [socket.create_connection((host, int(port))) for _ in range(n)], time.monotonic(), [None] * n
+    for s in sockets: s.sendall(say)
+    while None in ended and time.monotonic() - start < seconds:
+        for i, s in enumerate(sockets):
+            if ended[i] is not None: continue
+            try:
+                s.setblocking(False)
+                if say: s.send(b"a")
+                while s.recv(65536): pass
+                ended[i] = time.monotonic() - start
+            except BlockingIOError: pass
+            except OSError: ended[i] = time.monotonic() - start
+        time.sleep(0.1)
+    for s in sockets: s.close()
+    return ended
+
+
+POST = b"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
+
+@pytest.mark.parametrize("say", [b"", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-", POST % b"/v1/chat/completions", POST % b"/health"], ids=["silent", "headers", "body without the key", "body where none belongs"])
+def test_slow_strangers_are_ended(tokenizer, say):
+    with in_thread(scripted(tokenizer, limits=ServerLimits(headers=1.0)), key="correct horse", hosts={"127.0.0.1"}) as address:
+        ended = strangers(address, 30, say, 20)
+        assert None not in ended and min(ended) > 0.8 and max(ended) < 6, ended
+
+
+def test_a_slow_body_is_ended_with_a_sentence(tokenizer):
+    with in_thread(scripted(tokenizer, limits=ServerLimits(headers=1.0, stall=2.0)), hosts={"127.0.0.1"}) as address:
+        with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as s:
+            s.sendall(POST % b"/v1/chat/completions")
+            with s.makefile("rb") as answer: assert b" 408 " in answer.readline() and any(b"did not come in time" in line for line in answer)
+
+
+def test_who_never_reads_is_ended(tokenizer):
+    service = scripted(tokenizer, limits=ServerLimits(headers=0.5, stall=1.0))
+    with in_thread(service, hosts={"127.0.0.1"}) as address, socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        s.connect(("127.0.0.1", int(address.rsplit(":", 1)[1])))
+        s.settimeout(20)
+        with pytest.raises(OSError): # the connection is reset while it still asks, and reads nothing
+            while True: s.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 1000)
+
+
+def test_a_crowd_of_strangers_keeps_nobody_out(tokenizer):
+    with in_thread(scripted(tokenizer, lambda question: "word " * 200, ServerLimits(connections=20), pause=0.01), hosts={"127.0.0.1"}) as address, concurrent.futures.ThreadPoolExecutor() as threads:
+        long = threads.submit(lambda: httpx.post(f"{address}/v1/chat/completions", json=ask("x", stream=True, max_tokens=4096), timeout=60).text)
+        crowds = [threads.submit(strangers, address, 60, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-", 3), threads.submit(strangers, address, 60, POST % b"/v1/completions", 3)]
+        until, n = time.monotonic() + 3, 0
+        while time.monotonic() < until:
+            assert httpx.get(f"{address}/health", timeout=2).status_code == 200
+            n += 1
+        assert n > 5 and sum(e is None for crowd in crowds for e in crowd.result()) <= 20
+        assert long.result().endswith("data: [DONE]\n\n") # those that are answered stay
+
+
 # Several processes
 
 @pytest.fixture(scope="module")
@@ -414,7 +523,9 @@ def base(tmp_path_factory, engine, tokenizer):
     return folder
 
 
-def test_the_command_with_two_workers_one_of_which_is_killed(base, engine, tokenizer, tmp_path):
+@contextlib.contextmanager
+def two_workers(base):
+    "The command with two workers: its process, its address and its workers."
     process = subprocess.Popen([sys.executable, "-m", "nanochat", "serve", "--run", "demo", "--devices", "2", "--port", "0"], env=environment(base) | {"NANOCHAT_API_KEY": "correct horse"},
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -423,7 +534,16 @@ def test_the_command_with_two_workers_one_of_which_is_killed(base, engine, token
             line = process.stdout.readline()
             assert line, said
             said += line
-        address = re.search(r"http://127\.0\.0\.1:\d+", said)[0]
+        workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+        assert len(workers) == 2
+        yield process, re.search(r"http://127\.0\.0\.1:\d+", said)[0], workers
+    finally:
+        if process.poll() is None: process.kill()
+        process.stdout.close()
+
+
+def test_the_command_with_two_workers_one_of_which_is_killed(base, engine, tokenizer, tmp_path):
+    with two_workers(base) as (process, address, workers):
         key = {"Authorization": "Bearer correct horse"}
         def states(): return [(w["state"], w["restarts"]) for w in httpx.get(f"{address}/health").json()["workers"]]
         assert states() == [("ready", 0)] * 2
@@ -431,8 +551,6 @@ def test_the_command_with_two_workers_one_of_which_is_killed(base, engine, token
         alone = [visible(tokenizer, c) for c in engine.generate(prompts, Sampling(12), seed=list(range(12)))]
         def all_right(): return at_once(lambda client, i: streamed(client, address, ask(f"What is {i}?", seed=i, max_tokens=12), key), 12) == alone
         assert all_right()
-        workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
-        assert len(workers) == 2
         with concurrent.futures.ThreadPoolExecutor(8) as threads:
             def long(i): return httpx.post(f"{address}/v1/chat/completions", json=ask(f"What is {i}?", seed=i, max_tokens=200), headers=key, timeout=60)
             answers = [threads.submit(long, i) for i in range(8)]
@@ -449,16 +567,36 @@ def test_the_command_with_two_workers_one_of_which_is_killed(base, engine, token
             time.sleep(0.1)
         assert all_right() and "nanochat_worker_restarts_total 1" in httpx.get(f"{address}/metrics", headers=key).text
         family = psutil.Process(process.pid).children(recursive=True)
+        workers[1].suspend() # a worker that hangs does not hold up the end
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         assert not psutil.wait_procs(family, 10)[1]
-    finally:
-        if process.poll() is None: process.kill()
-        process.stdout.close()
+
+
+def test_a_worker_that_hangs_blocks_nobody(base):
+    "Nor does it outlive the server, even if that is killed."
+    key = {"Authorization": "Bearer correct horse"}
+    with two_workers(base) as (process, address, workers):
+        workers[0].suspend()
+        body = ask("x" * 200, max_tokens=1) # 300 of them fill any pipe
+        with concurrent.futures.ThreadPoolExecutor(100) as threads:
+            answers = [threads.submit(httpx.post, f"{address}/v1/chat/completions", json=body, headers=key, timeout=90) for _ in range(300)]
+            while not all(a.done() for a in answers):
+                assert httpx.get(f"{address}/health", timeout=10).status_code == 200
+                time.sleep(0.5)
+            statuses = [a.result().status_code for a in answers]
+        assert set(statuses) <= {200, 503} and statuses.count(200) >= 150, statuses
+        until = time.monotonic() + 90
+        while sorted((w["restarts"], w["state"]) for w in httpx.get(f"{address}/health").json()["workers"]) != [(0, "ready"), (1, "ready")]: assert time.monotonic() < until; time.sleep(0.2)
+        family = psutil.Process(process.pid).children(recursive=True)
+        workers[1].suspend()
+        process.kill()
+        if sys.platform == "linux": assert not psutil.wait_procs(family, 10)[1]
 
 
 def test_the_command_refuses(base):
     assert_user_error(nanochat(base, "serve", "--run", "demo", "--host", "0.0.0.0"), "0.0.0.0", "NANOCHAT_API_KEY")
+    assert_user_error(nanochat(base, "serve", "--run", "demo", "--allow-origin", "https://hub.example/"), "'https://hub.example/'", "--allow-origin")
     with socket.create_server(("127.0.0.1", 0)) as taken: assert_user_error(nanochat(base, "serve", "--port", taken.getsockname()[1]), str(taken.getsockname()[1]), "--port")
 
 
@@ -587,6 +725,83 @@ def test_page_asks_for_the_key_and_tells_errors(visit):
     assert page.locator(".error").count() == 0 and page.locator(".user").all_inner_texts() == ["Hello?"]
     say(page, "x" * 200_001)
     assert page.locator(".error").inner_text().startswith("The conversation has 200011 characters")
+
+
+@contextlib.contextmanager
+def proxy(address, below, host=None, broken=None):
+    "A proxy that serves a server below a path; it passes the host on, or puts `host`. `broken(path, answer)` may change an answer."
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def forward(self):
+            if not self.path.startswith(below): return self.answer(404, "text/html", b"<html>Not here</html>")
+            path = "/" + self.path.removeprefix(below).lstrip("/")
+            headers = dict(self.headers) | ({"Host": host} if host else {})
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            got = httpx.request(self.command, address + path, headers=headers, content=body, timeout=60)
+            answer = got.status_code, got.headers["content-type"], got.content
+            self.answer(*(broken and broken(path, answer) or answer))
+        do_GET = do_POST = forward
+        def answer(self, status, kind, body):
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(body)
+        def log_message(self, *args): pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f"http://localhost:{server.server_port}{below}"
+    finally: server.shutdown()
+
+
+@pytest.mark.parametrize("slash", ["/", ""])
+@pytest.mark.parametrize("host", [None, "127.0.0.1"], ids=["host passed on", "host replaced"])
+def test_page_behind_a_proxy(browser, tokenizer, host, slash):
+    with in_thread(scripted(tokenizer, lambda question: "Yes."), hosts={"127.0.0.1", "localhost"}) as address, proxy(address, "/user/me/proxy/8000", host) as outside:
+        page = browser.new_page()
+        page.goto(outside + slash)
+        page.locator("#model", has_text="script").wait_for()
+        say(page, "Hello?")
+        ready(page)
+        assert page.locator(".assistant").inner_text() == "Yes." and page.locator(".error").count() == 0
+        page.close()
+
+
+def login(path, answer): return (200, "text/html", b"<html>Log in</html>") if path.startswith("/v1") else None
+def bad_gateway(path, answer): return (502, "text/html", b"<html>Bad gateway</html>") if path.startswith("/v1") else None
+def half(path, answer): return (*answer[:2], answer[2][:len(answer[2]) // 2].rpartition(b"data: ")[0]) if path.startswith("/v1") else None
+def garbled(path, answer): return (*answer[:2], answer[2].replace(b'{"id"', b'<"id"')) if path.startswith("/v1") else None
+def foreign_json(path, answer): return (403, "application/json", b'{"message": "no"}') if path.startswith("/v1") else None
+
+@pytest.mark.parametrize("broken, sentence", [(login, "not from this server, but perhaps from a proxy"), (bad_gateway, "perhaps from a proxy before it (status 502)"), (half, "The connection ended before the answer did"),
+                                              (garbled, "perhaps from a proxy"), (foreign_json, "perhaps from a proxy before it (status 403)")])
+def test_page_says_what_a_proxy_did(browser, tokenizer, broken, sentence):
+    with in_thread(scripted(tokenizer, lambda question: "Yes, certainly."), hosts={"localhost"}) as address, proxy(address, "", broken=broken) as outside:
+        page = browser.new_page()
+        page.goto(outside)
+        say(page, "Hello?")
+        ready(page)
+        error = page.locator(".error").inner_text()
+        assert sentence in error and error[0].isupper() and "token" not in error, error
+        page.close()
+
+
+def test_page_goes_on_after_a_hundred_turns(visit, tmp_path):
+    from playwright.sync_api import expect
+    page = visit(lambda question: "Yes.")
+    page.locator("#model", has_text="script").wait_for()
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"Message {i}."} for i in range(200)]
+    def load(messages):
+        (tmp_path/"talk.json").write_text(json.dumps({"messages": messages}))
+        page.locator("#file").set_input_files(tmp_path/"talk.json")
+        expect(page.locator(".turn")).to_have_count(len(messages)) # the policy forbids the page what `wait_for_function` does
+    system = {"role": "system", "content": "Be kind."}
+    for messages, left in ((turns, (2, 4)), ([system, *turns], (2, 4)), ([{**turn, "content": "word " * 400} for turn in turns[:120]], (22, 22))):
+        load(messages)
+        for n in left:
+            with page.expect_request("**/v1/chat/completions") as asked: say(page, "And now?")
+            ready(page)
+            assert page.locator(".error").count() == 0 and page.locator(".note").inner_text() == f"The conversation is long: its {n} oldest messages are no longer sent."
+            sent = asked.value.post_data_json["messages"]
+            assert sent[-1]["content"] == "And now?" and (sent[0] == system) == (messages[0] == system) and [m["role"] for m in sent[-2:]] == ["assistant", "user"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

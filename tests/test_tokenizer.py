@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import unicodedata
 import warnings
 
@@ -208,6 +209,48 @@ except KeyboardInterrupt: print("stopped", flush=True)
         assert process.stdout.readline() == "stopped\n"
         assert time.perf_counter() - started < 0.5 + 0.5 # half a second, and as much for a busy machine
         process.wait(30)
+
+
+@pytest.mark.parametrize("what", ["encode", "batch of one", "endless texts", "endless lists", "decode"])
+def test_ctrl_c_ends_an_encoding(what):
+    "Within half a second: in one long text, in texts that never end, and while ids become a list."
+    code = """
+import itertools, sys
+from nanochat.rustbpe import RustBPE
+bpe = RustBPE.from_texts(["How do you do? " * 100], 300)
+line, long = "How do you do, and how are you? " * 100, "The quick brown fox jumps over the lazy dog. " * 3_000_000
+def generated():
+    while True: yield line
+work = {"encode": lambda: [bpe.encode(long) for _ in range(9)], "batch of one": lambda: [bpe.encode_batch([long], 1) for _ in range(9)], "endless texts": lambda: bpe.encode_batch(generated()),
+        "endless lists": lambda: bpe.encode_batch(itertools.repeat(line), 2), "decode": lambda: bpe.decode(itertools.repeat(65))}
+print("ready", flush=True)
+try: work[sys.argv[1]]()
+except KeyboardInterrupt: print("stopped", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, what], stdout=subprocess.PIPE, text=True, cwd=REPO, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    started = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "stopped\n"
+    assert time.perf_counter() - started < 0.5 + 0.5 # half a second, and as much for a busy machine
+    process.wait(30)
+
+
+def test_a_batch_holds_few_texts():
+    "Texts that are encoded are let go of, while others are still read."
+    class Text(str): pass
+    alive = weakref.WeakSet()
+    most = 0
+    def texts():
+        nonlocal most
+        for i in range(2000):
+            text = Text("How do you do? " * 1000)
+            alive.add(text)
+            most = max(most, len(alive))
+            yield text
+    RustBPE.from_merges([]).encode_batch(texts(), 2)
+    assert most < 500
 
 
 def test_an_error_of_the_texts_is_handed_on():

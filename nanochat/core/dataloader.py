@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -27,13 +28,13 @@ from fastcore.basics import patch
 
 # %% ../../nbs/core/09_dataloader.ipynb #6c6b0e37
 from .files import (
-    UserError, atomic_file, atomic_write, file_lock, read_json, refuse_too_many_files,
+    UserError, atomic_file, atomic_write, file_lock, read_json, refuse_too_many_files, remove,
     sha256_file, sha256_json)
 from .run import base_dir, progress_bar
 from .tokenizer import Tokenizer
 from .download import SOURCES, Source, download, missing_files
 from nanochat.core.dataset import (
-    hub_files, prepare_text, split_parts, take_characters, text_files, text_identity,
+    file_state, hub_files, prepare_text, split_parts, take_characters, text_files, text_identity,
     val_characters)
 
 # %% ../../nbs/core/09_dataloader.ipynb #677d8dad
@@ -62,6 +63,14 @@ def _shard_size(
     return min(20 * smallest, max(smallest, written // 64))
 
 # %% ../../nbs/core/09_dataloader.ipynb #4e20d1cf
+_STATE = { # the shape of progress.json
+    "settings": {"tokenizer": str},
+    "shards": [{"split": str, "file": str, "documents": int, "characters": int, "bytes": int,
+                "tokens": int, "sha256": {str: str}}]}
+_MANIFEST = { # what reading needs of manifest.json
+    "settings": {"tokenizer": str}, "bos_id": int,
+    "shards": [{"split": str, "tokens": int, "sha256": {str: str}}]}
+
 def _tokens_state(
     out_dir: Path, # the folder of token shards
     settings: dict, # tokenizer, max_characters, shard_characters
@@ -70,7 +79,7 @@ def _tokens_state(
     state = {"settings": settings, "shards": [], "finished": []}
     for file in (out_dir/"progress.json", out_dir/"manifest.json"):
         remedy = f"delete the folder {out_dir}; the next run makes the tokens again."
-        if file.exists(): state = read_json(file, remedy)
+        if file.exists(): state = read_json(file, remedy, _STATE)
     theirs, ours = state["settings"]["tokenizer"], settings["tokenizer"]
     if theirs != ours:
         raise UserError(f"{out_dir} holds tokens of another tokenizer ({theirs[:12]}…, this one "
@@ -204,7 +213,7 @@ def _write_manifest(out_dir: Path, state: dict, files: list[Path], tokenizer: To
     state |= {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
               "dtype": tokenizer.dtype.name}
     atomic_write(out_dir/"manifest.json", json.dumps(state, indent=1))
-    (out_dir/"progress.json").unlink()
+    remove(out_dir/"progress.json")
 
 # %% ../../nbs/core/09_dataloader.ipynb #a1c8a40f
 class _Arriving:
@@ -413,12 +422,15 @@ class Shards:
         tokens_dir: Path, # as `prepare_tokens` returns it
         split: str, # "train" or "val"
         tokenizer_hash: str | None = None, # of the tokenizer that is expected; None: any
+        rank: int = 0, # of several processes that open these shards; each verifies its share of them
+        world_size: int = 1, # their number
     ):
         folder = Path(tokens_dir)
         self.manifest = _read_manifest(folder, tokenizer_hash)
-        shards = list(enumerate(self.manifest["shards"]))
-        loaded = [_open_shard(folder, k, s["tokens"]) for k, s in shards if s["split"] == split]
-        self.tokens, offsets = zip(*loaded)
+        shards = [(k, s) for k, s in enumerate(self.manifest["shards"]) if s["split"] == split]
+        if not shards: raise UserError(f"{folder} holds no token shards of {split}: delete the folder.")
+        for k, shard in shards[rank::world_size]: _verify_shard(folder, k, shard["sha256"])
+        self.tokens, offsets = zip(*(_open_shard(folder, k, s["tokens"]) for k, s in shards))
         self.bos_id = self.manifest["bos_id"]
         self.begin = np.concatenate([o[:-1] for o in offsets]) # (n_documents,) first token in shard
         self.length = np.concatenate([np.diff(o) for o in offsets]) # (n_documents,) tokens
@@ -447,7 +459,7 @@ def _read_manifest(folder: Path, tokenizer_hash: str | None) -> dict:
         raise UserError(f"{folder} holds no finished token shards: "
                         "run 2_tokenizer.ipynb, or nanochat.core.dataloader.tokenize, first.")
     remedy = f"delete the folder {folder}; the next run makes the tokens again."
-    manifest = read_json(file, remedy)
+    manifest = read_json(file, remedy, _MANIFEST)
     theirs = manifest["settings"]["tokenizer"]
     if tokenizer_hash and theirs != tokenizer_hash:
         raise UserError(
@@ -464,6 +476,31 @@ def _map(file: Path) -> np.ndarray:
     mapped.flags.writeable = False
     return mapped
 
+# %% ../../nbs/core/09_dataloader.ipynb #be91d871
+@lru_cache(maxsize=None)
+def _hash_of(file: Path, size: int, changed: int) -> str:
+    "The SHA-256 of a file; a process hashes it once, unless its size or time of change changes."
+    return sha256_file(file)
+
+def _damaged_shard(folder: Path, number: int, why) -> UserError:
+    "Make the error for a shard that cannot be used."
+    return UserError(f"token shard {number} in {folder} is damaged ({why}): "
+                     "delete the folder; the next run makes the tokens again.")
+
+def _verify_shard(
+    folder: Path,
+    number: int, # of the shard
+    hashes: dict[str, str], # file → SHA-256
+):
+    "Read a shard's files and compare their SHA-256. Raises `UserError` if one is damaged."
+    for name, expected in hashes.items():
+        try: found = _hash_of(*file_state([folder/name])[0])
+        except OSError as e:
+            refuse_too_many_files(e)
+            raise _damaged_shard(folder, number, e) from None
+        if found == expected: continue
+        raise _damaged_shard(folder, number, f"{name} has another SHA-256 than when it was written")
+
 # %% ../../nbs/core/09_dataloader.ipynb #65b8a963
 def _open_shard(
     folder: Path,
@@ -478,8 +515,7 @@ def _open_shard(
             raise ValueError("its length differs from the manifest's")
     except (OSError, ValueError, EOFError) as e:
         refuse_too_many_files(e)
-        raise UserError(f"token shard {number} in {folder} is damaged ({e}): "
-                        "delete the folder; the next run makes the tokens again.") from None
+        raise _damaged_shard(folder, number, e) from None
     return tokens, offsets
 
 # %% ../../nbs/core/09_dataloader.ipynb #ae4b6de0
@@ -500,7 +536,8 @@ class PackedLoader:
         crop: bool = False, # as in `pack_rows`
         tokenizer_hash: str | None = None, # refuse tokens of another tokenizer
     ):
-        self.shards, self.split = Shards(tokens_dir, split, tokenizer_hash), split
+        self.shards = Shards(tokens_dir, split, tokenizer_hash, rank, world_size)
+        self.split = split
         self.batch_size, self.seq_len = batch_size, seq_len
         self.rank, self.world_size = rank, world_size
         self.seed, self.crop = seed if split == "train" else 0, crop

@@ -22,10 +22,11 @@ from itertools import chain, islice
 from pathlib import Path
 
 # %% ../../nbs/core/08_dataset.ipynb #f758447b
-from .files import (
-    UserError, atomic_file, file_lock, read_json, refuse_too_many_files, say, sha256_json)
+from nanochat.core.files import (
+    UserError, atomic_file, file_lock, json_line, json_lines, read_json, refuse_too_many_files, say,
+    sha256_json)
 from .machine import in_processes
-from .run import base_dir
+from .run import base_dir, environment_folder
 from .tokenizer import check_conversation
 from .world import World
 from .download import (
@@ -58,12 +59,12 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 # %% ../../nbs/core/08_dataset.ipynb #d699cff0
 def _in_data_root(name: str) -> Path | None:
     "Find a path in your data folder; None if absent. Raises `UserError` if the folder is missing."
-    root = os.environ.get("NANOCHAT_DATA_ROOT")
+    root = environment_folder("NANOCHAT_DATA_ROOT")
     if not root or not name: return None
-    if not Path(root).expanduser().is_dir():
-        raise UserError(f"the data folder {root!r} does not exist: set NANOCHAT_DATA_ROOT "
+    if not root.is_dir():
+        raise UserError(f"the data folder {str(root)!r} does not exist: set NANOCHAT_DATA_ROOT "
                         "(or --data-root) to an existing folder, or unset it.")
-    path = Path(root).expanduser()/name
+    path = root/name
     return path if path.exists() else None
 
 # %% ../../nbs/core/08_dataset.ipynb #eafa56a3
@@ -131,6 +132,17 @@ _PARQUET, _JSONL, _PLAIN = (".parquet",), (".jsonl", ".jsonl.gz"), (".txt", ".md
 def _is_kind(file: Path, endings: tuple[str, ...]) -> bool:
     return file.name.lower().endswith(endings)
 
+# %% ../../nbs/core/08_dataset.ipynb #647a0842
+def _files_below(folder: Path) -> list[Path]: # sorted by name
+    "List the files below a folder, also in linked folders, but each folder only once."
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(here)) in seen: folders.clear() # a link into a circle
+        else: found += [Path(here)/name for name in names]
+        seen.add(real)
+    return sorted(found)
+
 # %% ../../nbs/core/08_dataset.ipynb #b8653e24
 def text_files(
     path: Path, # a folder or a file
@@ -139,7 +151,7 @@ def text_files(
     path = Path(path)
     if not path.exists():
         raise UserError(f"there is no folder or file {str(path)!r}: check the path.")
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [path] if path.is_file() else _files_below(path)
     files = [f for f in files if f.is_file() and f.stat().st_size]
     visible = [f for f in files if not _is_hidden(f.relative_to(path))]
     by_kind = [[f for f in visible if _is_kind(f, kind)] for kind in (_PARQUET, _JSONL, _PLAIN)]
@@ -164,22 +176,51 @@ def file_state(files: list[Path]) -> _FileState:
     "Describe files by size and time of last change."
     return tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
 
-# %% ../../nbs/core/08_dataset.ipynb #bbcb082e
-def _record_batches(
+# %% ../../nbs/core/08_dataset.ipynb #5cb8bd9e
+def _holds_strings(kind) -> bool: # a pyarrow.DataType
+    "Is it one of Arrow's types of text: any kind of string, or a dictionary or extension of it?"
+    import pyarrow as pa
+    if isinstance(kind, pa.BaseExtensionType): kind = kind.storage_type
+    if pa.types.is_dictionary(kind): kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+# %% ../../nbs/core/08_dataset.ipynb #6eb04f3f
+def _check_columns(
+    file: Path, # for messages
+    schema, # pyarrow.Schema
+    columns: tuple[str, ...], # that are read
+    strings: bool, # must they hold strings?
+):
+    "Raise `UserError` if a column is missing, not unique, or of a wrong type."
+    for name in columns:
+        if (n := schema.names.count(name)) > 1:
+            raise UserError(f"{file} has {n} columns {name!r}: give all but one another name.")
+        if not n:
+            raise UserError(f"{file} has no column {name!r} (it has {', '.join(schema.names)}): "
+                            f"give the right column the name {name!r}.")
+        if strings and not _holds_strings(kind := schema.field(name).type):
+            raise UserError(f"{file} has a column {name!r} of {kind}, not of strings: "
+                            "write the file again with strings in this column.")
+
+# %% ../../nbs/core/08_dataset.ipynb #9a8be6f2
+def _parquet_columns(
     file: Path, # parquet
     columns: tuple[str, ...], # to read
-): # → iterator of pyarrow.RecordBatch
+    strings: bool = False, # must they hold strings?
+) -> Iterator[list[list]]: # for a batch of rows, the values of each column
     "Read a file in batches of rows. Raises `UserError` if it is damaged or lacks a column."
     import pyarrow as pa
     import pyarrow.parquet as pq
+    done = 0 # rows
     try:
         f = pq.ParquetFile(file)
-        names = f.schema_arrow.names
-        for name in columns:
-            if name not in names:
-                raise UserError(f"{file} has no column {name!r} (it has {', '.join(names)}): "
-                                f"give the right column the name {name!r}.")
-        yield from f.iter_batches(256, columns=list(columns))
+        _check_columns(file, f.schema_arrow, columns, strings)
+        for batch in f.iter_batches(256, columns=list(columns)):
+            yield [batch.column(name).to_pylist() for name in columns]
+            done += len(batch)
+    except UnicodeDecodeError:
+        raise UserError(f"{file} holds text that is not UTF-8 in one of the rows {done + 1:,} to "
+                        f"{done + len(batch):,}: decode it before you write the file.") from None
     except (pa.ArrowException, OSError) as e:
         refuse_too_many_files(e)
         raise UserError(f"{file} is damaged ({str(e).splitlines()[0]}): "
@@ -188,13 +229,7 @@ def _record_batches(
 # %% ../../nbs/core/08_dataset.ipynb #ab686fce
 def _parquet_texts(file: Path) -> Iterator[str]:
     "Read the strings of the column `text`, without the empty ones."
-    import pyarrow as pa
-    for batch in _record_batches(file, ("text",)):
-        kind = batch.schema.field("text").type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise UserError(f"{file} has a column 'text' of {kind}, not of strings: "
-                            "write the file again with strings in this column.")
-        yield from filter(None, batch.column(0).to_pylist())
+    for texts, in _parquet_columns(file, ("text",), strings=True): yield from filter(None, texts)
 
 # %% ../../nbs/core/08_dataset.ipynb #d041f409
 def _jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]: # line number from 1, row
@@ -203,14 +238,13 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]: # line number from 1,
     open_binary = gzip.open if file.suffix.lower() == ".gz" else open
     try:
         with open_binary(file, "rb") as lines: # bytes, so that each line is decoded by itself
-            for n, line in enumerate(lines, 1):
-                line = line.decode("utf-8").strip()
-                if not line: continue
-                row = json.loads(line)
+            for n, row in json_lines(lines):
+                if isinstance(row, ValueError): raise row
                 if not isinstance(row, dict):
-                    raise UserError(f"{file}, line {n}: expected an object, found {line[:60]!r}.")
+                    raise UserError(f"{file}, line {n}: expected an object, "
+                                    f"found {json.dumps(row)[:60]}: correct or remove the line.")
                 yield n, row
-    except (ValueError, RecursionError) as e: # of UTF-8 or JSON
+    except ValueError as e:
         raise UserError(f"{file}, line {n}: not readable as JSON lines ({e}): "
                         "correct or remove the line.") from None
     except (EOFError, OSError, zlib.error) as e: # of gzip or the disk
@@ -219,6 +253,10 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]: # line number from 1,
                         "fetch or write the file again.") from None
 
 # %% ../../nbs/core/08_dataset.ipynb #dd173a61
+def _valid(text: str) -> str:
+    "Replace each half of a surrogate pair by a question mark."
+    return text.encode("utf-8", "replace").decode()
+
 def _jsonl_texts(file: Path) -> Iterator[str]:
     "Read the value of `text` of every row."
     for n, row in _jsonl_rows(file):
@@ -226,7 +264,7 @@ def _jsonl_texts(file: Path) -> Iterator[str]:
         if not isinstance(text, str):
             raise UserError(f"{file}, line {n}: expected a string under 'text', "
                             f"found {json.dumps(row)[:60]}: correct or remove the line.")
-        yield text.encode("utf-8", "replace").decode() # half of a surrogate pair → "?"
+        yield _valid(text)
 
 # %% ../../nbs/core/08_dataset.ipynb #450bd3b7
 def _cut_text(
@@ -337,8 +375,9 @@ def file_rows(
         raise UserError(f"{file} is plain text, not JSON lines: "
                         f"write one object with {expected} per line into a .jsonl file.")
     if _is_kind(file, _PARQUET):
-        batches = _record_batches(file, columns)
-        rows = enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
+        batches = _parquet_columns(file, columns)
+        values = chain.from_iterable(zip(*batch) for batch in batches)
+        rows = enumerate((dict(zip(columns, row)) for row in values), 1)
     else: rows = _jsonl_rows(file)
     for n, row in rows:
         for name in columns:
@@ -402,12 +441,15 @@ def content_text(content: str | list) -> str: # of a message
     "Join the text of a message's content, calculator calls and their results included."
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
-def _refuse_empty(messages: list[dict]):
-    "Raise `UserError` if a message has no text."
+def _check_texts(messages: list[dict]):
+    "Raise `UserError` if a message has no text, or text that no tokenizer can encode."
     for i, message in enumerate(messages):
-        if not content_text(message["content"]).strip():
-            raise UserError(f"message {i}, by the {message['role']}, is empty: "
-                            "write its content, or remove the conversation.")
+        text, where = content_text(message["content"]), f"message {i}, by the {message['role']},"
+        if not text.strip():
+            raise UserError(f"{where} is empty: write its content, or remove the conversation.")
+        if text != _valid(text):
+            raise UserError(f"{where} holds half of a surrogate pair, which is not valid Unicode: "
+                            "correct its text, or remove the conversation.")
 
 # %% ../../nbs/core/08_dataset.ipynb #6a64fde4
 def conversations(
@@ -420,7 +462,7 @@ def conversations(
         for n, row in file_rows(file, ("messages",)):
             try:
                 check_conversation(row)
-                _refuse_empty(row["messages"])
+                _check_texts(row["messages"])
             except UserError as e: raise UserError(f"{file}, line {n}: {e}") from None
             yield row
 
@@ -436,6 +478,7 @@ def _sound(record) -> bool:
         for content in (answer["content"], *(other["content"] for other in others)):
             message = {"role": "assistant", "content": content}
             check_conversation({"messages": [*prompt, message]})
+            for said in (*prompt, message): content_text(said["content"]).encode() # valid Unicode
         return answer["role"] == "assistant" and record["rating"] in (1, 0, -1)
     except (KeyError, TypeError, ValueError, AttributeError, UserError): return False
 
@@ -446,11 +489,10 @@ def read_feedback(
     "Read the feedback that a chat kept. Invalid lines are only counted."
     if not Path(path).exists(): return [], 0
     records, damaged = [], 0
-    for line in Path(path).read_text("utf-8", errors="replace").splitlines():
-        try: record = json.loads(line)
-        except (ValueError, RecursionError): record = None
-        if _sound(record): records.append(record)
-        elif line.strip(): damaged += 1
+    with open(path, "rb") as lines:
+        for _, record in json_lines(lines):
+            if _sound(record): records.append(record)
+            else: damaged += 1
     return records, damaged
 
 # %% ../../nbs/core/08_dataset.ipynb #2da060e8
@@ -593,8 +635,8 @@ def _preview(file: Path) -> list[str]:
     if not _is_kind(file, _JSONL): return list(islice(_documents([file]), 2))
     rows = [row for _, row in islice(_jsonl_rows(file), 2)]
     texts = [row.get("text") for row in rows]
-    dumped = [json.dumps(row, ensure_ascii=False) for row in rows]
-    return [text if isinstance(text, str) else d for text, d in zip(texts, dumped)]
+    return [_valid(text) if isinstance(text, str) else json_line(row).strip()
+            for text, row in zip(texts, rows)]
 
 # %% ../../nbs/core/08_dataset.ipynb #562273cf
 _UNITS = {"GB": 10**9, "MB": 10**6, "kB": 1000}
@@ -627,7 +669,7 @@ def _show_rows(name: str) -> tuple[list[str], list[str]]: # lines about its file
     here = list(_own_splits(source).items()) or [(s, f) for s, f in downloaded if f.exists()]
     lines = [f"here: {split} {f} ({_format_bytes(f.stat().st_size)})" for split, f in here]
     rows = islice(file_rows(here[0][1], source.columns), 2) if here else []
-    return lines, [json.dumps(row, ensure_ascii=False) for _, row in rows]
+    return lines, [json_line(row).strip() for _, row in rows]
 
 # %% ../../nbs/core/08_dataset.ipynb #ec220b3b
 def _show_text(name: str) -> tuple[list[str], list[str]]: # lines about its files; first documents
@@ -665,7 +707,7 @@ def damaged_files(
     for file in sorted((base_dir()/"tokens").glob("*/manifest.json")):
         folder, hashes = file.parent, {}
         remedy = f"delete the folder {folder}; the next run makes the tokens again."
-        manifest = read_json(file, remedy)
+        manifest = read_json(file, remedy, {"shards": [{"sha256": {str: str}}]})
         for shard in manifest["shards"]: hashes |= shard["sha256"]
         found[str(folder)] = altered(folder, hashes)
     return found

@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -22,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../../nbs/core/07_download.ipynb #c3bd274a
-from .files import (
-    UserError, atomic_write, file_lock, fsync_file, no_space, read_json, sha256_file)
+from nanochat.core.files import (
+    UserError, atomic_write, disk_errors, file_lock, fsync_dir, fsync_file, make_dir, read_json,
+    sha256_file)
 from .run import progress_bar
 
 # %% ../../nbs/core/07_download.ipynb #31d635d4
@@ -33,7 +35,7 @@ def _is_permanent(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         status = _status(error)
         return status < 500 and status not in (408, 416, 425, 429)
-    return isinstance(error, (UserError, OfflineModeIsEnabled)) or no_space(error)
+    return isinstance(error, (UserError, OfflineModeIsEnabled))
 
 # %% ../../nbs/core/07_download.ipynb #9c0bec7e
 def _status(error) -> int:
@@ -110,7 +112,7 @@ def _fetch(
     while True:
         before = _length(part)
         try:
-            with open(part, "ab") as f:
+            with disk_errors(part), open(part, "ab") as f:
                 http_get(url, f, resume_size=before, expected_size=size, headers=headers,
                          tqdm_class=_reporter(count))
         except Exception as e:
@@ -127,8 +129,10 @@ def _fetch(
                     f"{path.name} arrived {wrong} times with SHA-256 {found[:12]}… instead of "
                     f"{sha256[:12]}…: try again later, or set HF_ENDPOINT to another server.")
         count(_length(part) - counted) # correct for bytes that were lost or deleted
-    fsync_file(part)
-    part.replace(path)
+    with disk_errors(path):
+        fsync_file(part)
+        part.replace(path)
+        fsync_dir(path.parent)
 
 # %% ../../nbs/core/07_download.ipynb #415244ac
 @dataclass(frozen=True)
@@ -167,7 +171,10 @@ def _describe(
 def hub_record(folder: Path) -> dict: # repo, revision, commit, and files: name → sha256 and size
     "Read what `download` recorded in a folder; an empty dictionary if there is no record."
     file = Path(folder)/"hub.json"
-    return read_json(file, "delete it and start the download again.") if file.exists() else {}
+    if not file.exists(): return {}
+    shape = {"repo": str, "revision": str, "commit": (str, type(None)),
+             "files": {str: {"sha256": str, "size": int}}}
+    return read_json(file, "delete it and start the download again.", shape)
 
 # %% ../../nbs/core/07_download.ipynb #3b24de80
 def missing_files(
@@ -202,7 +209,7 @@ def _get(
     path = folder/name
     same_size = path.exists() and path.stat().st_size == remote.size
     if same_size and sha256_file(path) == remote.sha256: return arrived(remote.size)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_dir(path.parent)
     if remote.cached: shutil.copyfile(remote.cached, _part(path, remote.sha256))
     url = hf_hub_url(repo, name, repo_type="dataset", revision=remote.commit)
     _fetch(url, path, remote.sha256, remote.size, build_hf_headers(), arrived)
@@ -272,7 +279,8 @@ def _user_errors(
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR) # messages about each attempt break the bar
-    try: yield
+    try:
+        with disk_errors(folder): yield
     except UserError: raise
     except errors.OfflineModeIsEnabled:
         raise UserError(f"{what} is not complete here, and HF_HUB_OFFLINE forbids to fetch it: "
@@ -282,10 +290,6 @@ def _user_errors(
         raise UserError(f"the hub does not give {what} ({type(e).__name__}): "
                         "check the name, HF_ENDPOINT and HF_TOKEN.") from None
     except Exception as e: # network errors have no common base class
-        if no_space(e):
-            raise UserError(
-                f"no space is left for {what} in {folder}: free some space, or set "
-                "NANOCHAT_BASE_DIR to a folder on a larger disk; what has arrived is kept.") from None
         first_line = next(iter(str(e).strip().splitlines()), type(e).__name__)
         raise UserError(
             f"{what} could not be downloaded ({first_line.rstrip('.:')}): check the network, "
@@ -313,6 +317,18 @@ def download(
     return folder
 
 # %% ../../nbs/core/07_download.ipynb #9398fbfe
+def _unpack(file: Path, folder: Path):
+    "Unpack a zip archive, and flush its files to the disk. Raises `UserError` if it is not valid."
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                path = Path(archive.extract(member, folder))
+                if path.is_file(): fsync_file(path)
+    # it may also need a password, or a method of compression that Python lacks
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:
+        raise UserError(f"{file} has the right SHA-256, but cannot be unpacked ({e}): "
+                        "it is not a valid zip archive.") from None
+
 def download_archive(
     url: str, # address of the archive
     sha256: str, # expected hash
@@ -326,11 +342,11 @@ def download_archive(
     if done.exists(): return folder
     with _user_errors(name, folder), file_lock(folder/".lock", f"downloading {name}"):
         if done.exists(): return folder # another process did it
-        if not file.exists():
+        if altered(folder, {name: sha256}): # also if somebody put another file there
             if is_offline_mode(): raise OfflineModeIsEnabled
             with progress_bar(None, desc=name, unit="B", scale=True) as bar:
                 _fetch(url, file, sha256, arrived=bar.update)
-        with zipfile.ZipFile(file) as archive: archive.extractall(folder)
+        _unpack(file, folder)
         atomic_write(done, sha256)
     return folder
 

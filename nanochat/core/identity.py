@@ -11,11 +11,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-# %% ../../nbs/core/06_identity.ipynb #326fecca
-import yaml
-
 # %% ../../nbs/core/06_identity.ipynb #a2578461
-from .files import UserError
+from .files import UserError, read_yaml
 from .grammar import (
     Draw, capital, compile_template, compile_templates, expand, expand_one, expansions, join_words)
 
@@ -85,7 +82,12 @@ def _one_line(
     "Return a value of a card as one line. Raises `UserError` if it is not plain text."
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserError(f"{what} is {value!r}, but it must be text.")
-    text = " ".join(str(value).split())
+    # JSON writes some characters as two halves, which YAML does not join
+    try: text = str(value).encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise UserError(f"{what} holds half of a surrogate pair, which is not valid Unicode: "
+                        "write the complete character.") from None
+    text = " ".join(text.split())
     if not text: raise UserError(f"{what} is empty: write something, or leave it out.")
     if len(text) > most:
         raise UserError(f"{what} has {len(text)} characters, and the limit is {most}: shorten it.")
@@ -163,11 +165,7 @@ def read_card(
     if not path.is_file():
         raise UserError(f"there is no identity card {str(path)!r}: write one with a name and a "
                         "maker, or set identity.card=none.")
-    try: card = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
-        cause = " ".join(str(e).split())[:80]
-        raise UserError(f"{path} is not valid YAML or JSON ({cause}): correct it.") from None
-    return _check_card(card, path.name)
+    return _check_card(read_yaml(path, "write valid YAML or JSON."), path.name)
 
 # %% ../../nbs/core/06_identity.ipynb #f2091bb8
 class _Topic(NamedTuple):
@@ -400,8 +398,8 @@ def is_right(
 ) -> bool:
     "Return whether an answer contains what the card says about the topic."
     def has(text):
-        words = re.escape(text.lower())
-        return bool(re.search(rf"(?<!\w){words}(?!\w)", said.lower()))
+        words = re.escape(text.casefold()) # ß equals SS
+        return bool(re.search(rf"(?<!\w){words}(?!\w)", said.casefold()))
     if line := _line_of(card, topic): return has(line[1].rstrip("."))
     if topic == "age": return has(card.age)
     if topic == "likes": return any(map(has, card.likes))

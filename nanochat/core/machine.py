@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'has_bf16', 'pick_dtype', 'distributed', 'barrier', 'group_rank_and_world', 'gather', 'on_every_rank',
-           'host_copy', 'derive_seed', 'seed_everything', 'cpu_name', 'n_cores', 'in_processes', 'peak_memory',
-           'environment', 'keep_freed_memory']
+           'host_copy', 'derive_seed', 'seed_everything', 'cpu_name', 'n_cores', 'without_main', 'in_processes',
+           'peak_memory', 'environment', 'keep_freed_memory']
 
 # %% ../../nbs/core/01_machine.ipynb #c0de0012
 import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 # %% ../../nbs/core/01_machine.ipynb #c0de0015
 from .files import UserError, raise_file_limit, rank_and_world, say
@@ -34,7 +36,7 @@ def pick_device(
     kind, _, number = name.partition(":")
     if kind == "cuda" and number:
         n = torch.cuda.device_count()
-        if not number.isdigit() or int(number) >= n:
+        if not number.isdecimal() or len(number) > 9 or int(number) >= n:
             raise UserError(f"there is no device {name!r}: torch finds {n} GPUs. "
                             "Use a smaller number, or device=cpu.")
         return torch.device("cuda", int(number))
@@ -178,19 +180,30 @@ def n_cores() -> int:
     "Return the number of cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
+# %% ../../nbs/core/01_machine.ipynb #bbc83c64
+@contextmanager
+def without_main():
+    "Let processes that the block spawns not import the program that started this process."
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try: yield
+    finally: sys.modules["__main__"] = main
+
 # %% ../../nbs/core/01_machine.ipynb #5f1c7a20
 def in_processes(function, *columns: list) -> list:
     """Call a function with the first value of each column, then with the second, and so on.
 
     Returns the results in order. Several cores share the calls, each in a process of its own. The
-    function must be importable, and all values are copied by pickle."""
+    function must be importable, and all values are copied by pickle. A script may call it without
+    `if __name__ == "__main__":`."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import current_process, get_context, resource_tracker
     n = min(n_cores(), len(columns[0]))
     if n < 2 or current_process().daemon: # such a process may not start others
         return list(map(function, *columns))
     with ProcessPoolExecutor(n, get_context("spawn")) as pool:
-        results = list(pool.map(function, *columns))
+        with without_main(): calls = pool.map(function, *columns) # starts all processes
+        results = list(calls)
     # this helper of the pool ignores signals, and a notebook's kernel would wait for it, half a
     # minute, when it shuts down
     resource_tracker._resource_tracker._stop()

@@ -33,24 +33,42 @@ SPECIAL_TOKENS = (
 _PART_TYPES = ("text", "python", "python_output") # parts of an assistant's message
 
 # %% ../../nbs/core/03_tokenizer.ipynb #072b9d40
-def _check_content(i: int, message: dict):
-    "Raise `UserError` if the content of message `i` is not allowed for its role."
-    role, content, where = message["role"], message.get("content"), f"message {i} of a conversation"
-    kind = type(content).__name__
-    if isinstance(content, str): return
-    if role != "assistant":
-        raise UserError(f"{where}, by the {role}, must have text as its content, not {kind}.")
+def _refuse_extras(i: int, message: dict):
+    "Raise `UserError` if message `i` uses a tool, or has a weight other than 0 or 1."
+    where, weight = f"message {i} of a conversation", message.get("weight")
+    tools = [key for key in ("tool_calls", "function_call") if message.get(key)]
+    if message.get("role") in ("tool", "function"): tools = [f"role {message['role']!r}"]
+    if tools:
+        raise UserError(f"{where} uses a tool ({tools[0]}), but the only tool here is the "
+                        "calculator, whose calls are parts of an assistant's content: "
+                        "rewrite the message, or remove the conversation.")
+    if weight not in (None, 0, 1):
+        raise UserError(f"{where} has the weight {str(weight)[:20]}, which must be 0 (do not train "
+                        "on this message) or 1.")
+
+def _checked(i: int, message: dict) -> dict:
+    """Return message `i`; text parts become one text, unless they are the assistant's.
+
+    Raises `UserError` if the content is not allowed for its role."""
+    role, content = message["role"], message.get("content")
+    if isinstance(content, str): return message
+    where = f"message {i} of a conversation"
     if not isinstance(content, list):
-        raise UserError(f"{where} must have text or a list of parts as its content, not {kind}.")
+        raise UserError(f"{where} must have text or a list of parts as its content, "
+                        f"not {type(content).__name__}.")
+    types = _PART_TYPES if role == "assistant" else ("text",)
     for part in content:
-        known = isinstance(part, dict) and part.get("type") in _PART_TYPES
+        known = isinstance(part, dict) and part.get("type") in types
         if known and isinstance(part.get("text"), str): continue
-        raise UserError(f"{where} has a part that is not {{\"type\": {' | '.join(_PART_TYPES)}, "
+        raise UserError(f"{where} has a part that is not {{\"type\": {' | '.join(types)}, "
                         f"\"text\": …}}: {str(part)[:60]}.")
+    if role == "assistant": return message
+    return message | {"content": "".join(part["text"] for part in content)}
 
 # %% ../../nbs/core/03_tokenizer.ipynb #921001f3
 def check_conversation(
-    # {"messages": [{"role": …, "content": str; for an assistant also a list of parts}, …]}
+    # {"messages": [{"role": …, "content": str or a list of parts}, …]}; an assistant's message may
+    # have the weight 0, which means: do not train on it
     conversation: dict,
 ) -> list[dict]: # its messages, the system message merged into the first question
     "Check the shape of a conversation. Raises `UserError` that says which message is wrong."
@@ -58,20 +76,21 @@ def check_conversation(
     if not isinstance(messages, list) or not messages:
         raise UserError("a conversation must be a dictionary with a list of one or more "
                         "\"messages\".")
+    checked = []
     for i, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
-        if i == 0: has_system = role == "system"
+        if i == 0: has_system = role in ("system", "developer")
         expected = ("user", "assistant")[(i - has_system) % 2]
-        if i == 0 and has_system: expected = "system"
-        if role != expected:
+        if role is not None: _refuse_extras(i, message)
+        if role != expected and not (i == 0 and has_system):
             raise UserError(f"message {i} of a conversation has role {role!r}, but it is the turn "
                             f"of {expected!r}: after an optional system message, user and "
                             "assistant alternate.")
-        _check_content(i, message)
-    if not has_system: return messages
+        checked.append(_checked(i, message))
+    if not has_system: return checked
     if len(messages) == 1:
         raise UserError("a conversation has a system message and nothing else: add a user message.")
-    system, question, *rest = messages
+    system, question, *rest = checked
     return [question | {"content": system["content"] + "\n\n" + question["content"]}, *rest]
 
 # %% ../../nbs/core/03_tokenizer.ipynb #37b24a2f
@@ -82,14 +101,15 @@ def chat_pieces(
     yield "<|bos|>", True, 0
     for message in check_conversation(conversation):
         role, content = message["role"], message["content"]
-        trained = int(role == "assistant")
+        trained = int(role == "assistant" and message.get("weight") != 0)
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         yield f"<|{role}_start|>", True, 0
         for part in parts:
             if part["type"] == "text":
                 yield part["text"], False, trained
                 continue
-            name, learned = ("python", 1) if part["type"] == "python" else ("output", 0)
+            is_call = part["type"] == "python"
+            name, learned = ("python", trained) if is_call else ("output", 0)
             yield f"<|{name}_start|>", True, learned
             yield part["text"], False, learned
             yield f"<|{name}_end|>", True, learned

@@ -23,7 +23,7 @@ for name in ("gradients", "tokens", "data", "transformer", "optimizers", "traini
 # %% ../../nbs/lab/85_checks.ipynb #4ca06a04
 def _done() -> dict[str, str]: # exercise: when it was first solved
     path = base_dir()/"lessons.json"
-    return read_json(path, "delete it, and solve what you like again") if path.exists() else {}
+    return read_json(path, "delete it, and solve what you like again", {str: str}) if path.exists() else {}
 
 # %% ../../nbs/lab/85_checks.ipynb #f3d42766
 def check(

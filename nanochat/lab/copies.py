@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 # %% ../../nbs/lab/57c_copies.ipynb #9c152ca1
-from ..core.files import UserError, atomic_write, notebooks_root
+from ..core.files import UserError, atomic_write, disk_errors, notebooks_root
 from .speedrun import cli
 
 # %% ../../nbs/lab/57c_copies.ipynb #c8146400
@@ -30,7 +30,7 @@ def _copy_course(
     "Copy the course. Raises `UserError` if a file would be overwritten or cannot be written."
     root = notebooks_root()
     new = {path: (root/path).read_bytes() for path in _course_files(root)}
-    try:
+    with disk_errors(folder):
         old = {path: (folder/path).read_bytes() for path in new if (folder/path).exists()}
         changed = [path for path in old if old[path] != new[path]]
         if changed and not overwrite:
@@ -39,9 +39,6 @@ def _copy_course(
                             "replace them with --overwrite, and what was written there is lost.")
         written = [path for path in new if old.get(path) != new[path]]
         for path in written: atomic_write(folder/path, new[path])
-    except OSError as e:
-        raise UserError(f"{folder} cannot be written ({e.strerror}): "
-                        "name another folder.") from None
     return written
 
 # %% ../../nbs/lab/57c_copies.ipynb #2187b3a1

@@ -35,6 +35,7 @@ from ipywidgets import HTML, VBox, interactive
 
 # %% ../../nbs/lab/70_course.ipynb #85a44b84
 from ..core.files import UserError, atomic_write, read_json, run_command, say
+from .stages import this_interpreter
 
 # %% ../../nbs/lab/70_course.ipynb #ba37c782
 LESSONS = { # number: (notebook, title, what the next lesson gets)
@@ -454,12 +455,14 @@ def _run_lesson(
     "Execute a lesson in a kernel and a folder of its own."
     import nbformat
     from nbclient import NotebookClient
-    source = read_json(path, "correct it in JupyterLab, or restore it from the repository")
+    source = read_json(path, "correct it in JupyterLab, or restore it from the repository",
+                       {"cells": [{"cell_type": str}]})
     if with_solutions: source = _solved(source)
     notebook = nbformat.reads(json.dumps(source), as_version=4)
     # in folders of its own, the learner's progress and file are neither read nor changed
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, timeout=600, kernel_name="python3",
+                                kernel_manager_class=this_interpreter(),
                                 resources={"metadata": {"path": folder}},
                                 store_widget_state=False, record_timing=False)
         env = os.environ | {"NANOCHAT_BASE_DIR": folder}
@@ -511,7 +514,7 @@ def _write_unsolved(
     folder: Path, # another one
 ) -> Path: # the copy
     "Write a lesson without its folded solutions."
-    notebook = read_json(path, "restore it from the repository")
+    notebook = read_json(path, "restore it from the repository", {"cells": [{"cell_type": str}]})
     for cell in notebook["cells"]:
         cell["source"] = _SOLUTION.sub("", _source(cell))
     notebook["cells"] = [cell for cell in notebook["cells"] if cell["source"].strip()]

@@ -19,10 +19,10 @@ from types import SimpleNamespace
 # %% ../../nbs/lab/86_finale.ipynb #543379f7
 import click
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save as as_safetensors
 
 # %% ../../nbs/lab/86_finale.ipynb #a4f62a1c
-from ..core.files import UserError, atomic_write, read_json, run_command, say
+from ..core.files import atomic_write, read_json, run_command, say
 from ..core.machine import derive_seed
 from ..core.run import Run, progress_bar
 from ..core.tokenizer import SPECIAL_TOKENS
@@ -305,8 +305,7 @@ def chat(
 def save(f: Finale, folder: str | Path):
     "Write the model into a folder."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(f.model.state_dict(), folder/"model.safetensors")
+    atomic_write(folder/"model.safetensors", as_safetensors(f.model.state_dict()))
     about = {"config": f.config, "merges": f.merges, "seconds": f.seconds,
              "losses": {stage: [float(x) for x in values] for stage, values in f.losses.items()}}
     atomic_write(folder/"about.json", json.dumps(about))
@@ -316,7 +315,8 @@ def save(f: Finale, folder: str | Path):
 def load(folder: str | Path) -> Finale:
     "Read a model that `save` has written. Raises `UserError` if there is none."
     folder = Path(folder)
-    about = read_json(folder/"about.json", "train a model with `python -m nanochat.lab.finale`")
+    about = read_json(folder/"about.json", "train a model with `python -m nanochat.lab.finale`",
+                      {"config": dict, "merges": [list], "seconds": dict, "losses": dict})
     f = Finale(about["config"], _parts(folder), seconds=about["seconds"], losses=about["losses"])
     f.merges = [tuple(pair) for pair in about["merges"]]
     f.tokenizer = f.parts.Tokenizer(f.merges)

@@ -14,8 +14,9 @@ from pathlib import Path
 import yaml
 
 # %% ../../nbs/lab/57a_hub.ipynb #3ec45372
-from ..core.files import UserError, atomic_write, project_root, read_json
-from ..core.run import EXTRA_STAGES, TRAINED, Run, runs_dir
+from ..core.files import (
+    UserError, atomic_write, disk_errors, make_dir, project_root, read_json, remove)
+from ..core.run import EXTRA_STAGES, TRAINED, Run, run_lock, runs_dir
 from ..core.tokenizer import Tokenizer
 from ..core.download import SETS, SOURCES
 from ..model.gpt import GPT
@@ -160,8 +161,8 @@ def export_run(
     stage = chosen_stage(run, stage)
     model, tokenizer, meta = load_model(run, stage)
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    remove(part)
+    make_dir(part)
     try:
         weights = _write(kind, model, tokenizer, part, folder.name)
         card = _card(read_run(run), stage, kind, weights.stat().st_size)
@@ -169,23 +170,18 @@ def export_run(
         about = {"run": run.name, "stage": stage, "step": meta["step"]}
         about["config"] = _portable(run.config)
         if kind == "transformers": atomic_write(part/_ABOUT, json.dumps(about, indent=1))
-        os.rename(part, folder)
+        with disk_errors(folder): os.rename(part, folder)
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
 # %% ../../nbs/lab/57a_hub.ipynb #30f40fe2
-def _describes_a_run(stage=None, step=None, config=None, **_) -> bool:
-    "Return whether these values of a file can become a run."
-    if stage not in (*TRAINED, *EXTRA_STAGES) or type(step) is not int: return False
-    sections = ("model", "tokenizer")
-    return type(config) is dict and all(type(config.get(name)) is dict for name in sections)
-
 def _about(folder: Path, model: GPT) -> dict: # stage, step, config
     "Read what a folder says about its run; invent it for a folder from elsewhere."
     if (file := folder/_ABOUT).exists():
         remedy = "delete it; then the model is imported as one from elsewhere."
-        about = read_json(file, remedy)
-        if not _describes_a_run(**about):
+        sections = {"model": dict, "tokenizer": dict}
+        about = read_json(file, remedy, {"stage": str, "step": int, "config": sections})
+        if about["stage"] not in (*TRAINED, *EXTRA_STAGES):
             raise UserError(f"{file} does not describe a run: {remedy}")
     else:
         from nanochat.train.plan import make_plan
@@ -206,19 +202,20 @@ def import_folder(
         raise UserError(f"{folder} has no tokenizer.json: copy it there from the model's source.")
     about = _about(folder, model)
     stage, name = about["stage"], name or folder.name
-    if (runs_dir()/name/"config.yaml").exists():
+    if Run.exists(name):
         raise UserError(f"there is a run {name!r} already: choose another name with --run.")
-    run = Run.create(name, about["config"])
-    try:
-        tokenizer.save(run.stage_dir("tokenizer"))
-        meta = {"model": vars(model.config), "tokenizer": tokenizer.hash, "stage": stage}
-        checkpoints = run.stage_dir(stage)/"checkpoints"
-        save_checkpoint(checkpoints, about["step"], model.state_dict(), None, meta)
-        run.finish("tokenizer", hash=tokenizer.hash, vocab_size=tokenizer.vocab_size)
-        run.finish(stage, step=about["step"], parameters=model.num_params()["total"])
-    except BaseException:
-        shutil.rmtree(run.dir, ignore_errors=True)
-        raise
+    with run_lock(runs_dir()/name):
+        run = Run.create(name, about["config"])
+        try:
+            tokenizer.save(run.stage_dir("tokenizer"))
+            meta = {"model": vars(model.config), "tokenizer": tokenizer.hash, "stage": stage}
+            checkpoints = run.stage_dir(stage)/"checkpoints"
+            save_checkpoint(checkpoints, about["step"], model.state_dict(), None, meta)
+            run.finish("tokenizer", hash=tokenizer.hash, vocab_size=tokenizer.vocab_size)
+            run.finish(stage, step=about["step"], parameters=model.num_params()["total"])
+        except BaseException:
+            shutil.rmtree(run.dir, ignore_errors=True)
+            raise
     return run
 
 # %% ../../nbs/lab/57a_hub.ipynb #19cc9487

@@ -9,13 +9,15 @@ __all__ = ['simulate_run', 'number', 'cut', 'clean', 'show_time', 'show_number',
 # %% ../../nbs/lab/50_reading.ipynb #61b75c62
 import json
 import math
+import os
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../../nbs/lab/50_reading.ipynb #bdfe37a9
-from ..core.files import UserError, atomic_write
+from ..core.files import UserError, atomic_write, json_lines, misfit, read_json
 from ..core.machine import environment
 from ..core.run import EXTRA_STAGES, STAGES, TRAINED, Run, fingerprint
 from ..train.hardware import named_hardware
@@ -240,12 +242,9 @@ def _sound_task(
 # %% ../../nbs/lab/50_reading.ipynb #aa08dc4f
 _ALL_STAGES = (*STAGES, *EXTRA_STAGES)
 
-def _sound_row(line: str) -> dict | None:
-    "Return the values of a line: `None` if it is not JSON, empty if it lacks a stage or step."
-    try: row = json.loads(line)
-    except (ValueError, RecursionError): return None
-    if not isinstance(row, dict) or row.get("stage") not in _ALL_STAGES: return {}
-    if number(row.get("step")) is None: return {}
+def _sound_row(row) -> dict: # empty if it lacks a stage or step
+    "Return the values of a line of metrics."
+    if misfit(row, {"stage": str, "step": float}) or row["stage"] not in _ALL_STAGES: return {}
     values = {k: v for k, v in row.items() if isinstance(v, float) or number(v) is not None}
     return {"stage": row["stage"], **values}
 
@@ -253,16 +252,16 @@ def _sound_row(line: str) -> dict | None:
 
 # %% ../../nbs/lab/50_reading.ipynb #f22864de
 def _sound_rows(
-    text: str, # of metrics.jsonl
+    lines: Iterable[bytes], # of metrics.jsonl
 ) -> tuple[dict, int]: # (stage: its lines), and the number of damaged lines
     "Sort the lines of metrics by stage."
-    rows, lost = {stage: [] for stage in _ALL_STAGES}, 0
-    lines = text.splitlines()
-    for i, line in enumerate(lines, 1):
-        row = _sound_row(line)
+    rows, lost, found = {stage: [] for stage in _ALL_STAGES}, 0, None
+    for _, found in json_lines(lines):
+        row = _sound_row(found)
         if row: rows[row["stage"]].append(row)
-        elif row is not None or i < len(lines): lost += 1
-    return rows, lost
+        else: lost += 1
+    # a run that trains may be in the middle of its last line
+    return rows, lost - isinstance(found, ValueError)
 
 # %% ../../nbs/lab/50_reading.ipynb #93723c2f
 def show_time(seconds: float | None) -> str:
@@ -437,12 +436,8 @@ def _load(
 ) -> dict: # empty if the file is missing or damaged
     "Read a JSON object. A damaged file adds a sentence to `problems`."
     if not (folder/name).exists(): return {}
-    try: found = json.loads((folder/name).read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as e: why = cut(str(e), 200)
-    else:
-        if isinstance(found, dict): return found
-        why = f"it holds a {type(found).__name__} where an object is expected"
-    problems.append(f"{name} is damaged ({why}): {remedy}")
+    try: return read_json(folder/name, remedy)
+    except UserError as e: problems.append(str(e).removeprefix(f"{folder}{os.sep}"))
     return {}
 
 # %% ../../nbs/lab/50_reading.ipynb #7e92be9d
@@ -452,11 +447,12 @@ def _read_rows(
 ) -> dict: # stage: its lines
     "Read the metrics of all stages."
     path = folder/"metrics.jsonl"
-    if not path.exists(): return _sound_rows("")[0]
-    try: rows, lost = _sound_rows(path.read_text("utf-8", errors="replace"))
+    if not path.exists(): return _sound_rows([])[0]
+    try:
+        with open(path, "rb") as lines: rows, lost = _sound_rows(lines)
     except OSError as e:
         problems.append(f"metrics.jsonl cannot be read ({e.strerror}).")
-        return _sound_rows("")[0]
+        return _sound_rows([])[0]
     if lost:
         problems.append(f"metrics.jsonl is damaged: {lost} of its lines hold no values of a stage "
                         "and are left out.")

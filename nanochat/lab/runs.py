@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 # %% ../../nbs/lab/57b_runs.ipynb #125a6868
-from ..core.files import UserError, read_json
+from ..core.files import UserError, read_json, visible
 from ..core.run import STAGES, TRAINED, Run, runs_dir
 from .speedrun import cli, json_option
 
@@ -42,7 +42,8 @@ def _last_score(run: Run) -> dict | None: # stage, name and value; None if nothi
         if not stage or not run.manifest(stage): continue
         for file, key, name in _SCORES:
             path = run.stage_dir(stage)/file
-            found = read_json(path, "delete it.") if path.exists() else {}
+            shape = {f"{key}?": (float, type(None))}
+            found = read_json(path, "delete it.", shape) if path.exists() else {}
             if (value := found.get(key)) is not None:
                 return {"stage": stage, "name": name, "value": value}
 
@@ -104,4 +105,4 @@ def _runs_command(as_json):
     if as_json: return click.echo(json.dumps({"folder": str(runs_dir()), "runs": runs}, indent=1))
     if not runs:
         return click.echo(f"there is no run in {runs_dir()}: start one with `nanochat speedrun`.")
-    click.echo(_table(runs))
+    click.echo(visible(_table(runs)))

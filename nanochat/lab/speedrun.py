@@ -20,10 +20,10 @@ import click
 # %% ../../nbs/lab/56_speedrun.ipynb #b123c391
 from .. import __version__
 from ..core.files import (
-    UserError, atomic_write, names_in, project_root, run_command, say)
-from ..core.run import EXTRA_STAGES, STAGES, TRAINED, Run, runs_dir
+    UserError, atomic_write, names_in, project_root, run_command, say, visible)
+from ..core.run import EXTRA_STAGES, STAGES, TRAINED, Run, run_lock, runs_dir
 from .stages import (
-    compute_stage, default_preset, run_lock, run_name, run_notebooks, run_stage)
+    compute_stage, default_preset, run_name, run_notebooks, run_stage)
 
 # %% ../../nbs/lab/56_speedrun.ipynb #0bd0cbff
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -163,8 +163,8 @@ def show_plan(
     plan, # nanochat.train.plan.Plan
 ):
     "Print a plan with its warnings."
-    click.echo(plan)
-    for warning in plan.warnings: click.echo(f"note: {warning}")
+    click.echo(visible(str(plan)))
+    for warning in plan.warnings: click.echo(visible(f"note: {warning}"))
 
 # %% ../../nbs/lab/56_speedrun.ipynb #76a139f2
 def _estimates(
@@ -233,16 +233,16 @@ def _speedrun_command(preset, name, settings, hardware, plan_only, as_json, **op
     preset = preset or default_preset()
     in_name = ("data", "depth", "minutes", "dollars")
     name = name or run_name(preset, *(options[option] for option in in_name))
-    exists = not plan_only and (runs_dir()/name/"config.yaml").exists()
-    earlier = Run.open(name) if exists else None
+    earlier = Run.open(name) if not plan_only and Run.exists(name) else None
     plan = make_plan_for(preset, overrides, hardware, earlier.config if earlier else None)
     if as_json: return click.echo(_plan_json(plan))
     show_plan(plan)
     if plan_only: return
     enforce(machine_checks(plan, earlier))
-    run = Run.create(name, plan.config)
-    if not earlier: atomic_write(run.dir/"plan.json", json.dumps(_estimates(plan), indent=1))
-    _train(run)
+    with run_lock(runs_dir()/name): # before anything is written
+        run = Run.create(name, plan.config)
+        if not earlier: atomic_write(run.dir/"plan.json", json.dumps(_estimates(plan), indent=1))
+        _train(run)
 
 # %% ../../nbs/lab/56_speedrun.ipynb #3035d81a
 @cli.command("chat")
@@ -491,7 +491,7 @@ def _dpo_command(name, simulate, settings):
     run = Run.open(name or last_run())
     if (nproc := run.config["hardware"]["nproc"]) > 1:
         say(f"Preference training runs on one process, not on {nproc}: pairs are few.")
-    with run_lock(run): manifest = train_dpo(run, simulate or 0, changed)
+    with run_lock(run.dir): manifest = train_dpo(run, simulate or 0, changed)
     click.echo(show_dpo(run, manifest))
     click.echo(f"to talk to it: {program()} chat --run {run.name}; "
                f"in the report: {program()} report {run.name}")
@@ -552,7 +552,7 @@ def _data_show(source):
     """Describe a set and show its beginning; without SOURCE, list all sets."""
     from nanochat.core.download import SETS, SOURCES
     from nanochat.core.dataset import show_set
-    if source: return click.echo(show_set(source))
+    if source: return click.echo(visible(show_set(source)))
     for name, entry in (SOURCES | SETS).items():
         click.echo(f"{name:14} {entry.about} ({entry.licence})")
 
@@ -584,5 +584,7 @@ def _stage_command(stage, name):
 # %% ../../nbs/lab/56_speedrun.ipynb #e84e4ff4
 def main():
     "Run the `nanochat` command."
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000") # inherited by all processes it starts
+    # inherited by all processes that it starts; they import nothing from the current folder
+    for name, value in (("GOMP_SPINCOUNT", "1000"), ("PYTHONSAFEPATH", "1")):
+        os.environ.setdefault(name, value)
     run_command(cli)

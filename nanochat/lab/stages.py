@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAUNCHER_ENV', 'compute_stage', 'run_stage', 'as_rank', 'launch', 'default_preset', 'run_name', 'open_run',
-           'run_lock', 'run_notebooks']
+           'this_interpreter', 'run_notebooks']
 
 # %% ../../nbs/lab/55_stages.ipynb #ab164c1b
 import json
@@ -22,11 +22,11 @@ from itertools import chain
 from pathlib import Path
 
 # %% ../../nbs/lab/55_stages.ipynb #b123c391
-from nanochat.core.files import (
-    Stopped, UserError, atomic_write, file_lock, names_in, notebooks_root, rank_and_world,
-    read_json, say)
+from ..core.files import (
+    Busy, Stopped, UserError, atomic_write, disk_errors, json_lines, make_dir, misfit, names_in,
+    notebooks_root, rank_and_world, read_json, remove, say)
 from ..core.machine import n_cores
-from ..core.run import STAGES, TRAINED, Run, in_words, progress_bar, runs_dir
+from ..core.run import STAGES, TRAINED, Run, in_words, progress_bar, run_lock
 
 # %% ../../nbs/lab/55_stages.ipynb #23034d39
 def _fetch_questions(run: Run):
@@ -108,7 +108,9 @@ def _token_counts(
     folder: Path, # of token shards
 ) -> dict: # for the manifest
     "Return the number of tokens in both splits, and the mean number of bytes per token."
-    counts = json.loads((folder/"manifest.json").read_text())
+    of_split = {"bytes": int, "tokens": int}
+    counts = read_json(folder/"manifest.json", f"delete the folder {folder}, and start again.",
+                       {"train": of_split, "val": of_split})
     def per_token(split): return round(counts[split]["bytes"] / counts[split]["tokens"], 3)
     return {
         "train_tokens": counts["train"]["tokens"], "val_tokens": counts["val"]["tokens"],
@@ -148,7 +150,10 @@ def compute_stage(
     run: Run,
     stage: str, # one of `STAGES`
 ) -> dict: # the manifest
-    "Compute a stage in this process, which may be a rank that `torch.distributed.run` started."
+    """Compute a stage in this process, which may be a rank that `torch.distributed.run` started.
+
+    Raises `Busy` if another process works on the run. A report may be written all the same."""
+    if stage == "report": return _report_stage(run)
     with as_rank(run, stage):
         if stage == "data": return _data_stage(run)
         if stage == "tokenizer": return _tokenizer_stage(run)
@@ -162,7 +167,6 @@ def compute_stage(
         if stage == "rl":
             from nanochat.post.rl import train_rl
             return train_rl(run)
-        if stage == "report": return _report_stage(run)
         raise UserError(f"stage {stage!r} is not one of {', '.join(STAGES)}.")
 
 # %% ../../nbs/lab/55_stages.ipynb #4b0fb143
@@ -183,13 +187,16 @@ def run_stage(
     run: Run,
     stage: str, # one of `STAGES`
 ) -> dict: # the manifest
-    "Run a stage unless it is done; a training stage runs in `hardware.nproc` processes."
-    if stage != "report" and (done := run.manifest(stage)):
+    """Run a stage unless it is done; a training stage runs in `hardware.nproc` processes.
+
+    Raises `Busy` if another process works on the run."""
+    if stage == "report": return compute_stage(run, stage)
+    if done := run.manifest(stage):
         finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(done["finished"]))
         say(f"{stage}: already done on {finished}.")
         return done
     nproc = run.config["hardware"]["nproc"]
-    with _rows_meanwhile(run) if stage == "base" else nullcontext():
+    with run_lock(run.dir), _rows_meanwhile(run) if stage == "base" else nullcontext():
         if nproc > 1 and stage in TRAINED:
             launch(run, stage, nproc)
             return run.needs(stage)
@@ -240,8 +247,8 @@ class _Follower:
         "Read the new metrics, move the bar, and print the news of a restart."
         before, self.news = self.news, self._read_news()
         if self.news not in ("", before): say(f"\n{self.stage}: {self.news}")
-        for row in map(json.loads, next(self.lines)):
-            if row.get("stage") != self.stage: continue
+        for _, row in json_lines(next(self.lines)):
+            if misfit(row, {"stage": str, "step": int}) or row["stage"] != self.stage: continue
             if "news" in row: say(f"\n{self.stage}: {row['news']}")
             if "steps" in row: self._show(row)
 
@@ -386,18 +393,23 @@ def _memory_in_words(run: Run, stage: str):
 def as_rank(run: Run, stage: str):
     """Run the block as a rank, if `torch.distributed.run` started this process.
 
+    Rank 0, or the only process, locks the run. Raises `Busy` if another process works on it.
     The process ends if its launcher does. An exception ends all ranks without a restart."""
+    lock = run_lock(run.dir) if rank_and_world()[0] == 0 else nullcontext()
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        with _memory_in_words(run, stage): yield
+        with lock, _memory_in_words(run, stage): yield
         return
     folder, launcher = run.stage_dir(stage), os.getppid()
     _end_with(launcher, int(os.environ.get("NANOCHAT_PARENT", 0)))
     try:
-        _check_launcher(folder)
-        yield
+        with lock:
+            # one rank of each machine; the first one only after it has the lock
+            if os.environ.get("LOCAL_RANK") == "0": _check_launcher(folder)
+            yield
     except (Exception, KeyboardInterrupt) as e:
         if _is_consequence(e, folder, launcher): raise
-        _leave_message(folder, _for_the_person(e, run, stage))
+        # a run on which another process works is not ours to write into
+        if not isinstance(e, Busy): _leave_message(folder, _for_the_person(e, run, stage))
         # the launcher will send SIGTERM, but this process must still print the message
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # stop the launcher before this process ends, or it would restart all ranks
@@ -451,21 +463,23 @@ def launch(
         raise UserError(f"{stage} cannot run in several processes on Windows, which has no process "
                         "groups to end them: use --nproc 1, or WSL.")
     folder = run.stage_dir(stage)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("error.txt", "stopped.txt", "restarts.txt"): (folder/name).unlink(missing_ok=True)
+    make_dir(folder)
+    for name in ("error.txt", "stopped.txt", "restarts.txt"): remove(folder/name)
     # without "--", the launcher would take --run for its own option
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={nproc}", "--max-restarts=3",
         "-m", "--", "nanochat", *(command or ("stage", stage)), "--run", run.name]
-    parent, threads = {"NANOCHAT_PARENT": str(os.getpid())}, {}
+    # the ranks import nothing from the current folder
+    ours, threads = {"NANOCHAT_PARENT": str(os.getpid()), "PYTHONSAFEPATH": "1"}, {}
     if run.config["hardware"]["device"] == "cpu": # else the launcher gives each process one thread
         threads["OMP_NUM_THREADS"] = str(max(1, n_cores() // nproc))
-    env = threads | os.environ | LAUNCHER_ENV | parent | (env or {})
+    env = threads | os.environ | LAUNCHER_ENV | ours | (env or {})
     follower = _Follower(run, stage)
     count = "1 process; its" if nproc == 1 else f"{nproc} processes; their"
     say(f"{stage}: starting {count} output is in {stage}/ranks.log of the run.")
-    with open(folder/"ranks.log", "ab") as log:
+    with disk_errors(folder/"ranks.log"): log = open(folder/"ranks.log", "ab")
+    with log:
         launcher = subprocess.Popen(
             command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -499,7 +513,7 @@ def run_name(
     parts = [preset]
     if data:
         words = re.sub(r"[^\w-]", "-", Path(data).name.removesuffix(".gz"))
-        parts.append(words or "data")
+        parts.append(words.encode()[:100].decode(errors="ignore") or "data")
     if depth: parts.append(f"d{depth}")
     if minutes: parts.append(f"{minutes:g}min")
     if dollars: parts.append(f"{dollars:g}dollars")
@@ -507,7 +521,7 @@ def run_name(
 
 # %% ../../nbs/lab/55_stages.ipynb #005b0cf7
 def open_run(
-    name: str = "", # the run's name; empty: made from the preset
+    name: str | int = "", # the run's name, empty: made from the preset; 2024 means "2024"
     preset: str = "", # of a new run; empty: chosen by the hardware
     stage: str = "data", # the stage that runs next; only "data" may create the run
     **overrides, # settings of a new run, with the short names that `--set` accepts
@@ -516,8 +530,11 @@ def open_run(
 
     Raises `UserError` if a later stage finds no run, or if the run has another preset."""
     from nanochat.train.plan import make_plan
-    name = name or run_name(preset or default_preset())
-    if not (runs_dir()/name/"config.yaml").exists():
+    if isinstance(name, (float, bool)):
+        raise UserError(f"run_name is {name}, which is not text: "
+                        "papermill's option -r passes a value as text, and -p does not.")
+    name = str(name or run_name(preset or default_preset()))
+    if not Run.exists(name):
         if stage == "data":
             return Run.create(name, make_plan(preset or default_preset(), overrides).config)
         raise UserError(f"run {name!r} has not been started: run 1_data.ipynb with the same name "
@@ -528,12 +545,6 @@ def open_run(
         raise UserError(f"run {name!r} has the preset {existing!r}, not {preset!r}: give another "
                         "name for a new run.")
     return run
-
-# %% ../../nbs/lab/55_stages.ipynb #17e4b590
-def run_lock(run: Run): # -> a context manager
-    "Lock a run's folder for this process. Raises `UserError` if another process holds it."
-    remedy = "wait for it, or choose another name with --run."
-    return file_lock(run.dir/".lock", f"working on run {run.name!r}", remedy)
 
 # %% ../../nbs/lab/55_stages.ipynb #99735a09
 def _last_lines(
@@ -595,6 +606,22 @@ def _followed(run: Run, stage: str):
         thread.join()
         follower.close()
 
+# %% ../../nbs/lab/55_stages.ipynb #c7a17697
+def this_interpreter(): # -> a subclass of jupyter_client.KernelManager
+    "Make a class of kernel managers that start this interpreter, not an installed kernel."
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+    # not ipykernel_launcher, which takes the current folder away from PYTHONPATH, too
+    argv = [sys.executable, "-P", "-m", "ipykernel", "-f", "{connection_file}"]
+    class Manager(AsyncKernelManager):
+        kernel_spec = KernelSpec(argv=argv, display_name="Python 3", language="python")
+    return Manager
+
+# %% ../../nbs/lab/55_stages.ipynb #8def0d5a
+def _no_template(path: Path) -> str:
+    "Return a path for papermill, which formats it."
+    return str(path).replace("{", "{{").replace("}", "}}")
+
 # %% ../../nbs/lab/55_stages.ipynb #dcb06cd7
 def _execute_notebook(
     run: Run,
@@ -609,18 +636,20 @@ def _execute_notebook(
     logging.getLogger("papermill").setLevel(logging.ERROR)
     source = notebooks_root()/"nbs"/"speedrun"/f"{notebook}.ipynb"
     copy = run.dir/"notebooks"/source.name
-    copy.parent.mkdir(parents=True, exist_ok=True)
+    make_dir(copy.parent)
     stage_dir = run.dir/stage if stage in STAGES else None
-    if stage_dir: (stage_dir/"error.txt").unlink(missing_ok=True)
+    if stage_dir: remove(stage_dir/"error.txt")
     parameters = {"run_name": run.name, "preset": run.config["preset"]}
     # a kernel that is told to end needs time to finish its step and to save a checkpoint
     config = Config({"KernelManager": {"shutdown_wait_time": _PATIENCE + 10}})
     try:
         with _followed(run, stage):
             pm.execute_notebook(
-                source, copy, parameters, cwd=str(run.dir), config=config,
-                kernel_name="python3", progress_bar=False, # papermill's would count cells
-                extra_arguments=["--log-level=50"]) # no warnings into the bar
+                _no_template(source), _no_template(copy), parameters, config=config,
+                kernel_name="python3", kernel_manager_class=this_interpreter(),
+                progress_bar=False, # papermill's would count cells
+                # nothing is imported from the current folder; no warnings into the bar
+                extra_arguments=["--InteractiveShellApp.ignore_cwd=True", "--log-level=50"])
     except pm.PapermillExecutionError as e: raise _notebook_error(e, stage_dir, copy) from None
     finally:
         if copy.exists(): _tidy_outputs(copy)
@@ -629,7 +658,7 @@ def _execute_notebook(
 def _note_seconds(run: Run, stage: str, seconds: float):
     "Add the time that a stage's notebook took to `notebooks/seconds.json`."
     file = run.dir/"notebooks"/"seconds.json"
-    known = read_json(file, "delete it.") if file.exists() else {}
+    known = read_json(file, "delete it.", {str: float}) if file.exists() else {}
     known[stage] = round(known.get(stage, 0.0) + seconds, 1)
     atomic_write(file, json.dumps(known))
 
@@ -641,7 +670,7 @@ def run_notebooks(
 
     After the report, execute the chat notebook."""
     worked, until = False, run.config["dial"]["until"]
-    with run_lock(run):
+    with run_lock(run.dir):
         for stage, (notebook, _) in STAGES.items():
             if run.manifest(stage): say(f"{notebook}: done")
             else:

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 
 from ..core.files import UserError, say
 from ..core.machine import derive_seed
-from ..core.tokenizer import StreamDecoder, Tokenizer
+from ..core.tokenizer import StreamDecoder, Tokenizer, check_conversation
 from .attention import KVCache, RowCache
 from .gpt import GPT, for_inference
 from .sandbox import calculator
@@ -660,6 +660,18 @@ def longest_prompt(context: int, max_new_tokens: int) -> int: # all in tokens
     "Return how long a prompt may be: half of the context, or more where the answer needs less."
     return context - min(max_new_tokens, context // 2)
 
+# %% ../../nbs/model/17_engine.ipynb #bedcf0c3
+def _newest(tokenizer: Tokenizer, messages: list[dict], max_tokens: int) -> list[dict]:
+    "Leave out the messages before which the newer ones have more than `max_tokens` already."
+    start, n = len(messages), 0
+    while start > 1 and n <= max_tokens:
+        start -= 1
+        content = messages[start]["content"]
+        texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+        n += 2 + sum(len(tokenizer.encode(text)) for text in texts) # 2: its start and its end
+    # the first message stays, and an even number is left out after it
+    return messages[:1] + messages[start - (start + 1) % 2:]
+
 # %% ../../nbs/model/17_engine.ipynb #19b1d2e5
 def trim_conversation(
     tokenizer: Tokenizer,
@@ -667,11 +679,13 @@ def trim_conversation(
     max_tokens: int, # that the rendered prompt may have
 ) -> tuple[dict, int]: # the conversation that fits, how many messages were left out
     "Leave out old messages until the rest fits. Raises `UserError` if the last one does not fit."
+    check_conversation(conversation)
     tokenizer = copy.copy(tokenizer)
     tokenizer.encode = functools.cache(tokenizer.encode) # each try renders the same messages
     messages = conversation["messages"]
     if messages and messages[-1]["role"] == "assistant": messages = messages[:-1]
     n_before = len(messages)
+    messages = _newest(tokenizer, messages, max_tokens)
     while True:
         n = len(tokenizer.render_for_completion({"messages": messages}))
         if n <= max_tokens: break

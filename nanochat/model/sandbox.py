@@ -6,7 +6,6 @@
 __all__ = ['calculator', 'SandboxLimits', 'sandbox_kind', 'run_python', 'judge_function', 'judge_many']
 
 # %% ../../nbs/model/16_sandbox.ipynb #ebbd1238
-import ast
 import functools
 import inspect
 import json
@@ -23,10 +22,11 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from decimal import Context, Decimal, Inexact
+from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 
@@ -37,63 +37,112 @@ from ..core.machine import n_cores
 # %% ../../nbs/model/16_sandbox.ipynb #44659e2a
 _MAX_CHARACTERS = 200
 _MAX_NUMBER = 10**18
+_MAX_DENOMINATOR = 10**400
 _MAX_EXPONENT = 64
 _MAX_NESTING = 20 # brackets that are open at the same time
 
-# %% ../../nbs/model/16_sandbox.ipynb #1600abbe
-_OPERATORS = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
-    ast.UAdd: operator.pos, ast.USub: operator.neg}
-
 # %% ../../nbs/model/16_sandbox.ipynb #1afcb62e
-def _number(value) -> int | float:
-    "Return a number unchanged. Raises `ValueError` unless it is an int or float within bounds."
-    if type(value) not in (int, float) or not abs(value) <= _MAX_NUMBER:
+def _number(value: Fraction | Decimal | float) -> Fraction:
+    "Return a number as a fraction. Raises an error unless it is a real number within bounds."
+    value = Fraction(value) # not of a complex number, infinity or NaN
+    if abs(value) > _MAX_NUMBER or value.denominator > _MAX_DENOMINATOR:
         raise ValueError("not a number within bounds")
     return value
 
+# %% ../../nbs/model/16_sandbox.ipynb #1600abbe
+def _power(base: Fraction, exponent: Fraction) -> Fraction | float:
+    "Raise a number to a power. Raises `ValueError` for a large exponent."
+    if abs(exponent) > _MAX_EXPONENT: raise ValueError("exponent too large")
+    return base ** exponent
+
+_OPERATORS = { # operator: (how strongly it binds, its function)
+    "+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul),
+    "/": (2, operator.truediv), "//": (2, operator.floordiv), "%": (2, operator.mod),
+    "**": (3, _power)}
+_OPERATORS |= {"−": _OPERATORS["-"], "×": _OPERATORS["*"], "÷": _OPERATORS["/"]}
+
 # %% ../../nbs/model/16_sandbox.ipynb #765800fa
-def _walk(node: ast.AST) -> int | float:
-    "Compute the value of a parsed expression. Raises `ValueError` for any other kind of node."
-    match node:
-        case ast.Constant(value=value):
-            return _number(value)
-        case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_walk(operand))
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            a, b = _walk(left), _walk(right)
-            if isinstance(op, ast.Pow) and abs(b) > _MAX_EXPONENT:
-                raise ValueError("exponent too large")
-            return _number(_OPERATORS[type(op)](a, b))
-        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
-                      args=[ast.Constant(value=str(part))], keywords=[]):
-            return text.count(part)
-    raise ValueError("not an expression of the calculator")
+_STRING = r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+_DIGITS = "[0-9](?:_?[0-9])*"
+_PIECE = re.compile(
+    rf"\s*(?:{_STRING}\s*\.\s*count\s*\(\s*{_STRING}\s*\)"
+    rf"|((?:{_DIGITS}(?:,[0-9]{{3}}(?![0-9]))*(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})"
+    rf"(?:[eE][-+]?{_DIGITS})?)"
+    r"|(\*\*|//|[-+*/%()−×÷]))")
+
+def _string(literal: str) -> str: # with its quotation marks
+    "Return the text that a string literal stands for."
+    escaped = {"n": "\n", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
+    return re.sub(r"\\([nt\\'\"])", lambda found: escaped[found[1]], literal[1:-1])
+
+def _pieces(expression: str) -> list[Fraction | str]: # numbers; operators and brackets
+    "Cut an expression into pieces. Raises `ValueError` if it holds anything else."
+    pieces, end = [], 0
+    while end < len(expression):
+        found = _PIECE.match(expression, end)
+        if not found: raise ValueError("not an expression of the calculator")
+        text, part, number, sign = found.groups()
+        if number:
+            number = Decimal(number.replace(",", ""))
+            if abs(number.adjusted()) > 400: raise ValueError("not a number within bounds")
+        elif text: number = _string(text).count(_string(part))
+        pieces.append(sign or _number(number))
+        end = found.end()
+    return pieces
+
+# %% ../../nbs/model/16_sandbox.ipynb #37b9c3e8
+def _operand(pieces: list) -> Fraction:
+    "Take a number, perhaps with signs, or an expression in brackets."
+    piece = pieces.pop()
+    if piece in ("-", "−"): return -_evaluate(pieces, 3)
+    if piece == "+": return _evaluate(pieces, 3)
+    if piece == "(":
+        value = _evaluate(pieces)
+        if pieces.pop() == ")": return value
+    if isinstance(piece, Fraction): return piece
+    raise ValueError("an operand is missing")
+
+def _evaluate(
+    pieces: list, # in reverse order; what is read is removed
+    least: int = 1, # stop at an operator that binds less than this
+) -> Fraction:
+    "Take an expression and return its value. Raises an error if it is not valid."
+    value = _operand(pieces)
+    while pieces and _OPERATORS.get(pieces[-1], (0,))[0] >= least:
+        level, function = _OPERATORS[pieces.pop()]
+        right = _evaluate(pieces, min(level + 1, 3))
+        value = _number(function(value, right))
+    return value
 
 # %% ../../nbs/model/16_sandbox.ipynb #be909121
-def _depth(expression: str) -> int:
-    "The most brackets that are open at the same time. Brackets in a string count too."
-    return max(accumulate((c in "([{") - (c in ")]}") for c in expression), default=0)
+def _as_text(value: Fraction) -> str:
+    "Write a number."
+    if value.denominator == 1: return str(value.numerator)
+    two = Decimal(value.numerator), Decimal(value.denominator)
+    context = Context(prec=20)
+    quotient = context.divide(*two)
+    if context.flags[Inexact]:
+        whole = len(str(abs(value.numerator) // value.denominator)) # its digits
+        quotient = Context(prec=max(10, whole + 2)).divide(*two)
+    quotient = context.normalize(quotient) # no zeros at the end
+    return format(quotient, "f" if quotient.adjusted() >= -10 else "e")
 
 # %% ../../nbs/model/16_sandbox.ipynb #552a5ed0
+def _depth(expression: str) -> int:
+    "The most brackets that are open at the same time. Brackets in a string count too."
+    return max(accumulate((c == "(") - (c == ")") for c in expression), default=0)
+
 def calculator(
     expression: str, # what the model wrote, such as `12 * (3 + 4)` or `"strawberry".count("r")`
 ) -> str | None: # the result as text; None if the expression is not valid or out of bounds
     "Compute arithmetic or a letter count from text, without ever running code."
     expression = expression.strip()
     if len(expression) > _MAX_CHARACTERS or _depth(expression) > _MAX_NESTING: return None
-    # 1,250 is one number, not two; commas in a string stay
-    if '"' not in expression and "'" not in expression:
-        expression = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", expression)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore") # of odd literals such as `5in`
-            tree = ast.parse(expression, mode="eval")
-        value = _walk(tree.body)
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
-        return None
-    return format(value, ".10g") if isinstance(value, float) else str(value)
+        pieces = _pieces(expression)[::-1]
+        value = _evaluate(pieces)
+    except (ValueError, TypeError, IndexError, ArithmeticError, RecursionError): return None
+    return None if pieces else _as_text(value)
 
 # %% ../../nbs/model/16_sandbox.ipynb #15e4a9a7
 @dataclass(frozen=True)
@@ -115,27 +164,162 @@ class _Verdict:
     seconds: float # wall-clock time
 
 # %% ../../nbs/model/16_sandbox.ipynb #c5c9080d
-def _pack(value):
-    "Turn a value into JSON data, with tags such as `tuple`. Raises `TypeError` for other types."
-    if value is None or isinstance(value, (bool, int, float, str)): return value
-    if isinstance(value, complex): return ["complex", value.real, value.imag]
-    if isinstance(value, (bytes, bytearray)): return ["bytes", value.hex()]
-    if isinstance(value, dict): return ["dict", *([_pack(k), _pack(v)] for k, v in value.items())]
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind): return [kind.__name__, *map(_pack, value)]
-    raise TypeError(f"a {type(value).__name__} is not plain data")
+def _made():
+    "Kinds of values that never change: a function from a value to the arguments that make it."
+    def clock(v): return [v.hour, v.minute, v.second, v.microsecond, v.tzinfo]
+    def ends(v): return [v.start, v.stop, v.step]
+    return {
+        "builtins.complex": lambda v: [v.real, v.imag],
+        "builtins.bytes": lambda v: [v.decode("latin-1"), "latin-1"],
+        "builtins.range": ends, "builtins.slice": ends,
+        "fractions.Fraction": lambda v: [v.numerator, v.denominator],
+        "decimal.Decimal": lambda v: [str(v)],
+        "datetime.datetime": lambda v: [v.year, v.month, v.day, *clock(v)],
+        "datetime.date": lambda v: [v.year, v.month, v.day], "datetime.time": clock,
+        "datetime.timedelta": lambda v: [v.days, v.seconds, v.microseconds],
+        "datetime.timezone": lambda v: [v.utcoffset(None)]}
+
+# %% ../../nbs/model/16_sandbox.ipynb #b7e1ea1d
+def _filled():
+    "Kinds of containers that can change: a function from one to the arguments that make it."
+    def none(v): return []
+    kinds = {f"builtins.{name}": none for name in ("list", "dict", "set", "bytearray")}
+    return kinds | {
+        "collections.Counter": none, "collections.OrderedDict": none,
+        "collections.deque": lambda v: [[], v.maxlen],
+        "collections.defaultdict": lambda v: [v.default_factory]}
+
+def _content(container) -> list:
+    "List what a container or an object holds; of a dictionary, keys and values in turn."
+    import collections
+    if isinstance(container, (list, set, bytearray, collections.deque)): return list(container)
+    pairs = container if isinstance(container, dict) else vars(container)
+    return [x for pair in pairs.items() for x in pair]
+
+def _fill(container, items: list):
+    "Replace what a container or an object holds."
+    if isinstance(container, (list, bytearray)): container[:] = items
+    elif isinstance(container, dict):
+        container.clear()
+        for key, value in zip(items[::2], items[1::2]): container[key] = value
+    elif hasattr(container, "clear"): # a set or a deque
+        container.clear()
+        for item in items: (getattr(container, "add", None) or container.append)(item)
+    else: _fill(vars(container), items)
+
+# %% ../../nbs/model/16_sandbox.ipynb #df2f3083
+def _channel(read, write, names, shared=(), most=-1, said=None):
+    """Make one end of the line between the tests and the program.
+
+    `names` are those of the tests or of the program, and `shared` the classes among them that the
+    problem defines; `most` limits the bytes of a message; `said` holds every word of the tests and
+    of the problem (None: trust the other end)."""
+    import types
+    channel = types.SimpleNamespace(read=read, write=write, names=names, most=most, said=said)
+    channel.mine = [] # functions that the other end may call, by their numbers
+    channel.broken = None # the reason, once the line is broken
+    channel.shared_class = lambda name: names.get(name) if name in shared else None
+    class Broken(BaseException): pass # `except Exception` in a test does not catch it
+    def fail(reason):
+        channel.broken = Broken(reason)
+        raise channel.broken
+
+    channel.fail = fail
+    return channel
+
+# %% ../../nbs/model/16_sandbox.ipynb #11f48f58
+def _pack(value, channel, seen):
+    "Turn a value into JSON data. Raises `TypeError` for a value that cannot cross."
+    import collections.abc
+    import enum
+    if value is None or isinstance(value, (bool, float, str)): return value
+    if isinstance(value, int): return value if abs(value) < 1 << 53 else ["int", hex(value)]
+    if id(value) in seen: return ["ref", seen[id(value)][0]]
+    def packed(values): return [_pack(v, channel, seen) for v in values]
+    def own_number(function): # of a function of this end
+        channel.mine.append(function)
+        return len(channel.mine) - 1
+
+    kind, name = type(value), type(value).__name__
+    kinds = [f"{t.__module__}.{t.__qualname__}" for t in kind.__mro__]
+    made, filled = _made(), _filled()
+    for k in kinds:
+        if k in ("builtins.tuple", "builtins.frozenset"):
+            fields = getattr(kind, "_fields", None) # of a named tuple
+            if fields: return ["record", name, list(fields), packed(value)]
+            return [k[9:], packed(value)]
+        if k in made: return ["made", k, packed(made[k](value))]
+        if k in filled:
+            return ["filled", k, packed(filled[k](value)), *_pack_content(value, packed, seen)]
+        if k.startswith("builtins.dict_"): return [k[9:], packed(value)] # keys, values, items
+    if isinstance(value, type) and (value.__module__ == "builtins"
+                                    or channel.shared_class(value.__name__) is value):
+        return ["type", value.__name__]
+    if channel.shared_class(name) is kind:
+        if isinstance(value, enum.Enum): return ["member", name, value.name]
+        if hasattr(value, "__dict__"):
+            return ["object", name, *_pack_content(value, packed, seen)]
+    if isinstance(value, collections.abc.Iterator): return ["iterator", own_number(value.__next__)]
+    if callable(value): return ["function", own_number(value)]
+    raise TypeError(f"a {name} is not plain data")
+
+def _pack_content(container, packed, seen):
+    "Give a container its number, then pack what it holds. Returns a list of one list."
+    seen[id(container)] = len(seen), container
+    return [packed(_content(container))]
 
 # %% ../../nbs/model/16_sandbox.ipynb #48dbcd17
-def _unpack(data):
+def _iterate(following):
+    "Stand in for an iterator of the other end, whose next item `following` returns."
+    while True:
+        try: item = following()
+        except StopIteration: return
+        yield item
+
+# %% ../../nbs/model/16_sandbox.ipynb #9c22a563
+def _unpack(data, channel, seen):
     "Undo `_pack`. Raises an exception, of whatever type, for data that it cannot read."
-    if data is None or type(data) in (bool, int, float, str): return data
-    if type(data) is not list: raise TypeError(f"a {type(data).__name__} is not packed data")
-    kind, *items = data
-    if kind == "complex": return complex(*items)
-    if kind == "bytes": return bytes.fromhex(*items)
-    if kind == "dict": return {_unpack(k): _unpack(v) for k, v in items}
-    containers = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-    return containers[kind](map(_unpack, items))
+    import builtins
+    import collections
+    import importlib
+    if data is None or type(data) in (bool, int, float, str):
+        expected = channel.said is None or channel.said & {"nan", "NaN", "isnan"}
+        if data != data and not expected:
+            channel.fail("the solution returned NaN, of which the tests say nothing")
+        return data
+    tag, *rest = data
+    def unpacked(values): return [_unpack(v, channel, seen) for v in values]
+    def filled(container, items):
+        seen[id(container)] = len(seen), container
+        _fill(container, unpacked(items))
+        return container
+
+    if tag == "int": return int(rest[0], 16)
+    if tag == "ref": return list(seen.values())[rest[0]][1]
+    if tag == "tuple": return tuple(unpacked(*rest))
+    if tag == "frozenset": return frozenset(unpacked(*rest))
+    if tag == "dict_keys": return dict.fromkeys(unpacked(*rest)).keys()
+    if tag == "dict_values": return dict(enumerate(unpacked(*rest))).values()
+    if tag == "dict_items": return dict(unpacked(*rest)).items()
+    if tag in ("made", "filled") and rest[0] in (_made() | _filled()):
+        module, _, name = rest[0].partition(".")
+        value = getattr(importlib.import_module(module), name)(*unpacked(rest[1]))
+        return value if tag == "made" else filled(value, rest[2])
+    if tag == "record":
+        name, fields, items = rest
+        kind = channel.shared_class(name) or collections.namedtuple(name, fields)
+        return kind(*unpacked(items))
+    if tag == "type":
+        name, = rest
+        kind = channel.shared_class(name) or getattr(builtins, name)
+        if isinstance(kind, type): return kind
+    if tag == "member": return channel.shared_class(rest[0])[rest[1]]
+    if tag == "object": return filled(object.__new__(channel.shared_class(rest[0])), rest[1])
+    if tag in ("function", "iterator"):
+        number, ends = int(rest[0]), tag == "iterator"
+        def stand_in(*args, **kwargs): return _request(channel, number, args, kwargs, ends)
+        return _iterate(stand_in) if ends else stand_in
+    raise TypeError("this is not packed data")
 
 # %% ../../nbs/model/16_sandbox.ipynb #8e34bfc5
 def _call(name, *args):
@@ -212,11 +396,14 @@ def _isolate(job):
         _call("prctl", 1, 9) # be killed when the parent ends
 
 # %% ../../nbs/model/16_sandbox.ipynb #d7fff710
-_SYSCALLS = { # maps a name to its numbers on x86_64 and on aarch64
+_SYSCALLS = { # maps a name to its numbers on x86_64 and on aarch64; None: there is none
     # new rights, and a way out
     "unshare": (272, 97), "setns": (308, 268), "socket": (41, 198),
     # memory that no limit counts
-    "memfd_create": (319, 279), "shmget": (29, 194), "msgget": (68, 186),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
+    "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180), "io_setup": (206, 0),
+    "inotify_init": (253, None), "inotify_init1": (294, 26), "fanotify_init": (300, 262),
+    "timer_create": (222, 107),
     # other processes
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     # the user's keys
@@ -283,20 +470,110 @@ def _run(job):
         traceback.print_exception(e)
         sys.exit(1)
 
+# %% ../../nbs/model/16_sandbox.ipynb #e5c5ffc5
+def _deeply(function, *args):
+    "Call a function that goes down into nested data, with room for some thousand levels."
+    import sys
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + 20_000)
+    try: return function(*args)
+    finally: sys.setrecursionlimit(limit)
+
+def _send(channel, *message):
+    import json
+    line = _deeply(json.dumps, message).encode() + b"\n"
+    try: channel.write.write(line)
+    except OSError: channel.fail("the solution ended before the tests did")
+
+def _receive(channel):
+    "Read a message. Returns a list; an empty one at the end."
+    import json
+    line = channel.read.readline(channel.most)
+    return _deeply(json.loads, line) if line else []
+
+# %% ../../nbs/model/16_sandbox.ipynb #f0413fad
+def _result(channel, ends, seen, changed, outcome):
+    "Unpack an answer: change what the call has changed. Returns whether it has a value, and that."
+    known = [container for _, container in seen.values()]
+    new = [[_unpack(v, channel, seen) for v in items] for _, items in changed]
+    for (i, _), items in zip(changed, new): _fill(known[i], items)
+    is_value, *rest = outcome
+    if is_value: return True, _unpack(*rest, channel, seen)
+    return False, _error(channel, ends, seen, *rest)
+
+def _request(channel, number, args, kwargs, ends=False):
+    "Call a function of the other end. `ends`: it is an iterator's, which may raise StopIteration."
+    import os
+    if channel.broken: raise channel.broken
+    seen, key = {}, os.urandom(8).hex()
+    _send(channel, "call", key, number, _deeply(_pack, [args, kwargs], channel, seen))
+    try:
+        while message := _receive(channel):
+            kind, *rest = message
+            if kind == "call": _answer(channel, *rest)
+            elif kind != key: raise ValueError("this is not the answer")
+            else:
+                is_value, result = _deeply(_result, channel, ends, seen, *rest)
+                break
+        else: channel.fail("the solution ended before the tests did")
+    except Exception: channel.fail("the solution's answer cannot be read, or is too long")
+    if is_value: return result
+    raise result
+
+# %% ../../nbs/model/16_sandbox.ipynb #fbce7b03
+def _answer(channel, key, number, data):
+    "Call a function of this end for the other one, and send what it returns or raises."
+    seen = {}
+    args, kwargs = _deeply(_unpack, data, channel, seen)
+    before = [(container, _content(container)) for _, container in seen.values()]
+    try: value, error = channel.mine[number](*args, **kwargs), None
+    except BaseException as e: error = e
+    if channel.broken: raise channel.broken
+    # what the function changed in its arguments
+    after = [(i, old, _content(container)) for i, (container, old) in enumerate(before)]
+    def differs(old, new): return len(old) != len(new) or any(a is not b for a, b in zip(old, new))
+    changed = [[i, new] for i, old, new in after if differs(old, new)]
+    def packed():
+        items = [[i, [_pack(v, channel, seen) for v in new]] for i, new in changed]
+        if error is None: return items, [True, _pack(value, channel, seen)]
+        return items, [False, *_pack_error(error, channel, seen)]
+
+    try: message = _deeply(packed)
+    except Exception as e: message = [], [False, *_pack_error(e, channel, {})]
+    _send(channel, key, *message)
+
+# %% ../../nbs/model/16_sandbox.ipynb #6aa218b1
+def _pack_error(error, channel, seen):
+    "Pack an exception: the names of its classes, its arguments, its text."
+    names = [kind.__name__ for kind in type(error).__mro__]
+    try: args = _pack(list(error.args), channel, seen)
+    except Exception: args = None
+    try: text = str(error)[:1000]
+    except Exception: text = ""
+    return names, args, text
+
+def _error(channel, ends, seen, names, args, text):
+    "Make an exception of the other end again."
+    import builtins
+    args = None if args is None else _unpack(args, channel, seen)
+    own, said, base = str(names[0]), channel.said, Exception
+    if ends and own == "StopIteration": return StopIteration(*args or [])
+    general = {"Exception", "BaseException", "object"}
+    if said is None or said & set(names) - general:
+        kinds = [channel.names.get(name) or getattr(builtins, name, None) for name in names]
+        kinds = [kind for kind in kinds if isinstance(kind, type)]
+        base = next((kind for kind in kinds if issubclass(kind, BaseException)), Exception)
+    try: # of its own class
+        if base.__name__ == own and args is not None: return base(*args)
+    except Exception: pass
+    try: return type(own, (base,), {"__str__": lambda self: text})(text)
+    except Exception: return type(own, (Exception,), {})(text)
+
 # %% ../../nbs/model/16_sandbox.ipynb #54639077
 def _solve(job):
-    "Execute the untrusted program once, then answer calls to its function."
-    import json
+    "Answer calls: number 0 executes the untrusted program, number 1 calls its function."
     import sys
     import types
-    calls, replies = open(job["calls"], "rb"), open(job["replies"], "wb", buffering=0)
-
-    def reply(make):
-        try: message = ["returned", _pack(make())]
-        except BaseException as e: message = ["raised", type(e).__name__, str(e)[:1000]]
-        replies.write(json.dumps(message).encode() + b"\n")
-        return message[0] == "returned"
-
     module = sys.modules["solution"] = types.ModuleType("solution")
     name = job["entry_point"]
     def load():
@@ -304,48 +581,18 @@ def _solve(job):
         if not callable(getattr(module, name, None)):
             raise NameError(f"the solution does not define {name}")
 
-    if not reply(load): return
-    for line in calls:
-        args, kwargs = _unpack(json.loads(line))
-        reply(lambda: getattr(module, name)(*args, **kwargs))
+    read, write = open(job["calls"], "rb"), open(job["replies"], "wb", buffering=0)
+    channel = _channel(read, write, module.__dict__, job["classes"])
+    channel.mine += [load, lambda *args, **kwargs: getattr(module, name)(*args, **kwargs)]
+    while message := _receive(channel): _answer(channel, *message[1:])
 
 # %% ../../nbs/model/16_sandbox.ipynb #495c1b46
-def _open_channel(job):
-    "Open the channel to the solution: `receive` reads an answer, `stand_in` calls the function."
-    import builtins
-    import json
-    import types
-    calls, replies = open(job["calls"], "wb", buffering=0), open(job["replies"], "rb")
-    class Broken(BaseException): pass # `except Exception` in a test does not catch it
-    channel = types.SimpleNamespace(broken=None, n_calls=0)
-
-    def fail(reason):
-        channel.broken = Broken(reason)
-        raise channel.broken
-
-    def receive():
-        line = replies.readline(job["message_bytes"])
-        if not line: fail("the solution ended before the tests did")
-        try:
-            kind, *rest = json.loads(line)
-            if kind == "returned": return _unpack(*rest)
-            name, text = rest
-            error = getattr(builtins, name, None)
-            is_error = isinstance(error, type) and issubclass(error, Exception)
-            error = error(text) if is_error else type(name, (Exception,), {})(text)
-        except Exception: fail("the solution's answer cannot be read, or is too long")
-        raise error
-
-    def stand_in(*args, **kwargs):
-        channel.n_calls += 1
-        message = json.dumps(_pack((args, kwargs))).encode() + b"\n"
-        if channel.broken: raise channel.broken
-        try: calls.write(message)
-        except OSError: fail("the solution ended before the tests did")
-        return receive()
-
-    channel.receive, channel.stand_in = receive, stand_in
-    return channel
+def _open_channel(job, names):
+    "Open the judge's end of the line."
+    import re
+    said = set(re.findall(r"\w+", job["tests"] + " " + job["context"]))
+    write, read = open(job["calls"], "wb", buffering=0), open(job["replies"], "rb")
+    return _channel(read, write, names, job["classes"], job["message_bytes"], said)
 
 # %% ../../nbs/model/16_sandbox.ipynb #196a08f4
 def _why(error, tests):
@@ -362,17 +609,22 @@ def _judge_tests(job):
     "Run trusted tests against the stand-in. Print the secret if they pass, otherwise the reason."
     import os
     import sys
-    channel = _open_channel(job)
+    names, calls = {"__name__": "tests"}, []
+    channel = _open_channel(job, names)
+    def stand_in(*args, **kwargs):
+        calls.append(1)
+        return _request(channel, 1, args, kwargs)
+
+    stand_in.__name__ = stand_in.__qualname__ = job["entry_point"]
     report, sys.stdout = sys.stdout, open(os.devnull, "w") # discard what the tests print
     try:
-        channel.receive() # wait until the program has been executed
-        names = {"__name__": "tests"}
+        _request(channel, 0, [], {}) # execute the program
         exec(compile(job["context"], "<context>", "exec"), names)
-        names[job["entry_point"]] = channel.stand_in
+        names[job["entry_point"]] = stand_in
         exec(compile(job["tests"], "<tests>", "exec"), names)
-        if "check" in names: names["check"](channel.stand_in)
+        if "check" in names: names["check"](stand_in)
         if channel.broken: raise channel.broken
-        if not channel.n_calls: raise ValueError("the tests never called the function")
+        if not calls: raise ValueError("the tests never called the function")
         print(job["secret"], file=report)
     except BaseException as e:
         reason = str(e) if e is channel.broken else _why(e, job["tests"])
@@ -397,8 +649,10 @@ def _main():
     {"run": _run, "solve": _solve, "judge": _judge_tests}[job["part"]](job)
 
 # %% ../../nbs/model/16_sandbox.ipynb #e1abdcb8
-_INSIDE = (_pack, _unpack, _call, _enter_namespaces, _build_root, _isolate, _filter_rules,
-           _restrict, _run, _solve, _open_channel, _why, _judge_tests, _main)
+_INSIDE = (_made, _filled, _content, _fill, _channel, _pack, _pack_content, _iterate, _unpack,
+           _deeply, _send, _receive, _result, _request, _answer, _pack_error, _error, _call,
+           _enter_namespaces, _build_root, _isolate, _filter_rules, _restrict, _run, _solve,
+           _open_channel, _why, _judge_tests, _main)
 _PROGRAM = "\n".join(map(inspect.getsource, _INSIDE)) + "\n_main()\n"
 
 # %% ../../nbs/model/16_sandbox.ipynb #f990ce73
@@ -457,7 +711,9 @@ def _walls_of(
     "Say how to build the walls, for the job. Raises `OSError` on an unknown machine."
     is_root = hasattr(os, "getuid") and os.getuid() == 0
     column = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
-    if column is not None: syscalls = {name: n[column] for name, n in _SYSCALLS.items()}
+    if column is not None:
+        numbers = {name: n[column] for name, n in _SYSCALLS.items()}
+        syscalls = {name: number for name, number in numbers.items() if number is not None}
     elif kind == "unprotected": syscalls = {}
     else: raise OSError(f"the system calls of {os.uname().machine} are not known here")
     resources = {
@@ -629,15 +885,17 @@ def _judge(
 ) -> _Verdict:
     "Judge a function, as `judge_function` does, in sandboxes of a given kind."
     started, secret = time.monotonic(), secrets.token_hex(16)
+    classes = re.findall(r"^class (\w+)", context, re.MULTILINE)
+    rest = {"entry_point": entry_point, "classes": classes}
     calls, replies = os.pipe(), os.pipe() # (to read, to write)
     with ExitStack() as boxes:
         try:
             solver = boxes.enter_context(_box(
-                kind, limits, part="solve", code=solution, entry_point=entry_point,
-                calls=calls[0], replies=replies[1]))
+                kind, limits, part="solve", code=solution,
+                calls=calls[0], replies=replies[1], **rest))
             judge = boxes.enter_context(_box(
                 kind, limits, part="judge", tests=tests, context=context, secret=secret,
-                entry_point=entry_point, calls=calls[1], replies=replies[0]))
+                calls=calls[1], replies=replies[0], **rest))
         finally:
             for end in (*calls, *replies): os.close(end) # each sandbox has its own copies
         (report, output), limit = _watch([judge, solver], limits, started, stop)

@@ -402,7 +402,9 @@ def save_evaluation(
     path = run.stage_dir(stage)/"eval.json"
     tasks = found["tasks"]
     if add and path.exists():
-        old = read_json(path, "delete it, and evaluate again.")
+        task = {"name": str, "n": int, "accuracy": float, "chance": float, "items": list}
+        old = read_json(path, "delete it, and evaluate again.",
+                        {"tasks?": {str: task}, "missing?": {str: str}})
         missing = {name: why for name, why in old.get("missing", {}).items() if name not in tasks}
         found = _summarize(old.get("tasks", {}) | tasks, missing | found["missing"])
         tasks = found["tasks"]

@@ -11,7 +11,6 @@ __all__ = ['implicit_rewards', 'preference_loss', 'Preference', 'preferences_fro
 import json
 import math
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -22,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 # %% ../../nbs/post/39_dpo.ipynb #76cb548f
-from ..core.files import UserError, atomic_write, rank_and_world, read_json, say, sha256_json
+from ..core.files import (
+    UserError, atomic_write, rank_and_world, read_json, remove, say, sha256_json)
 from ..core.machine import derive_seed, pick_device, seed_everything
 from ..core.run import Metrics, Run, fingerprint, progress_bar
 from ..core.tokenizer import Tokenizer
@@ -462,6 +462,10 @@ def dpo_settings(
 _NOT_LEARNED = ("eval_every", "save_minutes") # settings that do not change what is learned
 
 # %% ../../nbs/post/39_dpo.ipynb #077e1d66
+_PAIRS = {"identity": str, "of": str, "start": str, "preferences": [{ # shape of preferences.json
+    "prompt": [{"role": str, "content": (str, list)}], "chosen": (str, list), "rejected": (str, list),
+    "chosen_ended": bool, "rejected_ended": bool, "group": str}]}
+
 def _gather_preferences(run, start, engine, simulate, kept) -> list[Preference]:
     "Return the pairs to train on, from the judge (`kept` if unchanged) or the run's feedback."
     if simulate:
@@ -500,8 +504,7 @@ def _start_over(folder: Path):
     "Remove the results of an earlier training."
     say("The feedback, the settings or the model to start from have changed since the last time: "
         "training begins again from the start.")
-    for path in (folder/"manifest.json", folder/"eval.json"): path.unlink(missing_ok=True)
-    shutil.rmtree(folder/"checkpoints", ignore_errors=True)
+    for name in ("manifest.json", "eval.json", "checkpoints"): remove(folder/name)
 
 # %% ../../nbs/post/39_dpo.ipynb #46fd33c0
 def train_dpo(
@@ -525,7 +528,7 @@ def train_dpo(
 
     # the pairs; `identity` is a hash of all that the result depends on
     file, kept, of = folder/"preferences.json", {}, fingerprint(config, start)
-    if file.exists(): kept = read_json(file, "delete it, and the stage runs again.")
+    if file.exists(): kept = read_json(file, "delete it, and the stage runs again.", _PAIRS)
     preferences = _gather_preferences(run, start, Engine(model, tokenizer, dtype), simulate, kept)
     learned = {name: value for name, value in section.items() if name not in _NOT_LEARNED}
     listed = [asdict(p) for p in preferences]
@@ -568,7 +571,7 @@ def _task_changes(
         file = run.stage_dir(stage)/"eval.json"
         if not file.exists(): return {}
         remedy = f"`nanochat eval {run.name} --stage {stage}` writes it again."
-        tasks = read_json(file, remedy)["tasks"]
+        tasks = read_json(file, remedy, {"tasks": {str: {"accuracy": float}}})["tasks"]
         return {name: task["accuracy"] for name, task in tasks.items()}
     before, after = accuracies(start), accuracies("dpo")
     return [(name, before[name], after[name]) for name in after if name in before]

@@ -10,7 +10,6 @@ __all__ = ['BEFORE', 'render_conversations', 'Rendered', 'fit_conversations', 'P
 import io
 import json
 import os
-import shutil
 import signal
 from collections.abc import Iterable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -23,11 +22,15 @@ import numpy as np
 import torch
 
 # %% ../../nbs/post/37_finetune.ipynb #a9e9fb50
-from ..core.files import UserError, atomic_write, file_lock, rank_and_world, say, sha256_json
-from ..core.machine import (
-    derive_seed, distributed, in_processes, pick_device, pick_dtype, seed_everything)
+from ..core.files import (
+    UserError, atomic_write, disk_errors, file_lock, fsync_dir, fsync_file, make_dir,
+    rank_and_world, read_json, remove, say, sha256_file, sha256_json)
+from nanochat.core.machine import (
+    derive_seed, distributed, in_processes, pick_device, pick_dtype, seed_everything,
+    without_main)
 from ..core.run import Run
 from ..core.tokenizer import Tokenizer, chat_pieces
+from ..core.download import altered
 from ..core.dataloader import Shards, pack_rows, prepare_tokens
 from ..model.optim import lr_multiplier
 from ..train.checkpoint import load_model
@@ -306,8 +309,11 @@ def _fit_mixture(
 def _load_rows(folder: Path, key: str) -> dict[str, PackedConversations] | None:
     "Map the rows in a folder; None if there are none or they were made for another key."
     if not (folder/"manifest.json").exists(): return None
-    made = json.loads((folder/"manifest.json").read_text())
-    if made["key"] != key: return None
+    made = read_json(folder/"manifest.json", "delete it, and the rows are packed again.",
+                     {"key": str, "tasks": {str: {str: {str: int}}}, "sha256?": {str: str}})
+    if made["key"] != key or "sha256" not in made: return None
+    if wrong := altered(folder, made["sha256"]):
+        return say(f"{folder/wrong[0]} is damaged: the conversations are packed again.")
     def mapped(split, name): return np.load(folder/split/f"{name}.npy", mmap_mode="r")
     return {split: PackedConversations(mapped(split, "tokens"), mapped(split, "mask"), tasks)
             for split, tasks in made["tasks"].items()}
@@ -325,16 +331,23 @@ def prepare_rows(
                        run.seed, tokenizer.hash, seq_len])
     with file_lock(folder/".lock", f"packing the conversations of {stage}"):
         if found := _load_rows(folder, key): return found
-        (folder/"manifest.json").unlink(missing_ok=True)
-        tasks = {}
+        remove(folder/"manifest.json")
+        tasks, hashes = {}, {}
         for split, fitted in _fit_mixture(run, stage, tokenizer, capacity).items():
             # remove, do not overwrite: a process may still map the old files
-            shutil.rmtree(folder/split, ignore_errors=True)
-            (folder/split).mkdir()
+            remove(folder/split)
+            make_dir(folder/split)
             seed = derive_seed(run.seed, "mix", split)
-            packed = pack_conversations(fitted, tokenizer.bos_id, capacity, seed, folder/split)
+            with disk_errors(folder/split):
+                packed = pack_conversations(fitted, tokenizer.bos_id, capacity, seed, folder/split)
             tasks[split] = packed.tasks
-        atomic_write(folder/"manifest.json", json.dumps({"key": key, "tasks": tasks}, indent=1))
+            # the manifest comes last: after a power cut, it must not speak of rows that are zeros
+            for file in sorted((folder/split).iterdir()):
+                fsync_file(file)
+                hashes[f"{split}/{file.name}"] = sha256_file(file)
+            fsync_dir(folder/split)
+        made = {"key": key, "tasks": tasks, "sha256": hashes}
+        atomic_write(folder/"manifest.json", json.dumps(made, indent=1))
         return _load_rows(folder, key)
 
 # %% ../../nbs/post/37_finetune.ipynb #1716c08b
@@ -360,7 +373,7 @@ def rows_in_background(
 ):
     "Make the rows of some stages in another process while the `with` block runs."
     process = get_context("spawn").Process(target=_make_rows, args=(run, stages), daemon=True)
-    process.start()
+    with without_main(): process.start()
     try: yield
     finally:
         process.terminate() # the stage makes what is not finished

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import click
 
 # %% ../../nbs/post/34_mixture.ipynb #a908749d
-from ..core.files import UserError, atomic_write, run_command, say
+from ..core.files import UserError, atomic_write, json_line, run_command, say
 from ..core.world import World
 from ..core.identity import read_card
 from ..core.download import SOURCES
-from ..core.dataset import conversation_files, conversations
+from ..core.dataset import content_text, conversation_files, conversations
 from nanochat.train.settings import (
     GENERATED_TASKS, MIXTURE_TASKS, MOST_HELD_OUT, SET_SIZES, TASK_SIZE, TEXT_TASKS, check_split,
     read_weight)
@@ -68,8 +68,7 @@ def open_task(
 # %% ../../nbs/post/34_mixture.ipynb #0b376efe
 def _user_key(row: dict) -> int:
     "Return a checksum of what the user says in a conversation."
-    said = [m["content"] for m in row["messages"] if m["role"] == "user"]
-    texts = [text if isinstance(text, str) else "" for text in said]
+    texts = [content_text(m["content"]) for m in row["messages"] if m["role"] == "user"]
     return zlib.crc32("\n".join(texts).lower().encode("utf-8", "replace"))
 
 # %% ../../nbs/post/34_mixture.ipynb #a5b5ee15
@@ -111,10 +110,16 @@ class _Subset:
     def __getitem__(self, i): return self.rows[self.indices[i]]
 
 # %% ../../nbs/post/34_mixture.ipynb #1f7fef93
-def read_weights(mixture: dict) -> dict:
+def _place(name: str) -> tuple: # to sort the tasks of a mixture
+    "Known tasks come in the order of `MIXTURE_TASKS`, then your own files by their paths."
+    known = name in MIXTURE_TASKS
+    return (0, MIXTURE_TASKS.index(name), "") if known else (1, 0, name)
+
+def read_weights(mixture: dict) -> dict: # always in the same order
     "Return the weights above zero. Raises `UserError` for an unknown name, weight or split."
     weights = {}
-    for name, value in mixture.items():
+    for name in sorted(mixture, key=_place):
+        value = mixture[name]
         try: weight = read_weight(value)
         except ValueError as e:
             given = f"the weight of {name} in a mixture is {value!r}"
@@ -200,8 +205,7 @@ def write_conversations(
     task = open_task(name, split, seed, None, subject)
     n = min(n, len(task))
     rows = ({"messages": task[i]["messages"]} for i in range(n)) # without what only a judge needs
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    atomic_write(Path(path), "".join(lines))
+    atomic_write(Path(path), "".join(map(json_line, rows)))
     return n
 
 # %% ../../nbs/post/34_mixture.ipynb #4215252a
@@ -213,10 +217,12 @@ def describe_conversations(
     train, held = _split_held_out(found, str(path))
     messages = sum(len(row["messages"]) for row in found)
     size = sum(len(json.dumps(row["messages"], ensure_ascii=False)) for row in found)
-    silent = sum(all(m["role"] != "assistant" for m in row["messages"]) for row in found)
+    def learned(m): return m["role"] == "assistant" and m.get("weight") != 0
+    silent = sum(not any(map(learned, row["messages"])) for row in found)
     text = (f"{len(found):,} conversations with {messages:,} messages, {size:,} characters "
             f"in {files} file{'s' * (files > 1)}; {len(held)} would be held out")
-    if silent: text += f"; in {silent} the assistant says nothing, so they would be left out"
+    if silent:
+        text += f"; in {silent} the assistant says nothing to learn, so they would be left out"
     return text + "."
 
 # %% ../../nbs/post/34_mixture.ipynb #78f98246

@@ -13,6 +13,7 @@ import random
 import re
 import string
 import textwrap
+from decimal import Decimal
 from functools import cached_property
 
 # %% ../../nbs/post/33_public.ipynb #387bc852
@@ -146,7 +147,7 @@ def _solution_parts(
 # %% ../../nbs/post/33_public.ipynb #024fde74
 def answer_number(
     completion: str, # visible text of an assistant's message
-) -> float | None:
+) -> Decimal | None:
     "Return the first number after the last ####, or without #### the last number; None if absent."
     text, mark, answer = spoken_text(completion).rpartition("####")
     return (numbers_in(answer) or [None])[0] if mark else final_number(answer)
@@ -189,7 +190,11 @@ def code_of(
     code = next(filter(is_whole, blocks), blocks[0])
     if is_whole(code):
         before = prompt[:head.start()]
-        return code if before.strip() in code else before + code
+        if before.strip() in code: return code
+        # imports from __future__ must come first
+        future = r"^from __future__ import (?:\([^)]*\)|[^\n;#]*) *;? *"
+        first = [line.rstrip(" ;") + "\n" for line in re.findall(future, code, re.MULTILINE)]
+        return "".join(first) + before + re.sub(future, "", code, flags=re.MULTILINE)
     # in a body, all lines or only the first one may lack their indentation
     code = code.lstrip("\n")
     bodies = [textwrap.indent(textwrap.dedent(code), "    "), "    " + code.lstrip()]
@@ -236,9 +241,8 @@ class SmolTalk(RealTask):
     "General conversations, for training only."
 
     def conversation(self, row):
-        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-        check_conversation({"messages": messages})
-        return {"messages": messages}
+        check_conversation(row)
+        return {"messages": row["messages"]}
 
 # %% ../../nbs/post/33_public.ipynb #4c715fa1
 TASKS = { # generated, most of them about the embedded world

@@ -10,6 +10,7 @@ __all__ = ['user', 'assistant', 'with_tool', 'visible_text', 'compared', 'spoken
 # %% ../../nbs/post/30_tasks.ipynb #76cfc06d
 import re
 import zlib
+from decimal import Decimal
 from functools import cache
 from importlib.resources import files
 
@@ -97,18 +98,21 @@ def closing_text(
     return spoken_text(completion.rpartition("<|output_end|>")[2]).strip()
 
 # %% ../../nbs/post/30_tasks.ipynb #fce8478f
+_NUMBER = re.compile( # a sign, digits, an exponent
+    r"(?:(?<![\w)])[-−])?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?:[eE][-+]?\d{1,4}(?!\w))?")
+
 def numbers_in(
     text: str, # such as "So she pays $1,200."
-) -> list[float]:
+) -> list[Decimal]:
     "Return the numbers in a text."
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", text).replace("$", "")
-    found = re.findall(r"(?:(?<![\w)])-)?(?:\d+(?:\.\d+)?|(?<!\d)\.\d+)", text)
-    return [float(number) for number in found]
+    found = _NUMBER.findall(text.replace("$", ""))
+    return [Decimal(number.replace(",", "").replace("−", "-")) for number in found]
 
 # %% ../../nbs/post/30_tasks.ipynb #a3206481
 def final_number(
     text: str, # such as "So she pays 1,200 coins."
-) -> float | None:
+) -> Decimal | None:
     "Return the last number in a text, or None."
     return (numbers_in(text) or [None])[-1]
 
@@ -378,12 +382,14 @@ def check_task_split(
     raise UserError(f"task {name!r} has no split {split!r}: use one of {', '.join(splits)}.")
 
 # %% ../../nbs/post/30_tasks.ipynb #11625e12
+_OWN_NAME = re.compile(rf"\b{IDENTITY['name']}\b")
+
 def _rename(
     content: str | list, # of a message
     name: str, # the new name
 ) -> str | list:
     "Replace the model's name in a message's content."
-    if isinstance(content, str): return re.sub(rf"\b{IDENTITY['name']}\b", name, content)
+    if isinstance(content, str): return _OWN_NAME.sub(lambda _: name, content)
     return [part | {"text": _rename(part["text"], name)} for part in content]
 
 # %% ../../nbs/post/30_tasks.ipynb #2fdeec12

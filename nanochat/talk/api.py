@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['without_surrogates', 'ApiError', 'restarting', 'ServerLimits', 'ContentPart', 'Message', 'StreamOptions', 'PlainText',
-           'ChatRequest', 'CompletionRequest', 'explain', 'Prompt', 'chat_prompt', 'completion_prompt', 'Usage',
+           'ChatRequest', 'CompletionRequest', 'explain', 'Prompt', 'chat_prompt', 'completion_prompts', 'Usage',
            'Notes', 'ChatMessage', 'ChatChoice', 'TextChoice', 'ChatAnswer', 'TextAnswer', 'ErrorDetail', 'ErrorBody']
 
 # %% ../../nbs/talk/43_api.ipynb #948ddc75
+import reprlib
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 # %% ../../nbs/talk/43_api.ipynb #d88aa346
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from starlette.responses import JSONResponse, Response
 
 # %% ../../nbs/talk/43_api.ipynb #70cfbaf3
 from ..core.files import UserError
+from ..core.tokenizer import check_conversation
 from ..model.engine import longest_prompt, trim_conversation
 from .chat import left_out_note
 
@@ -75,6 +77,8 @@ class ServerLimits:
     tokens: int = 4096 # most tokens of an answer
     default_tokens: int = 256 # most tokens of an answer if the request sets no length
     backlog: int = 1024 # most tokens of an answer that may wait for a slow reader
+    connections: int = 1024 # most connections; beyond them, those that wait longest are ended
+    headers: float = 10.0 # most seconds to wait for the headers of a request
     stall: float = 60.0 # most seconds to receive a request, or to send a piece of an answer
     grace: float = 10.0 # seconds for running answers to end when the server is stopped
 
@@ -88,6 +92,25 @@ class _Strict(BaseModel):
     "A model that accepts only its own fields, with exactly their types."
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+# %% ../../nbs/talk/43_api.ipynb #40fe7dd2
+_TAGS = {"<text>", "<list>", "<texts>", "<lists>"} # of union members
+
+def _one_of(
+    description: str, # of what the value should be
+    text, # the type of a text
+    **lists, # the types of lists: `texts`, `lists` (of lists), and `list` for all others
+):
+    "Return the type of a value that may be a text or a list."
+    def tag_of(value):
+        if isinstance(value, str): return "<text>"
+        if not isinstance(value, list): return None
+        kind = {str: "texts", list: "lists"}.get(type(value[0])) if value else None
+        return f"<{kind}>" if kind in lists else "<list>"
+    members = {"text": text} | lists
+    tagged = tuple(Annotated[kind, Tag(f"<{name}>")] for name, kind in members.items())
+    choice = Discriminator(tag_of, "wrong_type", f"Input should be {description}")
+    return Annotated[Union[tagged], choice]
+
 # %% ../../nbs/talk/43_api.ipynb #cc05ff06
 class ContentPart(_Strict):
     "A part of a message."
@@ -95,10 +118,12 @@ class ContentPart(_Strict):
     text: _Text
 
 # %% ../../nbs/talk/43_api.ipynb #51b820f9
+_Parts = Annotated[list[ContentPart], Field(min_length=1, max_length=1000, fail_fast=True)]
+
 class Message(_Strict):
     "A message of a conversation."
     role: Literal["system", "developer", "user", "assistant"]
-    content: _Text | Annotated[list[ContentPart], Field(min_length=1, max_length=1000)]
+    content: _one_of("a text or a list of parts", _Text, list=_Parts)
     name: _Text | None = None
     # OpenAI's clients have these fields in an answer, and send them back with it
     refusal: None = None
@@ -119,6 +144,8 @@ class PlainText(_Strict):
     type: Literal["text"]
 
 # %% ../../nbs/talk/43_api.ipynb #74822abc
+_StopTexts = Annotated[list[_StopText], Field(max_length=4, fail_fast=True)]
+
 class _Request(_Strict):
     "The fields that both endpoints have."
     model: Annotated[str, Field(max_length=500)] | None = None
@@ -128,7 +155,7 @@ class _Request(_Strict):
     top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None # 0 draws from all tokens
     n: Annotated[int, Field(ge=1, le=8)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
-    stop: _StopText | Annotated[list[_StopText], Field(max_length=4)] | None = None
+    stop: _one_of("a text or a list of texts", _StopText, list=_StopTexts) | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     parts: bool | None = None
@@ -147,7 +174,7 @@ class _Request(_Strict):
 # %% ../../nbs/talk/43_api.ipynb #098ff78f
 class ChatRequest(_Request):
     "A conversation to answer."
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -157,55 +184,73 @@ class ChatRequest(_Request):
     tool_choice: Literal["none", "auto"] | None = None
     functions: _Nothing | None = None
     function_call: Literal["none", "auto"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     audio: None = None
     prediction: None = None
     reasoning_effort: Literal["none"] | None = None
 
-_Tokens = Annotated[list[Annotated[int, Field(ge=0, le=1 << 31)]], Field(min_length=1)]
+    def n_answers(self) -> int: return self.n or 1
 
 # %% ../../nbs/talk/43_api.ipynb #7be208e4
+def _list_of(item): return Annotated[list[item], Field(min_length=1, fail_fast=True)]
+
+_Tokens = _list_of(Annotated[int, Field(ge=0, le=1 << 31)])
+_PROMPT = "a text, a list of texts, a list of tokens, or a list of such lists"
+
 class CompletionRequest(_Request):
-    "A text to continue, or its tokens."
-    prompt: _Text | _Tokens
+    "One or more texts to continue, each as a text or as its tokens."
+    prompt: _one_of(_PROMPT, _Text, list=_Tokens, texts=_list_of(_Text), lists=_list_of(_Tokens))
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
     suffix: None = None
     best_of: Literal[1] | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        "Return the texts to continue in a list, even if there is only one."
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return self.prompt if several else [self.prompt]
+
+    def n_answers(self) -> int: return len(self.prompts()) * (self.n or 1)
 
 # %% ../../nbs/talk/43_api.ipynb #ce3fc639
 _UNSUPPORTED = {
     "tools", "tool_choice", "functions", "function_call", "tool_calls", "response_format",
     "modalities", "audio", "prediction", "reasoning_effort", "logit_bias", "presence_penalty",
     "frequency_penalty", "echo", "suffix", "best_of"}
+_SHORT = reprlib.Repr() # writes values, the long and the deep ones in part
+_SHORT.maxstring = 60
 
 # %% ../../nbs/talk/43_api.ipynb #08aeb6d7
-def _place(loc: tuple) -> list[str]:
-    "Return the path to a wrong field, without the names that pydantic gives to union members."
-    def of_pydantic(part):
-        return isinstance(part, str) and ("[" in part or part in ("str", "bool", "ContentPart"))
-    return [str(part) for part in loc if part != "body" and not of_pydantic(part)]
+def _path(error: dict) -> list[str | int]:
+    "Return the path to a wrong field, without the tags of unions."
+    loc, field = list(error["loc"]), []
+    if error["type"] == "extra_forbidden": field = [loc.pop()] # may have any name
+    if loc[:1] == ["body"]: del loc[0] # added by FastAPI
+    return [part for part in loc if part not in _TAGS] + field
+
+def _name(path: list[str | int]) -> str:
+    "Return the name of a field as OpenAI writes it, such as `messages[1].content`."
+    steps = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in path]
+    return "".join(steps).removeprefix(".")
 
 # %% ../../nbs/talk/43_api.ipynb #6b327dfe
 def explain(
     errors: list[dict], # from pydantic's `ValidationError`
 ) -> ApiError:
     "Describe the first mistake of a request in one sentence."
-    # if no member of a union fits, pydantic reports each: take the error deepest in the request
     error = errors[0]
-    if error["loc"][:2] == errors[-1]["loc"][:2]: error = max(errors, key=lambda e: len(e["loc"]))
-    kind, names = error["type"], _place(error["loc"])
-    param, value = ".".join(names)[:200], repr(error.get("input"))[:60]
+    kind, path = error["type"], _path(error)
+    param, value = _name(path)[:200], _SHORT.repr(error.get("input"))[:80]
     def refusal(message, code): return ApiError(400, message, param, code)
     # not an object at all
     if kind == "json_invalid":
         return ApiError(400, "the request's body is not JSON: send a JSON object.",
                         code="invalid_json")
-    if not param:
+    if not path:
         return ApiError(400, "the request's body is not a JSON object: "
                         "send one, with Content-Type: application/json.", code="invalid_json")
     # a field that should not be there, or is not there
-    if unsupported := _UNSUPPORTED.intersection(names):
+    if unsupported := _UNSUPPORTED.intersection(path):
         return refusal(f"{min(unsupported)} is not supported by this server: leave it out.",
                        "unsupported_parameter")
     if kind == "extra_forbidden":
@@ -213,10 +258,10 @@ def explain(
                        "unknown_parameter")
     if kind == "missing": return refusal(f"{param} is missing: add it.", "missing_parameter")
     # a wrong value
-    if names[0] == "messages" and names[-1] == "type":
+    if path[0] == "messages" and path[-1] == "type":
         return refusal(f"{param} is {value}, and this model reads text only: "
                        "leave out images, sounds and files.", "unsupported_content")
-    reason = error["msg"]
+    reason = "Input should be an object" if kind.startswith("model_") else error["msg"]
     return refusal(f"{param} is {value}: {reason[0].lower() + reason[1:]}.", "invalid_value")
 
 # %% ../../nbs/talk/43_api.ipynb #fa7ad27c
@@ -282,40 +327,44 @@ def chat_prompt(
         refuse("the last message is the assistant's: "
                "end the conversation with a user's message.", "invalid_value")
     requested = _answer_tokens(limits, request.max_completion_tokens or request.max_tokens)
-    conversation, left_out = {"messages": messages}, 0
-    longest = longest_prompt(context, requested)
-    try: tokens = tokenizer.render_for_completion(conversation)
+    conversation, longest = {"messages": messages}, longest_prompt(context, requested)
+    try: check_conversation(conversation)
     except UserError as e: refuse(str(e), "invalid_value")
-    if len(tokens) > longest:
-        try: conversation, left_out = trim_conversation(tokenizer, conversation, longest)
-        except UserError as e: refuse(str(e), "context_length_exceeded")
-        tokens = tokenizer.render_for_completion(conversation)
+    try: conversation, left_out = trim_conversation(tokenizer, conversation, longest)
+    except UserError as e: refuse(str(e), "context_length_exceeded")
+    tokens = tokenizer.render_for_completion(conversation)
     return Prompt(tokens, min(requested, context - len(tokens)), left_out)
 
+# %% ../../nbs/talk/43_api.ipynb #edcb36f5
+def _continued(service, text: str | list[int], requested: int, name: str) -> Prompt:
+    "Return the prompt of one text to continue, which the request calls `name`."
+    tokenizer, context = service.tokenizer, service.context
+    def refuse(message, code): raise ApiError(400, f"{name} has {message}.", name, code)
+    tokens = [tokenizer.bos_id, *tokenizer.encode(text)] if isinstance(text, str) else text
+    if wrong := [t for t in tokens if t >= tokenizer.vocab_size]:
+        refuse(f"the token {wrong[0]}, and the vocabulary ends at {tokenizer.vocab_size - 1}: "
+               "use the model's own tokenizer", "invalid_value")
+    if len(tokens) >= context:
+        refuse(f"{len(tokens)} tokens, and the model reads {context - 1} at most: shorten it",
+               "context_length_exceeded")
+    return Prompt(tokens, min(requested, context - len(tokens)))
+
 # %% ../../nbs/talk/43_api.ipynb #72c5413d
-def completion_prompt(
+def completion_prompts(
     service, # has `limits`, `tokenizer` and `context`
     request: CompletionRequest,
-) -> Prompt:
-    """Return the prompt of a text to continue: <|bos|> and the text, or the given tokens.
+) -> list[Prompt]:
+    """Return the prompt of each text to continue: <|bos|> and the text, or the given tokens.
 
     Raises `ApiError` if it is too long, or if a token is not in the vocabulary."""
-    limits, tokenizer, context = service.limits, service.tokenizer, service.context
-    def refuse(message, code): raise ApiError(400, message, "prompt", code)
-    tokens = request.prompt
-    if isinstance(tokens, str):
-        if len(tokens) > limits.characters:
-            refuse(f"the prompt has {len(tokens)} characters, and the limit is "
-                   f"{limits.characters}: shorten it.", "too_long")
-        tokens = [tokenizer.bos_id, *tokenizer.encode(tokens)]
-    if wrong := [t for t in tokens if t >= tokenizer.vocab_size]:
-        refuse(f"the prompt has the token {wrong[0]}, and the vocabulary ends at "
-               f"{tokenizer.vocab_size - 1}: use the model's own tokenizer.", "invalid_value")
-    if len(tokens) >= context:
-        refuse(f"the prompt has {len(tokens)} tokens, and the model reads {context - 1} at most: "
-               "shorten it.", "context_length_exceeded")
+    limits, texts = service.limits, request.prompts()
+    total = sum(len(text) for text in texts if isinstance(text, str))
+    if total > limits.characters:
+        raise ApiError(400, f"the prompt has {total} characters, and the limit is "
+                       f"{limits.characters}: shorten it.", "prompt", "too_long")
     requested = _answer_tokens(limits, request.max_tokens)
-    return Prompt(tokens, min(requested, context - len(tokens)))
+    names = [f"prompt[{i}]" for i in range(len(texts))] if texts is request.prompt else ["prompt"]
+    return [_continued(service, text, requested, name) for text, name in zip(texts, names)]
 
 # %% ../../nbs/talk/43_api.ipynb #bdfa1ab3
 class Usage(BaseModel):

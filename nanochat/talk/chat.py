@@ -20,7 +20,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 # %% ../../nbs/talk/41_chat.ipynb #363cc54f
-from ..core.files import UserError, atomic_write
+from ..core.files import UserError, append_json_line, atomic_write, visible
 from ..core.machine import derive_seed, pick_device
 from ..core.run import EXTRA_STAGES, TRAINED, Run
 from ..core.tokenizer import Tokenizer
@@ -300,8 +300,7 @@ def save_feedback(
         raise UserError("there is no answer to rate yet: ask something first.")
     line = {"time": round(time.time(), 3), "rating": rating, "ended": ended, **circumstances,
             "instead_of": list(instead_of), "conversation": {"messages": messages}}
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    append_json_line(path, line)
 
 # %% ../../nbs/talk/41_chat.ipynb #0090c3be
 class FeedbackKeeper:
@@ -344,15 +343,12 @@ _COMMANDS = {
 _HELP = "\n".join(
     ["Commands:", *(f"  {command:<15} {about}" for command, about in _COMMANDS.items())])
 
-# with control characters, a model could move the cursor or change the terminal's title
-_CONTROLS = {code: "�" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
-
 # %% ../../nbs/talk/41_chat.ipynb #71fccd2e
 def _write_stream(
     stream: Iterator[Piece],
     write, # called with each piece of text
 ):
-    "Write an answer as it arrives, with � for control characters. Ctrl-C ends it."
+    "Write an answer as it arrives, control characters as escapes. Ctrl-C ends it."
     kind = "text"
     try:
         for p in stream:
@@ -361,7 +357,7 @@ def _write_stream(
                 continue
             if p.kind != kind: write(CLOSING.get(kind, "") + OPENING.get(p.kind, ""))
             kind = p.kind
-            write(p.text.translate(_CONTROLS))
+            write(visible(p.text))
         write(CLOSING.get(kind, "") + "\n")
     except KeyboardInterrupt: write("\n(stopped)\n")
     finally: stream.close()
@@ -409,7 +405,7 @@ def _converse(
         if line.partition(" ")[0] == "/quit": return
         if not line: continue
         try: _obey(talk, line, write, keeper)
-        except UserError as e: write(f"({e})\n")
+        except UserError as e: write(f"({visible(str(e))})\n")
 
 # %% ../../nbs/talk/41_chat.ipynb #08e4a1c1
 def _piped_line() -> str:

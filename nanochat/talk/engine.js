@@ -117,14 +117,29 @@ function tooLong(tokens, room) {
     "shorten it.");
 }
 
+// Leave out the messages before which the newer ones are longer than `room` tokens already, which
+// is known without reading them.
+function newest(tokenizer, messages, room) {
+  const length = content => typeof content === "string" ? content.length
+    : content.reduce((sum, part) => sum + part.text.length, 0);
+  let start = messages.length, least = 0;
+  while (start > 1 && least <= room) {
+    least += 2 + Math.ceil(length(messages[--start].content) / tokenizer.longest);
+  }
+  return [messages[0], ...messages.slice(start - (start + 1) % 2)];
+}
+
 // The prompt that fits into `room` tokens, and how many old messages were left out.
 function fitChat(tokenizer, messages, room) {
   const text = messages[messages.length - 1].content;
   const least = Math.ceil(text.length / tokenizer.longest); // known without reading it
   if (least > room) throw tooLong(`at least ${least}`, room);
+  const read = new Map(); // each try renders the same messages
+  const encode = text => read.get(text) ?? read.set(text, tokenizer.encode(text)).get(text);
   const before = messages.length;
+  messages = newest(tokenizer, messages, room);
   for (;;) {
-    const ids = renderChat(tokenizer, messages);
+    const ids = renderChat({ special: tokenizer.special, encode }, messages);
     if (ids.length <= room) return { ids, leftOut: before - messages.length };
     if (messages.length >= 4) messages = [messages[0], ...messages.slice(3)];
     else if (messages.length > 1) messages = messages.slice(-1);
@@ -132,177 +147,158 @@ function fitChat(tokenizer, messages, room) {
   }
 }
 
-// ---- the calculator: whole numbers are BigInt, others are Number, as int and float in Python ---
+// ---- the calculator: exact, with fractions {n, d} of two BigInt, as in nanochat.model.sandbox ----
 
-const GROUP = "\\d(?:_?\\d)*", POWER = `(?:[eE][+-]?${GROUP})`;
-const FLOAT = new RegExp(`(?:(?:${GROUP})?\\.${GROUP}|${GROUP}\\.)${POWER}?|${GROUP}${POWER}`, "y");
-const INT = /0[xX](?:_?[0-9a-fA-F])+|0[oO](?:_?[0-7])+|0[bB](?:_?[01])+|0(?:_?0)*|[1-9](?:_?\d)*/y;
-const STRING = /(?!"""|''')(?:"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')/y;
+const STRING = String.raw`("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')`;
+const DIGITS = "[0-9](?:_?[0-9])*";
+const PIECE = new RegExp(
+  String.raw`\s*(?:${STRING}\s*\.\s*count\s*\(\s*${STRING}\s*\)` +
+  String.raw`|((?:${DIGITS}(?:,[0-9]{3}(?![0-9]))*(?:\.(?:${DIGITS})?)?|\.${DIGITS})` +
+  String.raw`(?:[eE][\-+]?${DIGITS})?)` +
+  String.raw`|(\*\*|\/\/|[\-+*\/%()−×÷]))`, "yu");
 const ESCAPES = { "\\": "\\", "'": "'", '"': '"', n: "\n", t: "\t" };
+const SAME = { "−": "-", "×": "*", "÷": "/" };
 
 function refuse() { throw new SyntaxError("not an expression of the calculator"); }
 
-function bounded(value) {
-  if (!(value <= 1e18 && value >= -1e18)) refuse(); // also NaN, and a text
-  return value;
+const size = n => n < 0n ? -n : n;
+
+// n/d in lowest terms, if it is within bounds.
+function fraction(n, d = 1n) {
+  if (!d) refuse();
+  let a = size(n), b = size(d);
+  while (b) [a, b] = [b, a % b];
+  if (d < 0n) a = -a;
+  [n, d] = [n / a, d / a];
+  if (size(n) > 10n ** 18n * d || d > 10n ** 400n) refuse();
+  return { n, d };
 }
 
-const zeroLike = sign => sign < 0 || Object.is(sign, -0) ? -0 : 0;
+// Digits of n/d > 0, rounded half to even; the first one stands for 10 ** place.
+function decimals(n, d, precision) {
+  let place = String(n).length - String(d).length;
+  if (place >= 0 ? n < d * 10n ** BigInt(place) : n * 10n ** BigInt(-place) < d) place--;
+  const shift = precision - 1 - place;
+  if (shift >= 0) n *= 10n ** BigInt(shift);
+  else d *= 10n ** BigInt(-shift);
+  let digits = n / d;
+  const rest = 2n * (n % d);
+  if (rest > d || rest === d && digits % 2n) digits++;
+  const text = String(digits);
+  if (text.length > precision) place++; // 9.99… became 10
+  return { digits: text.replace(/0+$/, ""), place, exact: !rest };
+}
 
-// The quotient and the remainder, rounded down as in Python.
-function divide(a, b) {
-  if (b == 0) refuse();
-  let rest = a % b;
-  const fix = rest != 0 && rest < 0 !== b < 0; // JavaScript rounds towards zero
-  if (typeof a === "bigint") return fix ? [a / b - 1n, rest + b] : [a / b, rest];
-  let quotient = (a - rest) / b;
-  if (fix) [quotient, rest] = [quotient - 1, rest + b];
-  const floor = Math.floor(quotient);
-  const whole = quotient - floor > 0.5 ? floor + 1 : floor;
-  return [quotient ? whole : zeroLike(a / b), rest || zeroLike(b)];
+function toNumber({ n, d }) {
+  if (!n) return 0;
+  const { digits, place } = decimals(size(n), d, 40);
+  return Number(`${n < 0n ? "-" : ""}${digits[0]}.${digits.slice(1)}e${place}`);
+}
+
+// A Number is a whole number over a power of 2.
+function fromNumber(value) {
+  if (!Number.isFinite(value)) refuse();
+  let d = 1n;
+  while (!Number.isInteger(value)) [value, d] = [2 * value, 2n * d];
+  return fraction(BigInt(value), d);
 }
 
 function power(a, b) {
-  if (Math.abs(Number(b)) > 64) refuse();
-  return typeof a === "bigint" && b >= 0n ? a ** b : Number(a) ** Number(b);
+  if (size(b.n) > 64n * b.d) refuse();
+  if (b.d !== 1n) return fromNumber(toNumber(a) ** toNumber(b));
+  return b.n < 0n ? fraction(a.d ** -b.n, a.n ** -b.n) : fraction(a.n ** b.n, a.d ** b.n);
 }
 
-const OPERATORS = {
-  "+": (a, b) => a + b, "-": (a, b) => a - b, "*": (a, b) => a * b,
-  "/": (a, b) => Number(a) / Number(b), "//": (a, b) => divide(a, b)[0],
-  "%": (a, b) => divide(a, b)[1], "**": power,
+function floor(a, b) { // of the quotient
+  const n = a.n * b.d, d = a.d * b.n;
+  if (!d) refuse();
+  return { n: n / d - (n % d && n < 0n !== d < 0n ? 1n : 0n), d: 1n };
+}
+
+const minus = (a, b) => fraction(a.n * b.d - b.n * a.d, a.d * b.d);
+const times = (a, b) => fraction(a.n * b.n, a.d * b.d);
+
+const OPERATORS = { // operator: how strongly it binds, its function
+  "+": [1, (a, b) => fraction(a.n * b.d + b.n * a.d, a.d * b.d)], "-": [1, minus],
+  "*": [2, times], "/": [2, (a, b) => fraction(a.n * b.d, a.d * b.n)],
+  "//": [2, (a, b) => fraction(floor(a, b).n)],
+  "%": [2, (a, b) => { // a - b * whole: the product may be out of bounds
+    const whole = floor(a, b).n;
+    return fraction(a.n * b.d - b.n * whole * a.d, a.d * b.d);
+  }],
+  "**": [3, power],
 };
 
-function operate(operator, a, b) {
-  if (typeof a === "string" || typeof b === "string") refuse();
-  if (typeof a !== typeof b) [a, b] = [Number(a), Number(b)];
-  return bounded(OPERATORS[operator](a, b));
+function fromDigits(text) {
+  const [, digits, part, exponent] = /^(\d*)\.?(\d*)(?:[eE](.*))?$/.exec(text.replace(/[,_]/g, ""));
+  const all = (digits + part).replace(/^0+(?=.)/, ""), places = Number(exponent ?? 0) - part.length;
+  if (Math.abs(all.length - 1 + places) > 400) refuse();
+  if (places >= 0) return fraction(BigInt(all) * 10n ** BigInt(places));
+  return fraction(BigInt(all), 10n ** BigInt(-places));
 }
 
-// A reader of one expression: sum, product, sign, power, atom. A value is a BigInt, a Number or a
-// text, and the only thing that is done with a text is to count in it.
-class Expression {
-  constructor(text) { this.text = text; this.at = 0; this.open = 0; }
+const textOf = literal => literal.slice(1, -1).replace(/\\([nt\\'"])/g, (_, c) => ESCAPES[c]);
 
-  // What a sticky pattern matches here, or undefined.
-  take(pattern) {
-    pattern.lastIndex = this.at;
-    const found = pattern.exec(this.text);
-    if (found) this.at += found[0].length;
-    return found?.[0];
-  }
-
-  // The same after spaces; between brackets also after new lines.
-  next(pattern) {
-    this.take(this.open ? /(?:[ \t\f\r\n]|#[^\n]*)*/y : /(?:[ \t\f]|#[^\n]*)*/y);
-    return this.take(pattern);
-  }
-
-  value() {
-    const value = this.sum();
-    if (this.next(/$/y) === undefined || typeof value === "string") refuse();
-    return value;
-  }
-
-  sum() {
-    let value = this.product();
-    for (let sign; (sign = this.next(/[+-]/y));) value = operate(sign, value, this.product());
-    return value;
-  }
-
-  product() {
-    let value = this.sign(), operator;
-    while ((operator = this.next(/\/\/|\*(?!\*)|[/%]/y))) {
-      value = operate(operator, value, this.sign());
-    }
-    return value;
-  }
-
-  sign() {
-    const sign = this.next(/[+-]/y);
-    if (!sign) {
-      const base = this.atom();
-      return this.next(/\*\*/y) ? operate("**", base, this.sign()) : base;
-    }
-    const value = this.sign();
-    if (typeof value === "string") refuse();
-    return sign === "-" ? -value : value;
-  }
-
-  atom() {
-    let value = this.texts();
-    if (value === undefined && this.next(/\(/y)) value = this.rest();
-    if (value === undefined) return this.number();
-    while (typeof value === "string" && this.next(/\./y)) value = this.count(value);
-    return value;
-  }
-
-  rest() { // what is left of a bracket
-    this.open++;
-    const value = this.sum();
-    if (!this.next(/\)/y)) refuse();
-    this.open--;
-    return value;
-  }
-
-  number() {
-    const found = this.take(FLOAT) ?? this.take(INT);
-    if (!found || this.take(/[\p{L}\p{N}_.]/uy)) refuse();
-    const digits = found.replaceAll("_", "");
-    return bounded(/^(?:0[xXoObB].*|\d+)$/.test(digits) ? BigInt(digits) : Number(digits));
-  }
-
-  texts() { // texts that stand side by side are one
-    let all, text;
-    while ((text = this.next(STRING)) !== undefined) {
-      all = (all ?? "") + text.slice(1, -1).replace(/\\(.)/g, (_, c) => ESCAPES[c] ?? refuse());
-    }
-    return all;
-  }
-
-  count(text) { // after `text.`
-    if (!this.next(/count(?![\p{L}\p{N}_])/uy) || !this.next(/\(/y)) refuse();
-    this.open++;
-    const part = this.sum();
-    this.next(/,/y);
-    if (typeof part !== "string" || !this.next(/\)/y)) refuse();
-    this.open--;
-    return BigInt(part ? text.split(part).length - 1 : [...text].length + 1);
-  }
+function counted(text, part) {
+  return fraction(BigInt(part ? text.split(part).length - 1 : [...text].length + 1));
 }
 
-// A float as Python's format ".10g" writes it.
-function ten(value) {
-  if (!value) return Object.is(value, -0) ? "-0" : "0";
-  let [digits, exponent] = value.toExponential(9).split("e");
-  const exact = value.toExponential(60).replace(/e.*|\D/g, "");
-  if (/^\d{9}[02468]50*$/.test(exact)) { // halfway between two: Python takes the even digit
-    [digits, exponent] = (value * (1 - 2 ** -50)).toExponential(9).split("e");
+function pieces(expression) { // fractions, operators and brackets
+  const found = [];
+  PIECE.lastIndex = 0;
+  while (PIECE.lastIndex < expression.length) {
+    const [, text, part, digits, sign] = PIECE.exec(expression) ?? refuse();
+    if (text) found.push(counted(textOf(text), textOf(part)));
+    else found.push(digits ? fromDigits(digits) : SAME[sign] ?? sign);
   }
-  const places = Number(exponent);
-  if (places < -4 || places >= 10) {
-    const size = String(Math.abs(places)).padStart(2, "0");
-    return `${shortened(digits)}e${places < 0 ? "-" : "+"}${size}`;
-  }
-  return shortened(Number(`${digits}e${places}`).toFixed(9 - places));
+  return found;
 }
 
-const shortened = digits => digits.includes(".") ? digits.replace(/\.?0+$/, "") : digits;
+function operand(rest) { // the first of the pieces that are left
+  const piece = rest.shift();
+  if (piece === "-") {
+    const { n, d } = evaluate(rest, 3);
+    return { n: -n, d };
+  }
+  if (piece === "+") return evaluate(rest, 3);
+  if (piece === "(") {
+    const value = evaluate(rest);
+    return rest.shift() === ")" ? value : refuse();
+  }
+  return typeof piece === "object" ? piece : refuse();
+}
+
+function evaluate(rest, least = 1) { // stop at an operator that binds less than this
+  let value = operand(rest);
+  while (OPERATORS[rest[0]]?.[0] >= least) {
+    const [level, work] = OPERATORS[rest.shift()];
+    value = work(value, evaluate(rest, Math.min(level + 1, 3)));
+  }
+  return value;
+}
+
+function written({ n, d }) {
+  if (d === 1n) return String(n);
+  const whole = String(size(n) / d).length;
+  let found = decimals(size(n), d, 20);
+  if (!found.exact) found = decimals(size(n), d, Math.max(10, whole + 2));
+  const { digits, place } = found, sign = n < 0n ? "-" : "";
+  if (place < -10) return `${sign}${digits[0]}${digits[1] ? "." : ""}${digits.slice(1)}e${place}`;
+  if (place < 0) return `${sign}0.${"0".repeat(-place - 1)}${digits}`;
+  const before = digits.padEnd(place + 1, "0"), after = before.slice(place + 1);
+  return `${sign}${before.slice(0, place + 1)}${after ? "." : ""}${after}`;
+}
 
 // The result of what the model wrote between <|python_start|> and <|python_end|>, as text; null
 // where it is no expression. It is never run as code.
 function calculate(expression) {
-  let text = expression.trim(), nesting = 0;
-  const nested = [...text].some(c => {
-    nesting += "([{".includes(c) - ")]}".includes(c);
-    return nesting > 20;
-  });
+  const text = expression.trim();
+  let nesting = 0;
+  const nested = [...text].some(c => (nesting += (c === "(") - (c === ")")) > 20);
   if ([...text].length > 200 || nested) return null;
-  // 1,250 is one number, not two; commas in a string stay
-  if (!/["']/.test(text)) text = text.replace(/(\d),(?=\d{3}(?!\d))/g, "$1");
   try {
-    const value = new Expression(text).value();
-    return typeof value === "bigint" ? String(value) : ten(value);
+    const rest = pieces(text), value = evaluate(rest);
+    return rest.length ? null : written(value);
   } catch (error) {
     if (error instanceof SyntaxError) return null;
     throw error;

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save as as_safetensors
 
 # %% ../../nbs/talk/48_export.ipynb #6a43e519
-from ..core.files import UserError, atomic_write, project_root, read_json
+from ..core.files import UserError, atomic_write, make_dir, misfit, project_root, read_json
 from ..core.tokenizer import Tokenizer
 from ..model.gpt import GPT, GPTConfig
 from .chat import TEMPERATURE
@@ -147,11 +147,12 @@ def to_transformers(
     "Write a model as files of transformers. Raises `UserError` if the tokenizer does not fit."
     c, folder = model.config, Path(folder)
     check_tokenizer(model, tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_dir(folder)
     plain = not additions_of_2026(c)
     tensors = _plain_tensors(model) if plain else model.state_dict()
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    save_file(tensors, folder/"model.safetensors", metadata={"format": "pt"})
+    weights = as_safetensors(tensors, metadata={"format": "pt"})
+    atomic_write(folder/"model.safetensors", weights)
     config = _plain_config(c) if plain else _own_config(c)
     config |= _token_ids(tokenizer) | {"tie_word_embeddings": False, "dtype": "float32"}
     config["pad_token_id"] = None # the embedding of a padding token would never be trained
@@ -161,7 +162,7 @@ def to_transformers(
     return folder
 
 # %% ../../nbs/talk/48_export.ipynb #3e8909ae
-_FIELDS = [field.name for field in fields(GPTConfig)]
+_FIELDS = {field.name: field.type for field in fields(GPTConfig)}
 
 # %% ../../nbs/talk/48_export.ipynb #88a369e3
 def _is_table(name: str) -> bool:
@@ -194,8 +195,15 @@ def _load_weights(model: GPT, state: dict[str, torch.Tensor], source: Path) -> G
     return model.eval()
 
 # %% ../../nbs/talk/48_export.ipynb #b549ac9a
+_PLAIN = { # what config.json of a `NanoChatForCausalLM` must hold
+    "max_position_embeddings": int, "vocab_size": int, "num_hidden_layers": int,
+    "num_attention_heads": int, "num_key_value_heads?": (int, type(None)), "hidden_size": int,
+    "intermediate_size": int, "final_logit_softcapping": float,
+    "rope_parameters?": ({"rope_theta?": float}, type(None))}
+
 def _from_plain_config(folder: Path, config: dict) -> GPTConfig:
     "Return the shape of a `NanoChatForCausalLM`. Raises `UserError` if this package lacks it."
+    if wrong := misfit(config, _PLAIN): raise ValueError(wrong)
     n_head, rope = config["num_attention_heads"], config.get("rope_parameters") or {}
     c = GPTConfig.plain2025(
         sequence_len=config["max_position_embeddings"], vocab_size=config["vocab_size"],
@@ -214,11 +222,13 @@ def _read_config(folder: Path) -> tuple[GPTConfig, bool]: # the shape; is it a p
     if not (folder/"config.json").exists():
         raise UserError(f"{folder} has no config.json: name a folder that `nanochat export` or "
                         "transformers' save_pretrained wrote.")
-    config = read_json(folder/"config.json", "write the model again.")
+    config = read_json(folder/"config.json", "write the model again.", {"model_type": str})
     kind = config.get("model_type")
     try:
         if kind == "nanochat": return _from_plain_config(folder, config), True
-        if kind == _OWN_TYPE: return GPTConfig(**{f: config[f] for f in _FIELDS}), False
+        if kind == _OWN_TYPE:
+            if wrong := misfit(config, _FIELDS): raise ValueError(wrong)
+            return GPTConfig(**{f: config[f] for f in _FIELDS}), False
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{folder/'config.json'} lacks a valid value ({e}): "
                         "write the model again.") from None
@@ -286,7 +296,8 @@ def from_nanochat(
     if not meta_file.exists():
         raise UserError(f"{meta_file} is missing, and it has the shape of the model: "
                         "put it beside the weights.")
-    shape = read_json(meta_file, "copy it again.").get("model_config", {})
+    sizes = {f"{name}?": int for name in _SHAPE} | {"window_pattern?": str}
+    shape = read_json(meta_file, "copy it again.", {"model_config": sizes})["model_config"]
     try: state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:
         reason = str(e).splitlines()[0][:100]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 
 # %% ../../nbs/talk/47_moments.ipynb #3a2bef9f
-from ..core.files import UserError, atomic_write, read_json, say
+from ..core.files import UserError, atomic_write, read_json, remove, say
 from ..core.machine import pick_device
 from ..core.run import TRAINED, Run, progress_bar
 from ..core.tokenizer import Tokenizer
@@ -437,7 +437,7 @@ def save_learned(
     "Measure once what was known when, and write `report/learned.json` into the run's folder."
     path, times = run.stage_dir("report")/"learned.json", thinned(moments(run))
     if not times:
-        path.unlink(missing_ok=True)
+        remove(path)
         return None
     if path.exists():
         found = read_json(path, "delete it, and run the notebook of the report again.")

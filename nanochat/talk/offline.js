@@ -70,7 +70,7 @@ function stream(controller, signal) {
 
 globalThis.fetch = async (path, { body, signal } = {}) => {
   const loaded = await ready, { name: model, stage } = header;
-  if (path === "/health") {
+  if (path.endsWith("/health")) {
     return respond({ status: loaded.message ?? "ready", model, stage });
   }
   places = [];

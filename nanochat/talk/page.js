@@ -2,7 +2,8 @@
 "use strict";
 const $ = id => document.getElementById(id);
 const log = $("log"), box = $("text");
-let messages = [], running = null, base = false;
+const here = location.pathname.replace(/\/*$/, "/"); // the server may be below a path of a proxy
+let messages = [], running = null, base = false, limits = {};
 
 const plain = content => typeof content === "string" ? content : content.map(part => ({ text: "", python: "[", python_output: " = " }[part.type] + part.text + (part.type === "python_output" ? "] " : ""))).join("");
 const percent = logprob => { const p = 100 * Math.exp(logprob); return (p < 0.1 ? "below 0.1" : p.toFixed(1)) + "%"; };
@@ -76,33 +77,57 @@ async function* events(response) {
     if (done) return;
     const lines = (rest + decoder.decode(value, { stream: true })).split("\n\n");
     rest = lines.pop();
-    for (const line of lines) if (line.startsWith("data: ") && line !== "data: [DONE]") yield JSON.parse(line.slice(6));
+    for (const line of lines) if (line.startsWith("data: ") && line !== "data: [DONE]") yield parsed(line.slice(6));
   }
+}
+
+const elsewhere = what => new Error("what came is not from this server, but perhaps from a proxy before it (" + what + "): see whether the server still runs, then regenerate.");
+
+function parsed(text) {
+  try { return JSON.parse(text); } catch { throw elsewhere("no JSON"); }
+}
+
+async function checked(response) { // an error's sentence is the server's, if it has one
+  if (response.ok && !/html/.test(response.headers.get("content-type"))) return response;
+  const { error } = response.ok ? {} : await response.json().catch(() => ({}));
+  throw error && error.message ? new Error(error.message) : elsewhere(`status ${response.status}`);
+}
+
+// The newest messages that the server takes: the older ones would not be read by the model anyway.
+function newest() {
+  const most = limits.messages || Infinity, system = messages[0].role === "system" ? 1 : 0;
+  let start = messages.length, room = limits.characters || Infinity;
+  if (system) room -= plain(messages[0].content).length;
+  while (start > system && messages.length - start + system < most && (room -= plain(messages[start - 1].content).length) >= 0) start--;
+  while (start < messages.length && messages[start].role !== "user") start++;
+  if (start === system || start === messages.length) return messages; // all fit, or not even the last
+  return [...messages.slice(0, system), ...messages.slice(start)];
 }
 
 function request() {
   const settings = { stream: true, parts: true, temperature: Number($("temperature").value), top_k: Math.max(0, Math.round(Number($("top_k").value) || 0)) };
-  if (base) return ["/v1/completions", { ...settings, prompt: last().content, logprobs: 4, max_tokens: 128 }];
-  return ["/v1/chat/completions", { ...settings, messages, logprobs: true, top_logprobs: 4 }];
+  if (base) return ["v1/completions", { ...settings, prompt: last().content, logprobs: 4, max_tokens: 128 }];
+  return ["v1/chat/completions", { ...settings, messages: newest(), logprobs: true, top_logprobs: 4 }];
 }
 
 async function answer() {
   for (const old of log.querySelectorAll(".error, .note")) old.remove();
   const mine = running = new AbortController(), parts = [], element = make("turn assistant waiting", "");
-  let length = false, failed = "", refused = false;
+  let finish = null, failed = "", refused = false;
   following = true;
   follow(() => log.append(element));
   update();
   try {
     const [path, body] = request();
-    const response = await fetch(path, { method: "POST", headers: headers(), body: JSON.stringify(body), signal: mine.signal });
+    const unsent = body.messages ? messages.length - body.messages.length : 0;
+    if (unsent) follow(() => element.before(make("note", `The conversation is long: its ${unsent} oldest messages are no longer sent.`)));
+    const response = await fetch(here + path, { method: "POST", headers: headers(), body: JSON.stringify(body), signal: mine.signal });
     refused = response.status === 401;
-    if (!response.ok) throw new Error((await response.json()).error.message);
-    for await (const event of events(response)) {
+    for await (const event of events(await checked(response))) {
       if (event.error) throw new Error(event.error.message);
-      if (event.nanochat && event.nanochat.note) follow(() => element.before(make("note", event.nanochat.note)));
-      const choice = event.choices[0] || {};
-      if (choice.finish_reason === "length") length = true;
+      if (event.nanochat && event.nanochat.note && !unsent) follow(() => element.before(make("note", event.nanochat.note)));
+      const choice = (event.choices || [])[0] || {};
+      finish = choice.finish_reason || finish;
       follow(() => (choice.parts || []).forEach(part => {
         element.classList.remove("waiting");
         addPart(element, part);
@@ -112,6 +137,7 @@ async function answer() {
         else parts.push({ type: part.type, text: part.text });
       }));
     }
+    if (!finish) failed = "The connection ended before the answer did: regenerate.";
   } catch (error) {
     if (error.name !== "AbortError") failed = error instanceof TypeError ? "The server cannot be reached: see whether it still runs, then regenerate." : error.message[0].toUpperCase() + error.message.slice(1);
   }
@@ -121,7 +147,7 @@ async function answer() {
   if (mine.signal.aborted) tell("note", "Stopped.");
   else if (failed) tell("error", failed);
   else if (!parts.length) tell("note", "The model had nothing to say: regenerate, or ask differently.");
-  else if (length) tell("note", "The answer ends here because it reached its greatest length.");
+  else if (finish === "length") tell("note", "The answer ends here because it reached its greatest length.");
   running = null;
   update();
   if (refused) askForKey(); // only now: a key that is entered sends the question again at once
@@ -209,12 +235,18 @@ $("temperature").addEventListener("input", () => { $("shown").textContent = Numb
 
 async function health() {
   try {
-    const state = await (await fetch("/health")).json();
+    const state = await (await fetch(here + "health")).json();
+    if (state.error) throw new Error(state.error.message);
+    limits = state.limits || {};
     base = state.stage === "base";
     $("model").textContent = state.model + (state.status === "ready" ? "" : ": " + state.status) + (base ? " \u2014 a base model, which only goes on with a text" : "");
     if (base) box.placeholder = "Begin a text";
     if (!["ready", "degraded"].includes(state.status)) setTimeout(health, 2000);
-  } catch { $("model").textContent = "the server cannot be reached"; setTimeout(health, 5000); }
+  } catch (error) {
+    const unreachable = error instanceof TypeError || error instanceof SyntaxError;
+    $("model").textContent = unreachable ? "the server cannot be reached" : error.message;
+    setTimeout(health, 5000);
+  }
 }
 
 $("temperature").dispatchEvent(new Event("input"));

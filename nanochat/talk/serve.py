@@ -14,6 +14,7 @@ import hashlib
 import hmac
 import math
 import os
+import re
 import socket
 import threading
 import time
@@ -24,12 +25,14 @@ from typing import Any
 
 # %% ../../nbs/talk/46_serve.ipynb #d88aa346
 import torch
+import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # %% ../../nbs/talk/46_serve.ipynb #697bc65d
 from ..core.files import UserError, say
@@ -38,13 +41,14 @@ from ..model.scheduler import Scheduler
 from .chat import TEMPERATURE, chosen_stage
 from .api import (
     ApiError, ChatAnswer, ChatRequest, CompletionRequest, ErrorBody, ServerLimits, TextAnswer,
-    chat_prompt, completion_prompt, explain)
+    chat_prompt, completion_prompts, explain)
 from .stream import (
     Answering, ChatShape, EventStream, Gone, Rows, Service, TextShape, unexpected, unless_gone)
 from .workers import WorkerPool, load_on
 
 # %% ../../nbs/talk/46_serve.ipynb #3adb8460
 _OPEN = {"/", "/health"} # need no key
+_ANSWERING = {"/v1/chat/completions", "/v1/completions"} # take a body
 # requests are counted by these paths; all others are counted as "other"
 _ENDPOINTS = ("/", "/health", "/metrics", "/openapi.json", "/v1/models",
               "/v1/chat/completions", "/v1/completions")
@@ -54,12 +58,15 @@ def _check_host(host: str, hosts: set[str] | None):
     "Raise an `ApiError` if a request is for another host; None for `hosts` allows any."
     if hosts is not None and (urllib.parse.urlsplit(f"//{host}").hostname or "") not in hosts:
         raise ApiError(403, f"this server is not called {host[:100]!r}: use http://127.0.0.1 with "
-                       "its port, or start it with --host and a key.", code="wrong_host")
+                       f"its port, or start it with --allow-origin https://{host[:100]} (behind a "
+                       "proxy), or with --host and a key.", code="wrong_host")
 
 # %% ../../nbs/talk/46_serve.ipynb #b37b655d
-def _check_origin(origin: str | None, host: str, origins: set[str]):
+def _check_origin(headers: dict[str, str], origins: set[str]):
     "Raise an `ApiError` if a request is from a page of a site that is not allowed."
+    origin, host = headers.get("origin"), headers.get("host", "")
     if origin is None or origins & {origin, "*"}: return
+    if headers.get("sec-fetch-site") == "same-origin": return
     if urllib.parse.urlsplit(origin).netloc != host:
         raise ApiError(403, f"pages of {origin[:100]!r} may not use this server: start it with "
                        f"--allow-origin {origin[:100]}.", code="wrong_origin")
@@ -90,7 +97,7 @@ async def _read_body(
     "Read a request's body. Raises `ApiError` if it is too long or too slow."
     limit, data, size = limits.body, bytearray(), 0
     declared = headers.get("content-length", "")
-    too_large = declared.isdigit() and int(declared) > limit
+    too_large = declared.isdecimal() and int(declared) > limit
     try:
         async with asyncio.timeout(limits.stall):
             # with an Expect header, the client waits for an answer before it sends the body
@@ -130,22 +137,24 @@ class _Guard:
         hosts: set[str] | None = None, # names that a request may have as host; None: any
         origins: Iterable[str] = (), # other sites whose pages may use the server
     ):
-        self.app, self.service, self.key = app, service, key
-        self.hosts, self.origins = hosts, set(origins)
+        self.app, self.service, self.key, self.origins = app, service, key, set(origins)
+        named = {urllib.parse.urlsplit(origin).hostname for origin in self.origins}
+        self.hosts = None if hosts is None or "*" in self.origins else hosts | named
 
     def check(self, method: str, path: str, headers: dict[str, str]):
         "Raise an `ApiError` if a request's headers are not allowed."
-        host = headers.get("host", "")
-        _check_host(host, self.hosts)
-        _check_origin(headers.get("origin"), host, self.origins)
+        _check_host(headers.get("host", ""), self.hosts)
+        _check_origin(headers, self.origins)
         if self.key and path not in _OPEN: _check_key(headers.get("authorization", ""), self.key)
-        if method == "POST" and path in _ENDPOINTS:
+        if method == "POST" and path in _ANSWERING:
             _check_content_type(headers.get("content-type", ""))
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http": return await self.app(scope, receive, send)
         # 499, as in nginx: the caller disconnected before the response began
         status, path, headers = 499, scope["path"], {}
+        # where GET is possible, HEAD is, too; uvicorn leaves out the body
+        if scope["method"] == "HEAD": scope = scope | {"method": "GET"}
         async def counted(message):
             nonlocal status
             if message["type"] == "http.response.start":
@@ -160,12 +169,14 @@ class _Guard:
         try:
             try:
                 self.check(scope["method"], path, headers)
-                body = await _read_body(self.service.limits, headers, receive)
+                if scope["method"] == "POST" and path in _ANSWERING:
+                    body = await _read_body(self.service.limits, headers, receive)
+                    receive = _received(body, receive)
             except ApiError as e: return await refuse(e)
             except ValueError:
                 unreadable = "the request's Host or Origin cannot be read: correct it."
                 return await refuse(ApiError(400, unreadable))
-            await self.app(scope, _received(body, receive), counted)
+            await self.app(scope, receive, counted)
         except Gone: self.service.metrics.gone += 1
         except Exception:
             status = 500
@@ -204,16 +215,16 @@ def _check_model(service: Service, name: str | None):
                    "model", "model_not_found")
 
 # %% ../../nbs/talk/46_serve.ipynb #a88e9d85
-async def _answered(service: Service, request: Request, asked, shape, make_prompt, tools: bool):
+async def _answered(service: Service, request: Request, asked, shape, make_prompts, tools: bool):
     "Answer a request as JSON or as a stream; `tools` lets the calculator answer."
     _check_model(service, asked.model)
-    n = asked.n or 1
+    n = asked.n_answers()
     service.admit(n)
     rows = Rows(service, n)
     try:
         answering = Answering(service, asked, shape, rows)
-        prompt = await asyncio.to_thread(make_prompt, service, asked)
-        answering.start(prompt, tools)
+        prompts = await asyncio.to_thread(make_prompts, service, asked)
+        answering.start(prompts, tools)
         if asked.stream: return EventStream(answering)
         return JSONResponse(await unless_gone(answering.whole(), request.receive))
     except BaseException:
@@ -233,7 +244,8 @@ def _add_errors(app: FastAPI):
     async def http_error(request, error):
         allowed = (error.headers or {}).get("Allow", "another method")
         messages = {
-            404: "there is nothing at this address: the API is at /v1, the page at /.",
+            404: "there is nothing at this address: the API has /v1/chat/completions, "
+                 "/v1/completions and /v1/models, and the page is at /.",
             405: f"{request.method} is not possible here: use {allowed}.",
             400: "the request's body is not JSON: send a JSON object."}
         message = messages.get(error.status_code, f"{error.detail}.")
@@ -270,7 +282,9 @@ def _health(service: Service) -> tuple[dict, int]: # the body, the status
         state = "degraded" if backend.alive else "restarting"
     body = {"status": state, "model": service.name, "stage": service.stage,
             "context": service.context, "busy": getattr(backend, "busy", 0),
-            "waiting": getattr(backend, "waiting", 0)}
+            "waiting": getattr(backend, "waiting", 0),
+            "limits": {"messages": service.limits.messages,
+                       "characters": service.limits.characters}}
     if workers: body["workers"] = workers
     return body, 200 if state in ("ready", "degraded") else 503
 
@@ -286,12 +300,13 @@ def _add_endpoints(app: FastAPI, service: Service, secured: list):
     @app.post("/v1/chat/completions", responses=_answers(ChatAnswer), dependencies=secured,
               summary="Answer a conversation")
     async def chat_completions(request: Request, asked: ChatRequest):
-        return await _answered(service, request, asked, ChatShape(), chat_prompt, True)
+        def prompts(*args): return [chat_prompt(*args)]
+        return await _answered(service, request, asked, ChatShape(), prompts, True)
 
     @app.post("/v1/completions", responses=_answers(TextAnswer), dependencies=secured,
               summary="Continue a text")
     async def completions(request: Request, asked: CompletionRequest):
-        return await _answered(service, request, asked, TextShape(), completion_prompt, False)
+        return await _answered(service, request, asked, TextShape(), completion_prompts, False)
 
     @app.get("/v1/models", responses=_ERRORS, dependencies=secured, summary="List the model")
     async def models():
@@ -331,8 +346,9 @@ def _create_app(
     origins = list(origins)
     app.add_middleware(_Guard, service=service, key=key, hosts=hosts, origins=origins)
     if origins:
+        # OpenAI's client in JavaScript sends headers of its own, and reads when to try again
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
-                           allow_headers=["Authorization", "Content-Type"])
+                           allow_headers=["*"], expose_headers=["Retry-After"])
     _add_errors(app)
     bearer = HTTPBearer(auto_error=False, description="The server's API key.")
     # `_Guard` checks the key; this dependency only describes it in `/openapi.json`
@@ -351,9 +367,9 @@ def _pick_devices(
     "Return the devices; `auto` takes all GPUs. Raises `UserError` if the text is not valid."
     n_gpus, n_cpus = torch.cuda.device_count(), os.cpu_count() or 1
     if devices == "auto" and n_gpus > 1: return [f"cuda:{i}" for i in range(n_gpus)]
-    if devices.isdigit():
-        if not 1 <= int(devices) <= n_cpus * 4:
-            raise UserError(f"--devices {devices} asks for that many processes on {n_cpus} CPU "
+    if devices.isdecimal():
+        if len(devices) > 9 or not 1 <= int(devices) <= n_cpus * 4:
+            raise UserError(f"--devices {devices[:9]} asks for that many processes on {n_cpus} CPU "
                             f"cores: use 1 to {n_cpus * 4}.")
         return ["cpu"] * int(devices)
     names = [name.strip() for name in devices.split(",")]
@@ -364,31 +380,76 @@ def _pick_devices(
                         "CPU processes.")
     return names
 
-# %% ../../nbs/talk/46_serve.ipynb #e8c8e142
-def _make_server(
-    service: Service,
-    app: FastAPI,
-): # -> uvicorn.Server
-    "Make a server for an application; it does not run yet."
-    import uvicorn
-    grace = service.limits.grace
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets=None):
-            service.state = "closing"
-            async def interrupt():
-                await asyncio.sleep(grace)
-                await asyncio.to_thread(service.close)
-            timer = asyncio.create_task(interrupt())
-            try: await super().shutdown(sockets)
-            finally:
-                timer.cancel()
-                await asyncio.to_thread(service.close)
+# %% ../../nbs/talk/46_serve.ipynb #81ab507e
+class _Connection(H11Protocol):
+    "A connection that ends if its caller is silent for too long."
+    def __init__(self, limits: ServerLimits, **kwargs): # those of `H11Protocol`
+        super().__init__(**kwargs)
+        self.limits = limits
 
-    config = uvicorn.Config(app, log_level="warning", use_colors=False, access_log=False,
-                            server_header=False,
-                            timeout_graceful_shutdown=math.ceil(grace) + 5,
-                            h11_max_incomplete_event_size=1 << 16)
-    return Server(config)
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.since = self.loop.time() # the time at which the server began to wait for the caller
+        there = [c for c in self.connections if not c.transport.is_closing()]
+        if len(there) <= _most_connections(self.limits): return
+        waiting = [c for c in there if not c.answering or c.cycle.more_body]
+        min(waiting, key=lambda c: c.since).transport.abort()
+
+    @property
+    def answering(self) -> bool:
+        "Whether a request has begun to come, and its answer has not been sent."
+        if self.cycle is None or self.transport.is_closing(): return False
+        return not self.cycle.response_complete
+
+    def end_if_late(self):
+        "End the connection if the server has waited too long for its caller."
+        now = self.loop.time()
+        if self.answering and not self.flow.write_paused: self.since = now
+        elif now - self.since > (self.limits.stall if self.answering else self.limits.headers):
+            self.transport.abort()
+
+# %% ../../nbs/talk/46_serve.ipynb #e44da585
+def _most_connections(limits: ServerLimits) -> int:
+    "Return how many connections there may be: some files are left for other purposes."
+    try: import resource
+    except ImportError: return limits.connections # on Windows, connections are no files
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY: return limits.connections
+    return min(limits.connections, files * 3 // 4)
+
+# %% ../../nbs/talk/46_serve.ipynb #e8c8e142
+class _Server(uvicorn.Server):
+    "A server that ends silent connections, and interrupts answers when it is stopped."
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self.service = service
+
+    async def on_tick(self, counter):
+        "Is called ten times a second."
+        if counter % 10 == 0:
+            for connection in list(self.server_state.connections): connection.end_if_late()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets=None):
+        self.service.state = "closing"
+        async def interrupt():
+            await asyncio.sleep(self.service.limits.grace)
+            await asyncio.to_thread(self.service.close)
+        timer = asyncio.create_task(interrupt())
+        try: await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+            await asyncio.to_thread(self.service.close)
+
+# %% ../../nbs/talk/46_serve.ipynb #48864a1e
+def _make_server(service: Service, app: FastAPI) -> _Server:
+    "Make a server for an application; it does not run yet."
+    config = uvicorn.Config(
+        app, http=functools.partial(_Connection, service.limits), ws="none", log_level="warning",
+        use_colors=False, access_log=False, server_header=False,
+        timeout_graceful_shutdown=math.ceil(service.limits.grace) + 5,
+        h11_max_incomplete_event_size=1 << 16)
+    return _Server(config, service)
 
 # %% ../../nbs/talk/46_serve.ipynb #85a35b65
 @contextlib.contextmanager
@@ -419,6 +480,15 @@ def _check_access(host: str, api_key: str | None):
     if not visible or len(api_key) < 8:
         raise UserError("the API key has less than 8 characters, or some that are not visible "
                         f"ASCII: choose another {make_one}.")
+
+# %% ../../nbs/talk/46_serve.ipynb #220b576d
+def _check_origins(origins: Iterable[str]):
+    "Raise a `UserError` for an origin that no browser sends, such as one with a path."
+    host = r"(\[[\da-f:.]+\]|[^/?#\s\[\]]+)"
+    for origin in origins:
+        if not re.fullmatch(rf"\*|null|[a-z][a-z0-9+.-]*://{host}(:\d+)?", origin):
+            raise UserError(f"--allow-origin {origin!r} is not a site: give its scheme and host, "
+                            "without a slash at the end, such as https://example.org.")
 
 # %% ../../nbs/talk/46_serve.ipynb #21eacf3a
 def _listen(host: str, port: int) -> socket.socket:
@@ -455,6 +525,7 @@ def serve(
 ):
     "Serve a run's model until Ctrl-C. Raises `UserError` for wrong settings before it loads."
     _check_access(host, api_key)
+    _check_origins(origins)
     run, names = Run.open(run_name), _pick_devices(devices)
     stage = chosen_stage(run, stage)
     sock = _listen(host, port)

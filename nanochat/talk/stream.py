@@ -240,7 +240,10 @@ class Service:
         if self.backend is not None: self.backend.close()
 
     def admit(self, n: int):
-        "Admit n rows. Raises `ApiError`: 503 if there is no model, 429 if too many rows wait."
+        """Admit n rows.
+
+        Raises `ApiError`: 503 if there is no model, 429 if too many rows wait, 400 if n rows
+        never have room."""
         def later(status, message, code, seconds):
             raise ApiError(status, message, code=code, headers={"Retry-After": seconds})
         if self.state == "loading":
@@ -251,6 +254,9 @@ class Service:
         # only a `WorkerPool` can have lost its model
         if not getattr(self.backend, "alive", True): raise restarting()
         room = self.capacity + self.limits.queue
+        if n > room:
+            raise ApiError(400, f"the request asks for {n} answers, and the server holds {room} at "
+                           "most: send fewer prompts.", "prompt", "too_large")
         if self.active + n > room:
             later(429, f"{self.active} answers are being written or waiting, and the limit is "
                   f"{room}: try again in a few seconds.", "queue_full", "2")
@@ -286,8 +292,8 @@ class Rows:
         **settings, # as in `Scheduler.submit`
     ):
         "Submit the rows. Raises `ApiError` if the scheduler refuses them."
-        for i, seed in enumerate(seeds):
-            on_event = functools.partial(self._on_event, i)
+        for seed in seeds:
+            on_event = functools.partial(self._on_event, len(self.rows))
             try: row = self.service.backend.submit(prompt, on_event, seed=seed, **settings)
             except UserError as e: raise ApiError(400, str(e)) from None
             self.absent -= 1
@@ -346,11 +352,17 @@ def _take_all(self: Rows) -> list:
 
 # %% ../../nbs/talk/44_stream.ipynb #03a0344c
 @patch
-async def take(self: Rows) -> list[tuple[int, TokenEvent]]: # (row, event)
+async def take(
+    self: Rows,
+    patience: float | None = None, # most seconds to wait; None: any time
+) -> list[tuple[int, TokenEvent]] | None: # (row, event); None after `patience` seconds
     "Wait for events. Raises `ApiError` if a row failed, or if the reader was too slow."
-    while not self.events:
-        self.bell.clear()
-        await self.bell.wait()
+    try:
+        async with asyncio.timeout(patience):
+            while not self.events:
+                self.bell.clear()
+                await self.bell.wait()
+    except TimeoutError: return None
     taken = self._take_all()
     if self.late:
         raise ApiError(503, "the answer was read more slowly than it was written, and was "
@@ -453,7 +465,7 @@ class Answering:
         rows: Rows,
     ):
         self.service, self.request, self.shape, self.rows = service, request, shape, rows
-        self.started, self.n, self.prompt = time.perf_counter(), request.n or 1, None
+        self.started, self.n, self.prompts = time.perf_counter(), request.n_answers(), None
         # a chat request has two fields for probabilities, a completion request has one
         if isinstance(request, ChatRequest):
             self.top, self.logprobs = request.top_logprobs or 0, bool(request.logprobs)
@@ -467,35 +479,42 @@ class Answering:
                      "model": service.name}
         self.chunk_head = self.head | {"object": shape.chunk_object}
 
-    def start(self, prompt: Prompt, tools: bool):
-        "Submit the rows. Without a seed in the request, a random one is drawn."
-        request, self.prompt = self.request, prompt
+    def start(self, prompts: list[Prompt], tools: bool):
+        """Submit the rows: `n` for each prompt. Without a seed in the request, draw one.
+
+        Each prompt gets the same seeds, so it is answered as it would be alone."""
+        request, self.prompts = self.request, prompts
         seed = secrets.randbits(63) if request.seed is None else request.seed
-        seeds = [seed, *(derive_seed(seed, i) for i in range(1, self.n))]
+        seeds = [seed, *(derive_seed(seed, i) for i in range(1, request.n or 1))]
         temperature = 1.0 if request.temperature is None else request.temperature
         # a tiny temperature overflows float32, and below this the answer is greedy anyway
         if temperature < 1e-3: temperature = 0.0
-        sampling = Sampling(
-            prompt.room, temperature, request.top_k or None, max(request.top_p or 1.0, 1e-6))
-        self.rows.submit(
-            prompt.tokens, seeds, sampling=sampling, tools=tools, n_alternatives=self.top)
+        top_k, top_p = request.top_k or None, max(request.top_p or 1.0, 1e-6)
+        for prompt in prompts:
+            sampling = Sampling(prompt.room, temperature, top_k, top_p)
+            self.rows.submit(
+                prompt.tokens, seeds, sampling=sampling, tools=tools, n_alternatives=self.top)
 
 # %% ../../nbs/talk/44_stream.ipynb #d5b99357
+_SILENCE = 15.0 # seconds without an event; proxies end a stream that is silent for longer
+
 @patch
 async def _bits(self: Answering) -> AsyncIterator[list[tuple]]: # of (row, parts, entries, finish)
-    "Yield what has come until all rows have ended. If the caller stops reading, end the rows."
+    """Yield what has come until all rows have ended; after a silence, yield nothing in a list.
+
+    If the caller stops reading, end the rows."""
     first, metrics = True, self.service.metrics
     try:
         while any(text.finish is None for text in self.texts):
-            came = []
-            for i, event in await self.rows.take():
+            came, taken = [], await self.rows.take(_SILENCE)
+            for i, event in taken or []:
                 if first: metrics.first_token.add(time.perf_counter() - self.started)
                 first, text = False, self.texts[i]
                 if text.finish: continue # the row was ended at a stop text
                 parts, entries = text.add(event) # may set `text.finish`
                 came.append((i, parts, entries, text.finish))
                 if text.finish and event.finish is None: self.rows.cancel(i) # at a stop text
-            if came: yield came
+            if came or taken is None: yield came
     finally:
         self.rows.close()
         metrics.duration.add(time.perf_counter() - self.started)
@@ -503,16 +522,17 @@ async def _bits(self: Answering) -> AsyncIterator[list[tuple]]: # of (row, parts
 # %% ../../nbs/talk/44_stream.ipynb #8883e570
 @patch
 def _usage(self: Answering) -> dict:
-    "Count the tokens of the prompt and of the answers."
-    read, written = len(self.prompt.tokens), sum(text.n_tokens for text in self.texts)
+    "Count the tokens of the prompts and of the answers."
+    read = sum(len(prompt.tokens) for prompt in self.prompts)
+    written = sum(text.n_tokens for text in self.texts)
     return {"prompt_tokens": read, "completion_tokens": written,
             "total_tokens": read + written}
 
 # %% ../../nbs/talk/44_stream.ipynb #c51e93c9
 @patch
 def _notes(self: Answering) -> dict:
-    "Return the prompt's notes as a field of the answer, if there are any."
-    notes = self.prompt.notes()
+    "Return a conversation's notes as a field of the answer, if there are any."
+    notes = self.prompts[0].notes()
     return {"nanochat": notes} if notes else {}
 
 # %% ../../nbs/talk/44_stream.ipynb #87718c08
@@ -582,6 +602,9 @@ async def lines(self: Answering) -> AsyncIterator[bytes]:
     written, first = [0] * self.n, True # characters written of each row
     async with contextlib.aclosing(self._bits()) as bits:
         async for came in bits:
+            if not came:
+                yield b": the answer is on its way\n\n" # a comment, which clients skip
+                continue
             out = self._opening() if first else []
             first = False
             for i, parts, entries, finish in came:
@@ -630,7 +653,8 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, answering: Answering):
-        super().__init__(headers={"Cache-Control": "no-store"})
+        # nginx collects the events before it passes them on, unless this header is set
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"] # starlette sets it to 0; a stream has none
         self.answering, self.service = answering, answering.service
 

@@ -7,7 +7,6 @@ __all__ = ['Chat', 'open_chat', 'compare']
 
 # %% ../../nbs/talk/42_widget.ipynb #a7a9f7dd
 import html
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 # %% ../../nbs/talk/42_widget.ipynb #7bdfa724
-from ..core.files import UserError, read_json
+from ..core.files import UserError, parse_json, read_json
 from ..core.run import Run
 from ..model.engine import Engine
 from nanochat.talk.chat import (
@@ -443,8 +442,8 @@ def load(self: Chat, path: Path):
 def _uploaded(self: Chat):
     "Load the conversation from the file button's file."
     def read():
-        try: return json.loads(bytes(self.upload.value[0]["content"]))
-        except (ValueError, RecursionError):
+        try: return parse_json(bytes(self.upload.value[0]["content"]))
+        except ValueError:
             raise UserError("this file is not JSON: choose one that Save wrote.") from None
     if self.upload.value: self._load(read)
 

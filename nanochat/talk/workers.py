@@ -7,10 +7,12 @@ __all__ = ['load_on', 'WorkerPool']
 
 # %% ../../nbs/talk/45_workers.ipynb #948ddc75
 import contextlib
+import ctypes
 import functools
 import multiprocessing
 import queue
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -53,15 +55,21 @@ def _is_last(event) -> bool:
 
 # %% ../../nbs/talk/45_workers.ipynb #c3fb198e
 def _post(pipe, outbox: queue.SimpleQueue, scheduler: Scheduler):
-    "Send the waiting events and the scheduler's load, until the pipe is closed."
+    "Send the waiting events and the scheduler's load, each second at least, until the pipe closes."
     while True:
-        events = [outbox.get()]
+        events = []
+        with contextlib.suppress(queue.Empty): events.append(outbox.get(timeout=1))
         while not outbox.empty(): events.append(outbox.get())
         load = (scheduler.busy, scheduler.waiting, scheduler.tokens, scheduler.prompt_tokens)
         try: pipe.send(("events", events, load))
         except OSError: return
 
 # %% ../../nbs/talk/45_workers.ipynb #8c84593c
+def _end_with_parent():
+    "Let Linux end this process when its parent ends, or end it now if it has ended already."
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG
+    if not multiprocessing.parent_process().is_alive(): sys.exit(1)
+
 def _run_worker(
     pipe, # the worker's end, a `multiprocessing` connection
     load: Callable, # called with the device; returns an `Engine`
@@ -70,6 +78,7 @@ def _run_worker(
     n_threads: int, # of torch
 ):
     "Load the model, then serve the requests of the pipe until it is closed."
+    _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN) # on Ctrl-C, the front ends the workers
     torch.set_num_threads(n_threads)
     try: engine = load(device)
@@ -105,6 +114,13 @@ class _PoolRow:
     worker: "_Worker"
     number: int # the name of the row in messages
 
+# %% ../../nbs/talk/45_workers.ipynb #48333a96
+def _send_all(pipe, outbox: queue.SimpleQueue):
+    "Send the messages of a queue until a None comes, or the pipe breaks."
+    for message in iter(outbox.get, None):
+        try: pipe.send(message)
+        except OSError: return
+
 # %% ../../nbs/talk/45_workers.ipynb #edb1261b
 class _Worker:
     "The front's side of a worker."
@@ -115,49 +131,60 @@ class _Worker:
         self.rows = {} # number: `on_event` of a row
         self.load = (0, 0, 0, 0) # busy, waiting, tokens, prompt tokens of the current process
         self.before = (0, 0) # tokens and prompt tokens of earlier processes
+        self.heard = 0.0 # when the last message came
         self.lock, self.process, self.pipe = threading.Lock(), None, None
+        self.outbox = queue.SimpleQueue() # messages to the current process
         self.thread = threading.Thread(target=self._live, daemon=True)
         self.thread.start()
 
     def _live(self):
         "Start the process and read its messages; start another one if it dies."
+        failures = 0 # to load the model, since the last success
         while not self.pool.closed:
-            started = time.monotonic()
             self._start()
             with contextlib.suppress(EOFError, OSError):
                 while True: self._hear(*self.pipe.recv())
-            self.process.join(10)
+            failures = 0 if self.state == "ready" else failures + 1
             self._bury()
             if self.pool.closed: break
             self.restarts += 1
             reason = f" ({self.error})" if self.error else ""
             say(f"The worker on {self.device} has died{reason}: it is started again.")
             self.pool.changed.set()
-            at_once = time.monotonic() - started > 60 or self.restarts == 1
-            time.sleep(0 if at_once else min(2 ** self.restarts, 30))
+            if failures: time.sleep(min(2 ** failures, 30))
 
     def _start(self):
-        "Start the process."
+        "Start the process, and a thread that sends it messages."
         pool, spawn = self.pool, multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
         args = (theirs, pool.make_engine, self.device, pool.max_rows, pool.n_threads)
         self.process = spawn.Process(target=_run_worker, args=args, daemon=True)
         self.process.start()
         theirs.close() # now only the process holds this end: the pipe breaks when it ends
+        self.sender = threading.Thread(
+            target=_send_all, args=(self.pipe, self.outbox), daemon=True)
+        self.sender.start()
 
     def _bury(self):
         "End the rows of a dead process with an error, and keep its counts."
+        self.process.join(10)
+        self.process.kill()
+        self.process.join()
         with self.lock:
             lost, self.rows, self.state = list(self.rows.values()), {}, "restarting"
             self.before = (self.before[0] + self.load[2], self.before[1] + self.load[3])
             self.load = (0, 0, 0, 0)
-            self.pipe.close()
+            old, self.outbox = self.outbox, queue.SimpleQueue()
+        old.put(None)
+        self.sender.join()
+        self.pipe.close()
         for on_event in lost: on_event(RuntimeError("the process that held the model has died"))
 
 # %% ../../nbs/talk/45_workers.ipynb #15a4fa94
 @patch
 def _hear(self: _Worker, what, *rest):
     "Handle a message of the worker."
+    self.heard = time.monotonic()
     if what == "events":
         events, self.load = rest
         for number, event in events: self._pass_on(number, event)
@@ -179,13 +206,28 @@ def _pass_on(self: _Worker, number, event):
 
 # %% ../../nbs/talk/45_workers.ipynb #7a51523a
 @patch
-def send(self: _Worker, *message) -> bool: # False if the worker cannot be reached
-    "Send a message to the worker."
+def submit(self: _Worker, number: int, on_event: Callable, *message) -> bool:
+    "Add a row and send it to the worker. Returns False if the worker is not ready."
     with self.lock:
         if self.state != "ready": return False
-        try: self.pipe.send(message)
-        except OSError: return False
+        self.rows[number] = on_event
+        self.outbox.put(("submit", number, *message))
         return True
+
+# %% ../../nbs/talk/45_workers.ipynb #ab72af2d
+_SILENCE = 15.0 # most seconds in which a worker sends nothing
+
+def _watch(pool: "WorkerPool"):
+    "Kill the workers that hang, until the pool is closed."
+    while not pool.closed:
+        before = time.monotonic()
+        time.sleep(1)
+        now = time.monotonic()
+        for worker in pool.members:
+            if now - before > 3: worker.heard = now
+            elif worker.state == "ready" and now - worker.heard > _SILENCE:
+                worker.error = f"it has not answered for {_SILENCE:.0f} seconds"
+                worker.process.kill()
 
 # %% ../../nbs/talk/45_workers.ipynb #9e87a9b9
 class WorkerPool:
@@ -203,22 +245,19 @@ class WorkerPool:
         self.refused = None # the message of a `UserError` while a worker loaded the model
         self.changed = threading.Event() # wakes `wait`
         self.members = [_Worker(self, device) for device in devices]
+        threading.Thread(target=_watch, args=(self,), daemon=True).start()
 
     def submit(self, prompt: list[int], on_event: Callable, **settings) -> _PoolRow:
         "Queue a row as `Scheduler.submit` does, but a `UserError` comes as an event."
         ready = [w for w in self.members if w.state == "ready"]
         for worker in sorted(ready, key=lambda w: len(w.rows)):
             number = next(self.numbers)
-            row = _PoolRow(worker, number)
-            with worker.lock: worker.rows[number] = on_event
-            if worker.send("submit", number, prompt, settings): return row
-            with worker.lock: # without an entry, the row has already ended with an error
-                if worker.rows.pop(number, None) is None: return row
+            if worker.submit(number, on_event, prompt, settings): return _PoolRow(worker, number)
         raise restarting()
 
     def cancel(self, row: _PoolRow):
         "End a row early, as `Scheduler.cancel` does."
-        if row.number in row.worker.rows: row.worker.send("cancel", row.number)
+        if row.number in row.worker.rows: row.worker.outbox.put(("cancel", row.number))
 
     @property
     def alive(self) -> bool: return any(w.state == "ready" for w in self.members)
@@ -259,16 +298,13 @@ def wait(self: WorkerPool) -> tuple[Tokenizer, int]: # the tokenizer, the contex
 @patch
 def close(self: WorkerPool):
     "End all workers; their rows end with an error."
-    self.closed = True
-    for worker in self.members:
-        with worker.lock:
-            if worker.pipe is None or worker.pipe.closed: continue
-            # closing the pipe here would not wake the thread that reads it
-            with contextlib.suppress(OSError): worker.pipe.send(("close", None))
+    self.closed, until = True, time.monotonic() + 5
+    # closing the pipes here would not wake the threads that read them
+    for worker in self.members: worker.outbox.put(("close", None))
     for worker in self.members:
         if worker.process is None or not worker.process.is_alive(): continue
         # wait for the worker's thread, which joins the process: two threads must not join it
-        worker.thread.join(5)
+        worker.thread.join(max(0, until - time.monotonic()))
         if worker.process.is_alive():
             worker.process.kill()
             worker.thread.join(5)

@@ -82,7 +82,7 @@ def _parse_gpus(text: str) -> list[_Gpu]:
     gpus = []
     for line in text.splitlines():
         fields = [field.strip() for field in line.split(",")]
-        if len(fields) != len(_FIELDS) or not fields[0].isdigit(): continue
+        if len(fields) != len(_FIELDS) or not fields[0].isdecimal(): continue
         index, name, driver, *numbers = fields
         gpus.append(_Gpu(int(index), name, driver, *map(_number, numbers)))
     return gpus
@@ -151,7 +151,7 @@ def _check_cards(gpus: list[_Gpu]) -> list[Check]:
 def _visible(gpus: list[_Gpu]) -> list[_Gpu]:
     "Leave out the GPUs that CUDA_VISIBLE_DEVICES hides, if it consists of numbers."
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
-    if not all(name.isdigit() for name in chosen): return gpus
+    if not all(name.isdecimal() for name in chosen): return gpus
     return [gpu for gpu in gpus if str(gpu.index) in chosen]
 
 # %% ../../nbs/train/29_check.ipynb #b59492e8

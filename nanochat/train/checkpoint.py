@@ -32,7 +32,8 @@ from fastcore.basics import patch
 
 # %% ../../nbs/train/26_checkpoint.ipynb #982a355e
 from ..core.files import (
-    UserError, atomic_write, fsync_dir, no_space, read_json, sha256_file, sha256_json)
+    NoSpace, UserError, atomic_write, disk_errors, fsync_dir, make_dir, misfit, parse_json,
+    read_json, remove, sha256_file, sha256_json)
 from ..core.machine import host_copy
 from ..core.run import Run
 from ..core.tokenizer import Tokenizer
@@ -64,10 +65,8 @@ def _best(
     file = Path(dir)/"best.json"
     if not file.exists(): return None, math.inf
     remedy = "delete it; then only later checkpoints compete for the best."
-    best = read_json(file, remedy)
-    try: path, score = file.parent/f"step_{best['step']:06d}", float(best["score"])
-    except (TypeError, KeyError, ValueError):
-        raise UserError(f"{file} is damaged (entries are missing): {remedy}") from None
+    best = read_json(file, remedy, {"step": int, "score": float})
+    path, score = file.parent/f"step_{best['step']:06d}", float(best["score"])
     return (path, score) if path.is_dir() else (None, math.inf)
 
 # %% ../../nbs/train/26_checkpoint.ipynb #24ee5ed6
@@ -96,9 +95,9 @@ def _mark_best(
 def _discard(path: Path):
     "Remove a checkpoint. It is renamed first, so a half-removed one does not look like one."
     away = path.with_name(f".{path.name}.old")
-    shutil.rmtree(away, ignore_errors=True)
-    os.rename(path, away)
-    shutil.rmtree(away, ignore_errors=True)
+    remove(away)
+    with disk_errors(path): os.rename(path, away)
+    remove(away)
 
 # %% ../../nbs/train/26_checkpoint.ipynb #35bedf42
 def _no_room(dir: Path, need: int) -> UserError:
@@ -109,9 +108,8 @@ def _no_room(dir: Path, need: int) -> UserError:
 
 def _make_room(dir: Path, need: int):
     "Remove what killed processes left. Raises `UserError` if `need` bytes are not free afterwards."
-    dir.mkdir(parents=True, exist_ok=True)
-    for leftover in (*dir.glob(".step_*.part"), *dir.glob(".step_*.old")):
-        shutil.rmtree(leftover, ignore_errors=True)
+    make_dir(dir)
+    for leftover in (*dir.glob(".step_*.part"), *dir.glob(".step_*.old")): remove(leftover)
     if need > shutil.disk_usage(dir).free: raise _no_room(dir, need)
 
 # %% ../../nbs/train/26_checkpoint.ipynb #25a10002
@@ -209,32 +207,34 @@ def save_checkpoint(
     # write everything into a folder with a temporary name
     path = dir/f"step_{step:06d}"
     part = dir/f".{path.name}.part"
-    try: _write_folder(part, states, meta | {"step": step})
-    except OSError as e:
-        if not no_space(e): raise
-        shutil.rmtree(part, ignore_errors=True)
+    try:
+        with disk_errors(part): _write_folder(part, states, meta | {"step": step})
+    except NoSpace:
+        remove(part)
         raise _no_room(dir, need) from None
 
     # the rename turns the folder into a checkpoint
     if path.exists(): _discard(path) # the same step, saved again
-    os.rename(part, path)
-    fsync_dir(dir)
+    with disk_errors(path):
+        os.rename(part, path)
+        fsync_dir(dir)
     _remove_old(dir, path, keep)
     return path
 
 # %% ../../nbs/train/26_checkpoint.ipynb #4a46b744
 def _damaged(path: Path, what: str) -> UserError:
     "Make the error for a checkpoint that cannot be used."
-    return UserError(f"{path} {what}: delete the folder {path.parent} "
-                     "to resume from the checkpoint before it.")
+    return UserError(f"{path} {what}: {_remedy(path.parent)}")
+
+def _remedy(path: Path) -> str:
+    "Say what to do about a damaged checkpoint."
+    return f"delete the folder {path} to resume from the checkpoint before it."
 
 # %% ../../nbs/train/26_checkpoint.ipynb #9cd646bf
 def _is_sound(body: dict) -> bool:
     "Tell whether a `meta.json` has all its entries."
-    files, meta = body.get("files"), body.get("meta")
-    if not isinstance(files, dict) or "model.safetensors" not in files: return False
-    if not isinstance(meta, dict) or not isinstance(meta.get("step"), int): return False
-    return all(isinstance(f, dict) and {"bytes", "sha256"} <= set(f) for f in files.values())
+    file = {"bytes": int, "sha256": str}
+    return not misfit(body, {"files": {"model.safetensors": file, str: file}, "meta": {"step": int}})
 
 # %% ../../nbs/train/26_checkpoint.ipynb #58a0d5d7
 def _read_meta(
@@ -242,10 +242,8 @@ def _read_meta(
 ) -> dict: # format, files, meta
     "Read and verify a checkpoint's `meta.json`."
     file = path/"meta.json"
-    try: body = json.loads(file.read_text("utf-8"))
-    except OSError as e: raise _damaged(file, f"cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError): raise _damaged(file, "is damaged (not JSON)") from None
-    if not isinstance(body, dict) or body.pop("sha256", None) != sha256_json(body):
+    body = read_json(file, _remedy(path))
+    if body.pop("sha256", None) != sha256_json(body):
         raise _damaged(file, "is damaged (wrong checksum)")
     if body.get("format") != 1:
         found = body.get("format")
@@ -262,11 +260,12 @@ def _read_tensors(
 ) -> dict[str, torch.Tensor]:
     "Check the size and checksum of one file, and read its tensors."
     try:
-        if (size := path.stat().st_size) != entry["bytes"]:
-            raise _damaged(path, f"is damaged ({size} bytes instead of {entry['bytes']})")
-        if verify and sha256_file(path) != entry["sha256"]:
-            raise _damaged(path, "is damaged (wrong checksum)")
-        return load_file(path, device=str(device))
+        with disk_errors(path):
+            if (size := path.stat().st_size) != entry["bytes"]:
+                raise _damaged(path, f"is damaged ({size} bytes instead of {entry['bytes']})")
+            if verify and sha256_file(path) != entry["sha256"]:
+                raise _damaged(path, "is damaged (wrong checksum)")
+            return load_file(path, device=str(device))
     except OSError as e: raise _damaged(path, f"cannot be read ({e.strerror})") from None
     except SafetensorError as e: raise _damaged(path, f"is damaged ({e})") from None
 
@@ -334,7 +333,9 @@ def load_snapshot(
     try:
         with safe_open(path, "pt") as f:
             weights = {name: f.get_tensor(name) for name in f.keys()}
-            return weights, json.loads(f.metadata()["meta"])
+            meta = parse_json(f.metadata()["meta"])
+        if wrong := misfit(meta, {"step": int}): raise ValueError(wrong)
+        return weights, meta
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"the snapshot {path} is damaged ({e}): delete it; "
                         "the others can still be read.") from None
@@ -345,9 +346,9 @@ def forget_snapshots(
     step: int, # the step from which the stage resumes; 0: it begins
 ):
     "Remove the snapshots of the steps after `step`, and what killed processes left."
-    for leftover in Path(dir).glob(".step_*.part"): leftover.unlink()
+    for leftover in Path(dir).glob(".step_*.part"): remove(leftover)
     for later, path in snapshots_in(dir).items():
-        if later > step: path.unlink()
+        if later > step: remove(path)
 
 # %% ../../nbs/train/26_checkpoint.ipynb #25a10011
 _THREAD = "checkpoint" # name of the threads that write checkpoints

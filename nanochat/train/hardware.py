@@ -231,7 +231,7 @@ def cpu_memory() -> int: # bytes
     limits = [psutil.virtual_memory().total]
     for file in ("memory.max", "memory/memory.limit_in_bytes"): # cgroup version 2 and 1
         path = Path("/sys/fs/cgroup")/file
-        if path.exists() and (text := path.read_text().strip()).isdigit(): limits.append(int(text))
+        if path.exists() and (text := path.read_text().strip()).isdecimal(): limits.append(int(text))
     return min(limits)
 
 # %% ../../nbs/train/20_hardware.ipynb #75719ad7

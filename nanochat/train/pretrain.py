@@ -188,7 +188,9 @@ def _pretrain_schedule(
 def _written_plan(run: Run) -> dict: # empty if there is none
     "Read the plan that `nanochat speedrun` wrote for a run, if it has one."
     file = run.dir/"plan.json"
-    plan = read_json(file, "delete it; training does not need it.") if file.exists() else {}
+    if not file.exists(): return {}
+    shape = {"parts?": {str: {str: float}}, "tokens_per_second?": float}
+    plan = read_json(file, "delete it; training does not need it.", shape)
     return plan if {"parts", "tokens_per_second"} <= set(plan) else {}
 
 # %% ../../nbs/train/28_pretrain.ipynb #c34b7032

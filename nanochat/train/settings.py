@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 # %% ../../nbs/train/21_settings.ipynb #d60c7784
 import yaml
+from fastcore.basics import patch
 
 # %% ../../nbs/train/21_settings.ipynb #84868773
-from ..core.files import UserError, names_in, notebooks_root
-from ..core.run import STAGES, TRACKERS
+from ..core.files import UserError, misfit, names_in, notebooks_root
+from ..core.run import STAGES, TRACKERS, Run
 from ..core.download import SOURCES
 from ..core.dataset import conversation_files
 
@@ -356,7 +357,10 @@ def describe_settings() -> str:
 # %% ../../nbs/train/21_settings.ipynb #293f3165
 def _wrong(setting: _Setting, value, what: str) -> UserError:
     "Make the error for a value that a setting cannot have."
-    return UserError(f"{setting.name} is {value!r}, but it must be {what}.")
+    try: shown = repr(value)
+    except ValueError: shown = "a number" # of more than 4,300 digits, which Python does not write
+    if len(shown) > 60: shown = f"{shown[:40]}…"
+    return UserError(f"{setting.name} is {shown}, but it must be {what}.")
 
 # %% ../../nbs/train/21_settings.ipynb #6d0195ef
 def _parse_number(setting: _Setting, value) -> int | float:
@@ -365,10 +369,13 @@ def _parse_number(setting: _Setting, value) -> int | float:
     bounds = f"of at least {low}" if setting.high == math.inf else f"from {low} to {high}"
     whole = setting.kind is int
     error = _wrong(setting, value, f"a {'whole ' if whole else ''}number {bounds}")
-    try: number = float(str(value).replace(",", "").replace("_", ""))
+    try: # `int` is exact; a float such as 1e6 may be a whole number too
+        text = str(value).replace(",", "").replace("_", "")
+        number = int(text) if whole and re.fullmatch(r"[+-]?\d+", text) else float(text)
     except ValueError: raise error from None
     if isinstance(value, bool) or not setting.low <= number <= setting.high: raise error
-    if not math.isfinite(number) or whole and number != int(number): raise error
+    # NaN, infinity, and what does not fit 64 bits
+    if not abs(number) < (2**63 if whole else math.inf) or whole and number != int(number): raise error
     return setting.kind(number)
 
 # %% ../../nbs/train/21_settings.ipynb #502cd4ef
@@ -457,6 +464,29 @@ def nested_config(
         return name in _LATER and c[name] == SETTINGS[name].default
     used = {name: c[name] for name in order if not unused(name)}
     return {"preset": preset} | _nest(used)
+
+# %% ../../nbs/train/21_settings.ipynb #e8673aaf
+def _wrong_value(name: str, value) -> str: # empty if it is allowed
+    "Say what is wrong with the value of a setting in `config.yaml`."
+    mixture = re.fullmatch(r"(mid|sft)\.mixture\..+", name)
+    if not mixture and name not in SETTINGS: return "" # of another version
+    setting = SETTINGS.get(name) or _mixture_setting(name)
+    # in a file, a number is not written as text
+    kind = (int, str) if setting.kind is Weight else setting.kind
+    if wrong := misfit(value, kind, name): return wrong
+    try: _parse(setting, value)
+    except UserError as e: return str(e).rstrip(".")
+    return ""
+
+@patch
+def wrong_setting(self: Run) -> str: # empty if there is none
+    "Say which setting of a run is missing or has a wrong value."
+    found = flatten(self.config)
+    if "preset" in found:
+        needed = [name for name in SETTINGS if ".mixture." not in name and name not in _LATER]
+        if missing := [name for name in needed if name not in found]: return f"it has no {missing[0]}"
+    wrong = (_wrong_value(name, value) for name, value in found.items())
+    return next(filter(None, wrong), "")
 
 # %% ../../nbs/train/21_settings.ipynb #afa261b5
 # settings of which only one may be given
@@ -565,7 +595,7 @@ def _full_names(overrides: dict) -> dict:
     said = {}
     for name, value in flatten(overrides).items():
         full = setting_name(name)
-        if said.get(full, value) != value:
+        if full in said and said[full] != value: # a NaN differs even from itself
             raise UserError(f"{full} was given twice, as {said[full]!r} and as {value!r}: "
                             "give it once.")
         said[full] = value

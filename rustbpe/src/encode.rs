@@ -1,8 +1,9 @@
 //! Encoding: text to ids, with a cache from piece to ids, on any number of threads.
 
 use std::ops::Range;
-use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{sync_channel, TrySendError};
+use std::sync::{Arc, Mutex};
 
 use crate::cache::{Cache, Entry, FEW};
 use crate::key::Key;
@@ -41,19 +42,35 @@ pub struct Options {
     pub cache: bool,
 }
 
-/// The ids of several texts. It holds the texts too, so that whoever called decides which thread
-/// lets go of them.
+/// The ids of several texts.
 #[derive(Debug)]
-pub struct Batch<T> {
-    encoded: Vec<Encoded<T>>,
+pub struct Batch {
+    /// by the order of the texts
+    encoded: Vec<(usize, Ids)>,
     /// how many ids each text has
     pub lengths: Vec<usize>,
 }
 
-impl<T> Batch<T> {
+impl Batch {
     /// The ids end to end, in chunks that follow one another.
     pub fn chunks(&self) -> impl Iterator<Item = &Ids> {
-        self.encoded.iter().map(|encoded| &encoded.ids)
+        self.encoded.iter().map(|(_, ids)| ids)
+    }
+
+    /// Takes what the threads have done, and lets go of its texts.
+    fn collect<T>(&mut self, done: &Mutex<Vec<Encoded<T>>>) {
+        let done = std::mem::take(&mut *lock(done));
+        for Encoded {
+            portion,
+            ids,
+            lengths,
+        } in done
+        {
+            for ((text, ..), n) in portion.parts.iter().zip(lengths) {
+                self.lengths[*text] += n;
+            }
+            self.encoded.push((portion.index, ids));
+        }
     }
 }
 
@@ -75,7 +92,8 @@ impl<T> Default for Portion<T> {
     }
 }
 
-/// What a thread makes of a portion.
+/// What a thread makes of a portion. It holds the texts, too: the thread that reads them lets go of
+/// them.
 #[derive(Debug)]
 struct Encoded<T> {
     portion: Portion<T>,
@@ -119,23 +137,49 @@ impl Encoder {
 
     /// The ids of a text.
     pub fn encode(&self, text: &str) -> Vec<u32> {
+        let ids = self.encode_or_stop(text, || Ok::<(), std::convert::Infallible>(()));
+        ids.unwrap_or_else(|never| match never {})
+    }
+
+    /// The ids of a text, or the error of `look`, which is asked again and again in a long text.
+    pub fn encode_or_stop<E>(
+        &self,
+        text: &str,
+        mut look: impl FnMut() -> Result<(), E>,
+    ) -> Result<Vec<u32>, E> {
         let mut ids = Vec::with_capacity(text.len() / 3);
         let mut memory = self.take_memory();
-        self.encode_into(&self.splitter, text, &mut memory, &mut ids);
+        let mut start = 0;
+        while start < text.len() {
+            let end = self.next_cut(text, start);
+            self.encode_into(&self.splitter, &text[start..end], &mut memory, &mut ids);
+            start = end;
+            look()?;
+        }
         lock(&self.memories).push(memory);
-        ids
+        Ok(ids)
+    }
+
+    /// Where a part of a text that begins here may end: a long text is cut where that changes nothing.
+    fn next_cut(&self, text: &str, start: usize) -> usize {
+        if text.len() - start > 2 * CHUNK_BYTES {
+            self.splitter.safe_cut(text, start + CHUNK_BYTES)
+        } else {
+            text.len()
+        }
     }
 
     /// The ids of the texts on this many threads.
     ///
-    /// This thread reads the texts while others encode; then it joins them, in a call of `detached`,
-    /// which may give up a lock for as long as it calls what it is given.
+    /// This thread reads the texts while others encode. Where they do not keep up, and in the end, it
+    /// encodes too, in a call of `detached`, which may give up a lock for as long as it calls what it
+    /// is given. An error of `detached`, as of a text, ends the work at once.
     pub fn encode_batch<T, E>(
         &self,
         texts: impl IntoIterator<Item = Result<T, E>>,
         options: Options,
-        detached: impl FnOnce(&mut (dyn FnMut() + Send)),
-    ) -> Result<Batch<T>, E>
+        mut detached: impl FnMut(&mut (dyn FnMut() + Send)) -> Result<(), E>,
+    ) -> Result<Batch, E>
     where
         T: AsRef<str> + Send + Sync,
         E: From<Error>,
@@ -147,10 +191,12 @@ impl Encoder {
             }
             _ => {}
         }
-        let (sender, receiver) = channel();
+        let (sender, receiver) = sync_channel::<Portion<T>>(2 * options.threads);
         let receiver = Mutex::new(receiver);
         let done = Mutex::new(Vec::new());
-        let worker = || {
+        let stopped = AtomicBool::new(false);
+        // encodes portions for as long as there are any
+        let work = |next: &mut dyn FnMut() -> Option<Portion<T>>| {
             let mut memory = match options.cache {
                 true => self.take_memory(),
                 false => Memory::default(),
@@ -158,8 +204,7 @@ impl Encoder {
             // a splitter each, because threads that share a regex wait for its scratch memory
             let splitter = self.splitter.clone();
             let mut ids = Vec::new();
-            let receive = || lock(&receiver).recv(); // the lock ends here, not with the loop's body
-            while let Ok(portion) = receive() {
+            while let Some(portion) = next() {
                 ids.clear();
                 let lengths = self.encode_portion(
                     &splitter,
@@ -182,44 +227,58 @@ impl Encoder {
                 lock(&self.memories).push(memory);
             }
         };
-        let mut n_texts = 0;
-        std::thread::scope(|scope| {
-            let mut workers = 1; // this thread, in the end
-            let mut send = |portion| {
-                if sender.send(portion).is_ok() && workers < options.threads {
-                    scope.spawn(worker);
-                    workers += 1;
+        let next = || match stopped.load(Ordering::Relaxed) {
+            true => None,
+            false => lock(&receiver).recv().ok(),
+        };
+        let mut batch = Batch {
+            encoded: Vec::new(),
+            lengths: Vec::new(),
+        };
+        let result = std::thread::scope(|scope| {
+            let mut workers = 1; // this thread
+            let read = || -> Result<(), E> {
+                let mut send = |batch: &mut Batch, portion: Portion<T>| -> Result<(), E> {
+                    if workers < options.threads {
+                        scope.spawn(|| work(&mut || next()));
+                        workers += 1;
+                    }
+                    if let Err(TrySendError::Full(portion)) = sender.try_send(portion) {
+                        let mut portion = Some(portion);
+                        detached(&mut || work(&mut || portion.take()))?;
+                    }
+                    batch.collect(&done);
+                    Ok(())
+                };
+                let mut portion = Portion::default();
+                for text in texts {
+                    batch.lengths.push(0);
+                    self.deal_out(&mut batch, text?, &mut portion, &mut send)?;
                 }
+                let mut last = Some(portion);
+                detached(&mut || work(&mut || last.take()))
             };
-            let mut portion = Portion::default();
-            for text in texts {
-                self.deal_out(n_texts, text?, &mut portion, &mut send);
-                n_texts += 1;
-            }
-            sender.send(portion).expect("the receiver is still there");
+            let result = read();
+            stopped.store(result.is_err(), Ordering::Relaxed);
             drop(sender);
-            detached(&mut || worker());
-            Ok::<(), E>(())
-        })?;
-        let mut encoded = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-        encoded.sort_unstable_by_key(|encoded| encoded.portion.index);
-        let mut lengths = vec![0; n_texts];
-        for encoded in &encoded {
-            for ((text, ..), n) in encoded.portion.parts.iter().zip(&encoded.lengths) {
-                lengths[*text] += n;
-            }
-        }
-        Ok(Batch { encoded, lengths })
+            result?;
+            detached(&mut || work(&mut || next()))
+        });
+        result?;
+        batch.collect(&done);
+        batch.encoded.sort_unstable_by_key(|&(index, _)| index);
+        Ok(batch)
     }
 
     /// Adds a text to a portion, and sends portions that are full on.
-    fn deal_out<T: AsRef<str>>(
+    fn deal_out<T: AsRef<str>, E>(
         &self,
-        number: usize,
+        batch: &mut Batch,
         text: T,
         portion: &mut Portion<T>,
-        send: &mut impl FnMut(Portion<T>),
-    ) {
+        send: &mut impl FnMut(&mut Batch, Portion<T>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let number = batch.lengths.len() - 1;
         let text = Arc::new(text);
         let length = (*text).as_ref().len();
         let mut start = 0;
@@ -229,19 +288,14 @@ impl Encoder {
                     index: portion.index + 1,
                     ..Portion::default()
                 };
-                send(std::mem::replace(portion, next));
+                send(batch, std::mem::replace(portion, next))?;
             }
-            let mut end = length;
-            if end - start > 2 * CHUNK_BYTES {
-                // a long text is cut where that changes nothing
-                let from = start + CHUNK_BYTES;
-                end = self.splitter.safe_cut((*text).as_ref(), from);
-            }
+            let end = self.next_cut((*text).as_ref(), start);
             portion.bytes += end - start;
             portion.parts.push((number, Arc::clone(&text), start..end));
             start = end;
             if start == length {
-                break;
+                return Ok(());
             }
         }
     }
@@ -391,7 +445,10 @@ mod tests {
             cache,
         };
         let texts = texts.iter().map(|text| Ok(text.as_ref()));
-        let batch = encoder.encode_batch(texts, options, |work| work())?;
+        let batch = encoder.encode_batch(texts, options, |work| {
+            work();
+            Ok::<(), Error>(())
+        })?;
 
         let widen = |ids: &Ids| match ids {
             Ids::U16(ids) => ids.iter().map(|&id| u32::from(id)).collect(),
@@ -446,8 +503,46 @@ mod tests {
             prepend: None,
             cache: true,
         };
-        let result = encoder(PATTERN).encode_batch(texts, options, |work| work());
+        let work = |work: &mut (dyn FnMut() + Send)| {
+            work();
+            Ok(())
+        };
+        let result = encoder(PATTERN).encode_batch(texts, options, work);
         assert_eq!(result.err(), Some(Error::Interrupted));
+    }
+
+    #[test]
+    fn endless_texts_end_when_the_caller_wants() {
+        let encoder = encoder(PATTERN);
+        let long = "the aaaa theé ".repeat(CHUNK_BYTES);
+        for threads in 1..4 {
+            let mut calls = 0;
+            let options = Options {
+                threads,
+                prepend: None,
+                cache: true,
+            };
+            let texts = std::iter::repeat_with(|| Ok(&long));
+            let result = encoder.encode_batch(texts, options, |work| {
+                work();
+                calls += 1;
+                match calls {
+                    10 => Err(Error::Interrupted),
+                    _ => Ok(()),
+                }
+            });
+            assert_eq!(result.err(), Some(Error::Interrupted));
+        }
+        let mut looks = 0;
+        let stopped = encoder.encode_or_stop(&long, || {
+            looks += 1;
+            if looks == 3 {
+                Err(Error::Interrupted)
+            } else {
+                Ok(())
+            }
+        });
+        assert_eq!((stopped, looks), (Err(Error::Interrupted), 3));
     }
 
     proptest! {

@@ -20,6 +20,8 @@ const BATCH_BYTES: usize = 1 << 20;
 /// How often Ctrl-C is looked for and progress is told.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 const MAX_THREADS: usize = 1024;
+/// So many numbers become Python's integers at a time.
+const LIST_CHUNK: usize = 1 << 20;
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
@@ -168,7 +170,7 @@ impl RustBPE {
             let (left, right): (Bound<'_, PyAny>, Bound<'_, PyAny>) = pair?.extract()?;
             Ok((in_range(&left, "id")?, in_range(&right, "id")?))
         };
-        let merges: Vec<Pair> = merges.try_iter()?.map(pair).collect::<PyResult<_>>()?;
+        let merges: Vec<Pair> = watched(merges.try_iter()?.map(pair)).collect::<PyResult<_>>()?;
         let splitter = splitter(py, pattern)?;
         let vocab = py.detach(|| Vocab::from_merges(&merges, &special_tokens))?;
         Ok(Self::new(splitter, vocab))
@@ -208,8 +210,18 @@ impl RustBPE {
     }
 
     /// The ids of a text; what looks like a special token in it is text like any other.
-    fn encode(&self, py: Python<'_>, text: PyBackedStr) -> Vec<u32> {
-        py.detach(|| self.encoder.encode(&text))
+    fn encode<'py>(&self, py: Python<'py>, text: PyBackedStr) -> PyResult<Bound<'py, PyList>> {
+        if text.len() < BATCH_BYTES {
+            return PyList::new(py, py.detach(|| self.encoder.encode(&text)));
+        }
+        let mut watch = Watch::new(None);
+        let ids = py.detach(|| self.encoder.encode_or_stop(&text, || watch.look_if_due()))?;
+        let list = PyList::new(py, &ids[..ids.len().min(LIST_CHUNK)])?;
+        for chunk in ids[list.len()..].chunks(LIST_CHUNK) {
+            py.check_signals()?;
+            list.call_method1("extend", (PyList::new(py, chunk)?,))?;
+        }
+        Ok(list)
     }
 
     /// The ids of many texts on `num_threads` threads (all cores without it), each behind the id `prepend`.
@@ -236,9 +248,11 @@ impl RustBPE {
         };
         let texts = iterate(texts)?.enumerate();
         let texts = texts.map(|(i, text)| string(i, &text?));
-        let batch = self
-            .encoder
-            .encode_batch(texts, options, |work| py.detach(work))?;
+        let detached = |work: &mut (dyn FnMut() + Send)| {
+            py.detach(work);
+            py.check_signals()
+        };
+        let batch = self.encoder.encode_batch(texts, options, detached)?;
         let width = self.encoder.id_bytes();
         let n: usize = batch.lengths.iter().sum();
         let ids = PyByteArray::new_with(py, n * width, |mut bytes| {
@@ -294,7 +308,7 @@ impl RustBPE {
         py: Python<'py>,
         rows: &Bound<'py, PyAny>,
     ) -> PyResult<Vec<Bound<'py, PyString>>> {
-        rows.try_iter()?.map(|ids| self.decode(py, &ids?)).collect()
+        watched(rows.try_iter()?.map(|ids| self.decode(py, &ids?))).collect()
     }
 
     /// The bytes of every id in order, special tokens included.
@@ -454,6 +468,15 @@ impl Watch {
         self.looked.elapsed() >= LOOK_EVERY
     }
 
+    /// Looks for Ctrl-C if it is time to, from any thread.
+    fn look_if_due(&mut self) -> PyResult<()> {
+        if !self.is_due() {
+            return Ok(());
+        }
+        self.looked = Instant::now();
+        Python::attach(|py| py.check_signals())
+    }
+
     fn look(&mut self, py: Python<'_>, phase: &str, done: usize, total: usize) -> PyResult<()> {
         self.looked = Instant::now();
         py.check_signals()?;
@@ -487,7 +510,18 @@ fn iterate<'py>(
             "the texts must be an iterable of strings, not one string: put it into a list";
         return Err(PyTypeError::new_err(message));
     }
-    texts.try_iter()
+    Ok(watched(texts.try_iter()?))
+}
+
+/// The same items. Ctrl-C is an error among them, even where no Python code makes them.
+fn watched<T>(items: impl Iterator<Item = PyResult<T>>) -> impl Iterator<Item = PyResult<T>> {
+    let mut watch = Watch::new(None);
+    items.enumerate().map(move |(i, item)| {
+        if i % 1024 == 1023 {
+            watch.look_if_due()?;
+        }
+        item
+    })
 }
 
 fn string(i: usize, text: &Bound<'_, PyAny>) -> PyResult<PyBackedStr> {
@@ -529,14 +563,18 @@ fn threads(num_threads: Option<&Bound<'_, PyAny>>) -> PyResult<usize> {
 /// The ids in a list, in a buffer of integers such as a numpy array, or in any other iterable.
 fn all_ids(ids: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
     if let Ok(list) = ids.cast::<PyList>() {
-        return list.iter().map(|id| in_range(&id, "id")).collect();
+        let ids = list.iter().map(|id| in_range(&id, "id"));
+        return watched(ids).collect();
     }
     let buffered = None
         .or_else(|| from_buffer::<u16>(ids))
         .or_else(|| from_buffer::<u32>(ids))
         .or_else(|| from_buffer::<i64>(ids))
         .or_else(|| from_buffer::<i32>(ids));
-    buffered.unwrap_or_else(|| ids.try_iter()?.map(|id| in_range(&id?, "id")).collect())
+    buffered.unwrap_or_else(|| {
+        let ids = ids.try_iter()?.map(|id| in_range(&id?, "id"));
+        watched(ids).collect()
+    })
 }
 
 /// The ids in a buffer of this type of integers; None if it is no such buffer.

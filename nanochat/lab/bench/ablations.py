@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../../nbs/lab/bench/68_ablations.ipynb #30793aed
 import functools
-import json
 import math
 import operator
 import shlex
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import click
 
 # %% ../../../nbs/lab/bench/68_ablations.ipynb #8a9d3445
-from ...core.files import UserError, atomic_write, say, sha256_json
+from ...core.files import UserError, atomic_write, json_line, say, sha256_json
 from ...core.run import STAGES, TRAINED, Run, fingerprint, runs_dir
 from ...train.settings import preset_settings
 from ...train.plan import make_plan
@@ -114,8 +113,7 @@ def _share_stages(
         shutil.copytree(donor.stage_dir(stage), run.stage_dir(stage), dirs_exist_ok=True)
         shared.append(stage)
     rows = run.rows() + [row for row in donor.rows() if row.get("stage") in shared]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    atomic_write(run.dir/"metrics.jsonl", text)
+    atomic_write(run.dir/"metrics.jsonl", "".join(map(json_line, rows)))
     return shared
 
 # %% ../../../nbs/lab/bench/68_ablations.ipynb #9a71c83c
