@@ -147,7 +147,7 @@ def _solution_parts(
 # %% ../../nbs/post/33_public.ipynb #024fde74
 def answer_number(
     completion: str, # visible text of an assistant's message
-) -> Decimal | None:
+) -> float | Decimal | None:
     "Return the first number after the last ####, or without #### the last number; None if absent."
     text, mark, answer = spoken_text(completion).rpartition("####")
     return (numbers_in(answer) or [None])[0] if mark else final_number(answer)

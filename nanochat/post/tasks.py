@@ -102,17 +102,22 @@ _NUMBER = re.compile( # a sign, digits, an exponent
     r"(?:(?<![\w)])[-−])?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|(?<!\d)\.\d+)"
     r"(?:[eE][-+]?\d{1,4}(?!\w))?")
 
+def _exactly(number: str) -> float | Decimal:
+    "Return the float that is written like this, or a decimal number if it has too many digits."
+    near, exact = float(number), Decimal(number)
+    return near if Decimal(repr(near)) == exact else exact
+
 def numbers_in(
     text: str, # such as "So she pays $1,200."
-) -> list[Decimal]:
+) -> list[float | Decimal]:
     "Return the numbers in a text."
     found = _NUMBER.findall(text.replace("$", ""))
-    return [Decimal(number.replace(",", "").replace("−", "-")) for number in found]
+    return [_exactly(number.replace(",", "").replace("−", "-")) for number in found]
 
 # %% ../../nbs/post/30_tasks.ipynb #a3206481
 def final_number(
     text: str, # such as "So she pays 1,200 coins."
-) -> Decimal | None:
+) -> float | Decimal | None:
     "Return the last number in a text, or None."
     return (numbers_in(text) or [None])[-1]
 

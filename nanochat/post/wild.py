@@ -167,7 +167,7 @@ def _most(answer, wanted, scene): return len(_words_of(answer)) <= wanted
 
 # %% ../../nbs/post/32f_wild.ipynb #0f565fb9
 @rule
-def _number(answer, wanted, scene): return final_number(answer) == final_number(str(wanted))
+def _number(answer, wanted, scene): return final_number(answer) == float(wanted)
 
 def _run_of(letters: str, between: str) -> str:
     return rf"(?<![\w-]){between.join(map(re.escape, letters))}(?![\w-])"
