@@ -465,29 +465,6 @@ def nested_config(
     used = {name: c[name] for name in order if not unused(name)}
     return {"preset": preset} | _nest(used)
 
-# %% ../../nbs/train/21_settings.ipynb #e8673aaf
-def _wrong_value(name: str, value) -> str: # empty if it is allowed
-    "Say what is wrong with the value of a setting in `config.yaml`."
-    mixture = re.fullmatch(r"(mid|sft)\.mixture\..+", name)
-    if not mixture and name not in SETTINGS: return "" # of another version
-    setting = SETTINGS.get(name) or _mixture_setting(name)
-    # in a file, a number is not written as text
-    kind = (int, str) if setting.kind is Weight else setting.kind
-    if wrong := misfit(value, kind, name): return wrong
-    try: _parse(setting, value)
-    except UserError as e: return str(e).rstrip(".")
-    return ""
-
-@patch
-def wrong_setting(self: Run) -> str: # empty if there is none
-    "Say which setting of a run is missing or has a wrong value."
-    found = flatten(self.config)
-    if "preset" in found:
-        needed = [name for name in SETTINGS if ".mixture." not in name and name not in _LATER]
-        if missing := [name for name in needed if name not in found]: return f"it has no {missing[0]}"
-    wrong = (_wrong_value(name, value) for name, value in found.items())
-    return next(filter(None, wrong), "")
-
 # %% ../../nbs/train/21_settings.ipynb #afa261b5
 # settings of which only one may be given
 _RIVALS = [("dial.depth", "dial.minutes", "dial.dollars"),
@@ -521,6 +498,29 @@ def _load_preset(
     given = flatten(yaml.safe_load((_presets_dir()/f"{name}.yaml").read_text("utf-8")))
     like = given.pop("like", None)
     return _override(_load_preset(like), given) if like else given
+
+# %% ../../nbs/train/21_settings.ipynb #e8673aaf
+def _wrong_value(name: str, value) -> str: # empty if it is allowed
+    "Say what is wrong with the value of a setting in `config.yaml`."
+    mixture = re.fullmatch(r"(mid|sft)\.mixture\..+", name)
+    if not mixture and name not in SETTINGS: return "" # of another version
+    setting = SETTINGS.get(name) or _mixture_setting(name)
+    # in a file, a number is not written as text
+    kind = (int, str) if setting.kind is Weight else setting.kind
+    if wrong := misfit(value, kind, name): return wrong
+    try: _parse(setting, value)
+    except UserError as e: return str(e).rstrip(".")
+    return ""
+
+@patch
+def wrong_setting(self: Run) -> str: # empty if there is none
+    "Say which setting of a run is missing or has a wrong value."
+    found = flatten(self.config)
+    if found.get("preset") in known_presets():
+        needed = [name for name in SETTINGS if ".mixture." not in name and name not in _LATER]
+        if missing := [name for name in needed if name not in found]: return f"it has no {missing[0]}"
+    wrong = (_wrong_value(name, value) for name, value in found.items())
+    return next(filter(None, wrong), "")
 
 # %% ../../nbs/train/21_settings.ipynb #6edb70b1
 # conversations of each task in a run on your own text, for each one that the preset generates
