@@ -221,7 +221,7 @@ def test_a_disk_that_takes_no_byte(mine, tmp_path):
 
 def test_a_file_where_a_folder_should_be(tmp_path):
     (tmp_path/"base").write_text("a file")
-    assert_user_error(nanochat(tmp_path/"base", "speedrun", "--preset", "smoke"), str(tmp_path/"base"), "cannot be written")
+    assert_user_error(nanochat(tmp_path/"base", "speedrun", "--preset", "smoke"), str(tmp_path/"base"), "cannot be used")
 
 
 def read_only(base, *command):

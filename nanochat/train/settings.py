@@ -514,11 +514,8 @@ def _wrong_value(name: str, value) -> str: # empty if it is allowed
 
 @patch
 def wrong_setting(self: Run) -> str: # empty if there is none
-    "Say which setting of a run is missing or has a wrong value."
+    "Say which setting of a run has a wrong value."
     found = flatten(self.config)
-    if found.get("preset") in known_presets():
-        needed = [name for name in SETTINGS if ".mixture." not in name and name not in _LATER]
-        if missing := [name for name in needed if name not in found]: return f"it has no {missing[0]}"
     wrong = (_wrong_value(name, value) for name, value in found.items())
     return next(filter(None, wrong), "")
 
