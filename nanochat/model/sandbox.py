@@ -259,7 +259,7 @@ def _pack(value, channel, seen):
         if isinstance(value, enum.Enum): return ["member", name, value.name]
         if hasattr(value, "__dict__"):
             return ["object", name, *_pack_content(value, packed, seen)]
-    if isinstance(value, collections.abc.Iterator): return ["iterator", own_number(value.__next__)]
+    if isinstance(value, collections.abc.Iterator): return ["iterator", own_number(_supply(value))]
     if callable(value): return ["function", own_number(value)]
     raise TypeError(f"a {name} is not plain data")
 
@@ -269,12 +269,30 @@ def _pack_content(container, packed, seen):
     return [packed(_content(container))]
 
 # %% ../../nbs/model/16_sandbox.ipynb #48dbcd17
-def _iterate(following):
-    "Stand in for an iterator of the other end, whose next item `following` returns."
+def _supply(iterator):
+    "Make a function that takes up to `n` items of an iterator, at least one."
+    late = [] # an exception that came after some items
+    def take(n):
+        if late: raise late.pop()
+        items = []
+        try:
+            while len(items) < n:
+                items.append(next(iterator))
+                if hasattr(items[-1], "__len__") and len(items[-1]) > 100: break # a long message
+        except BaseException as e:
+            if not items: raise
+            late.append(e)
+        return items
+    return take
+
+def _iterate(take):
+    "Stand in for an iterator of the other end. It takes more and more items at a time."
+    n = 1
     while True:
-        try: item = following()
+        try: items = take(n)
         except StopIteration: return
-        yield item
+        yield from items
+        n = min(2 * n, 64)
 
 # %% ../../nbs/model/16_sandbox.ipynb #9c22a563
 def _unpack(data, channel, seen):
@@ -649,9 +667,9 @@ def _main():
     {"run": _run, "solve": _solve, "judge": _judge_tests}[job["part"]](job)
 
 # %% ../../nbs/model/16_sandbox.ipynb #e1abdcb8
-_INSIDE = (_made, _filled, _content, _fill, _channel, _pack, _pack_content, _iterate, _unpack,
-           _deeply, _send, _receive, _result, _request, _answer, _pack_error, _error, _call,
-           _enter_namespaces, _build_root, _isolate, _filter_rules, _restrict, _run, _solve,
+_INSIDE = (_made, _filled, _content, _fill, _channel, _pack, _pack_content, _supply, _iterate,
+           _unpack, _deeply, _send, _receive, _result, _request, _answer, _pack_error, _error,
+           _call, _enter_namespaces, _build_root, _isolate, _filter_rules, _restrict, _run, _solve,
            _open_channel, _why, _judge_tests, _main)
 _PROGRAM = "\n".join(map(inspect.getsource, _INSIDE)) + "\n_main()\n"
 
