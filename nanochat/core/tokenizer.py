@@ -83,8 +83,9 @@ def check_conversation(
         expected = ("user", "assistant")[(i - has_system) % 2]
         if role is not None: _refuse_extras(i, message)
         if role != expected and not (i == 0 and has_system):
-            raise UserError(f"message {i} of a conversation has role {repr(role)[:40]}, but it is the "
-                            f"turn of {expected!r}: after an optional system message, user and "
+            given = repr(role)[:40]
+            raise UserError(f"message {i} of a conversation has role {given}, but it is the turn "
+                            f"of {expected!r}: after an optional system message, user and "
                             "assistant alternate.")
         checked.append(_checked(i, message))
     if not has_system: return checked
