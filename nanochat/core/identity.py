@@ -165,7 +165,7 @@ def read_card(
     if not path.is_file():
         raise UserError(f"there is no identity card {str(path)!r}: write one with a name and a "
                         "maker, or set identity.card=none.")
-    return _check_card(read_yaml(path, "write valid YAML or JSON."), path.name)
+    return _check_card(read_yaml(path, "write names and values, as YAML or JSON."), path.name)
 
 # %% ../../nbs/core/06_identity.ipynb #f2091bb8
 class _Topic(NamedTuple):
