@@ -117,11 +117,11 @@ def test_a_damaged_configuration_at_the_command_line(mine, damage):
 
 def test_a_wrong_value_in_a_configuration(mine):
     config = yaml.safe_load((mine.run/"config.yaml").read_text())
-    for value, says in (("many", "base.steps is 'many'"), (-1, "base.steps is -1"), (None, "base.steps")):
+    for value, says in (("many", "base.steps is 'many'"), (-1, "base.steps is -1"), (None, "base.steps is null")):
         (mine.run/"config.yaml").write_text(yaml.safe_dump(config | {"base": config["base"] | {"steps": value}}))
         with pytest.raises(UserError, match=f"config.yaml is damaged .*{says}"): Run.open("smoke")
     (mine.run/"config.yaml").write_text(yaml.safe_dump({name: part for name, part in config.items() if name != "rl"}))
-    with pytest.raises(UserError, match="it has no rl"): Run.open("smoke")
+    with pytest.raises(UserError, match="config.yaml is damaged .it has no rl"): Run.open("smoke").config["rl"]
 
 
 def test_records_of_downloads_and_cards(tmp_path):

@@ -175,7 +175,7 @@ def test_damaged_files(base, kind):
         run = make(name.replace("/", "-"))
         damage(run.dir/name, kind)
         problems, silent = read_run(run).problems, name == "metrics.jsonl" and kind in harmless
-        assert len(problems) == (not silent) and (silent or problems[0].startswith((f"{name} is damaged", f"{name} cannot be"))), problems
+        assert len(problems) == (not silent) and (silent or problems[0].startswith(f"{name} is damaged") or problems[0].startswith("metrics.jsonl cannot be read")), problems
     run = make("all")
     for name in FILES: damage(run.dir/name, kind)
     text = written(run)[1].replace("\\", "")
@@ -220,7 +220,7 @@ def test_wrong_values_everywhere(base, value):
 def test_wrong_configuration(base, config):
     run = make()
     atomic_write(run.dir/"config.yaml", yaml.safe_dump(run.config | config))
-    with pytest.raises(UserError, match="config.yaml is damaged .* restore it"): written(run)
+    with pytest.raises(UserError, match="config.yaml is damaged"): written(run)
 
 
 def test_hostile_text(base):

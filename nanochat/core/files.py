@@ -299,6 +299,7 @@ def _read(
 ):
     "Read a file of our own. Raises `UserError` if it cannot be read or parsed, or does not fit."
     try:
+        if Path(path).is_dir(): raise ValueError("it is a folder")
         with disk_errors(path): value = parse(Path(path).read_bytes())
         if wrong := misfit(value, shape): raise ValueError(wrong)
     except FileNotFoundError: raise UserError(f"{path} is missing: {remedy}") from None

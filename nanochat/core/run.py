@@ -218,6 +218,20 @@ def _differences(a: dict, b: dict, prefix: str = "") -> list[str]:
         elif x != y: out.append(f"{prefix}{key} is {x} there and {y} here")
     return out
 
+# %% ../../nbs/core/02_run.ipynb #c91c9c8d
+class _Section(dict):
+    "A configuration that was read from a file, or a section of it. Raises `UserError` for a missing key."
+    def __init__(self, values: dict, path: Path, prefix: str = ""):
+        super().__init__({name: _Section(value, path, f"{prefix}{name}.") if isinstance(value, dict)
+                          else value for name, value in values.items()})
+        self.path, self.prefix = path, prefix
+
+    def __missing__(self, name):
+        raise UserError(f"{self.path} is damaged (it has no {self.prefix}{name}): restore it, or "
+                        f"delete the folder {self.path.parent}.")
+
+yaml.SafeDumper.add_representer(_Section, yaml.SafeDumper.represent_dict)
+
 # %% ../../nbs/core/02_run.ipynb #dff51e36
 _CONFIG = {"preset?": str, "seed?": int, "hardware?": dict, "dial?": dict} # shape of config.yaml
 _CONFIG |= {f"{section}?": dict for _, sections in STAGES.values() for section in sections
@@ -279,7 +293,7 @@ class Run:
                 f"there is no run {name!r} in {runs_dir()} (runs: {', '.join(known) or 'none'}): "
                 f"start one with `nanochat speedrun --run {name}`.")
         remedy = f"restore it, or delete the folder {path.parent}."
-        run = cls(path.parent, read_yaml(path, remedy, _CONFIG))
+        run = cls(path.parent, _Section(read_yaml(path, remedy, _CONFIG), path))
         if wrong := run.wrong_setting(): raise UserError(f"{path} is damaged ({wrong}): {remedy}")
         return run
 

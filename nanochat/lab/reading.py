@@ -458,22 +458,6 @@ def _read_rows(
                         "and are left out.")
     return rows
 
-# %% ../../nbs/lab/50_reading.ipynb #e8c8c648
-def _sound_config(config: dict) -> dict:
-    "Return a configuration without invalid entries; empty if no fingerprint can be made of it."
-    sections = {"hardware", "dial"}
-    for _, names in STAGES.values(): sections |= {*names} - {"seed"}
-    sound = {}
-    for key, value in config.items():
-        if not isinstance(key, str) or key in sections and not isinstance(value, dict): continue
-        sound[key] = value
-    try: fingerprint(sound, "report")
-    # keys of several types, or a value that contains itself
-    except (TypeError, ValueError, RecursionError): return {}
-    return sound
-
-
-
 # %% ../../nbs/lab/50_reading.ipynb #0744472a
 def _sound_numbers(values) -> dict:
     "Return the entries of a dictionary that are valid numbers; empty if it is no dictionary."
@@ -600,12 +584,9 @@ def _read_stage(
 def read_run(
     run: Run | str, # a run, or its name
 ) -> Record:
-    "Read a run's files. Raises `UserError` if there is no such run."
+    "Read a run's files. Raises `UserError` if there is no such run, or its configuration is damaged."
     run = Run.open(run) if isinstance(run, str) else run
-    config, problems = _sound_config(run.config), []
-    if dropped := [str(key) for key in run.config if key not in config]:
-        problems.append("config.yaml holds invalid entries, which are left out here: "
-                        f"{cut(', '.join(dropped), 200)}.")
+    config, problems = run.config, []
     rows = _read_rows(run.dir, problems)
     plan = _sound_plan(_load(run.dir, "plan.json", "it is left out.", problems))
     notebooks = _sound_numbers(_load(run.dir, "notebooks/seconds.json", "it is left out.", problems))

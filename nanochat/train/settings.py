@@ -465,6 +465,25 @@ def nested_config(
     used = {name: c[name] for name in order if not unused(name)}
     return {"preset": preset} | _nest(used)
 
+# %% ../../nbs/train/21_settings.ipynb #e8673aaf
+def _wrong_value(name: str, value) -> str: # empty if it is allowed
+    "Say what is wrong with the value of a setting in `config.yaml`."
+    mixture = re.fullmatch(r"(mid|sft)\.mixture\..+", name)
+    if not mixture and name not in SETTINGS: return "" # of another version
+    setting = SETTINGS.get(name) or _mixture_setting(name)
+    # in a file, a number is not written as text
+    kind = (int, str) if setting.kind is Weight else setting.kind
+    if wrong := misfit(value, kind, name): return wrong
+    try: _parse(setting, value)
+    except UserError as e: return str(e).rstrip(".")
+    return ""
+
+@patch
+def wrong_setting(self: Run) -> str: # empty if there is none
+    "Say which setting of a run has a wrong value."
+    wrong = (_wrong_value(name, value) for name, value in flatten(self.config).items())
+    return next(filter(None, wrong), "")
+
 # %% ../../nbs/train/21_settings.ipynb #afa261b5
 # settings of which only one may be given
 _RIVALS = [("dial.depth", "dial.minutes", "dial.dollars"),
