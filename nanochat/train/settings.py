@@ -518,26 +518,6 @@ def _load_preset(
     like = given.pop("like", None)
     return _override(_load_preset(like), given) if like else given
 
-# %% ../../nbs/train/21_settings.ipynb #e8673aaf
-def _wrong_value(name: str, value) -> str: # empty if it is allowed
-    "Say what is wrong with the value of a setting in `config.yaml`."
-    mixture = re.fullmatch(r"(mid|sft)\.mixture\..+", name)
-    if not mixture and name not in SETTINGS: return "" # of another version
-    setting = SETTINGS.get(name) or _mixture_setting(name)
-    # in a file, a number is not written as text
-    kind = (int, str) if setting.kind is Weight else setting.kind
-    if wrong := misfit(value, kind, name): return wrong
-    try: _parse(setting, value)
-    except UserError as e: return str(e).rstrip(".")
-    return ""
-
-@patch
-def wrong_setting(self: Run) -> str: # empty if there is none
-    "Say which setting of a run has a wrong value."
-    found = flatten(self.config)
-    wrong = (_wrong_value(name, value) for name, value in found.items())
-    return next(filter(None, wrong), "")
-
 # %% ../../nbs/train/21_settings.ipynb #6edb70b1
 # conversations of each task in a run on your own text, for each one that the preset generates
 _OWN_TEXT = {"reading": 1/5, "smalltalk": 1/12, "identity": 1/40, "memory": 1/50, "repeat": 1/50}
