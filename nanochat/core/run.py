@@ -20,6 +20,7 @@ from pathlib import Path
 # %% ../../nbs/core/02_run.ipynb #c0de0023
 import yaml
 from fastcore.basics import patch
+from yaml.representer import SafeRepresenter
 
 # %% ../../nbs/core/02_run.ipynb #c0de0025
 from .files import (
@@ -230,7 +231,8 @@ class _Section(dict):
         raise UserError(f"{self.path} is damaged (it has no {self.prefix}{name}): restore it, or "
                         f"delete the folder {self.path.parent}.")
 
-yaml.SafeDumper.add_representer(_Section, yaml.SafeDumper.represent_dict)
+# `SafeDumper` would copy the table, and miss what another library adds later
+SafeRepresenter.add_representer(_Section, SafeRepresenter.represent_dict)
 
 # %% ../../nbs/core/02_run.ipynb #dff51e36
 _CONFIG = {"preset?": str, "seed?": int, "hardware?": dict, "dial?": dict} # shape of config.yaml
