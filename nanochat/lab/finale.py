@@ -48,7 +48,10 @@ _USED = (
 
 # %% ../../nbs/lab/86_finale.ipynb #7103c744
 def _parts(folder: Path = Path()) -> SimpleNamespace: # with a name for each of `_USED`
-    return SimpleNamespace(**dict(zip(_USED, mine(*_USED, folder=folder))))
+    "Load the parts. The learner's `ValueGPT`, if there is one, is the model."
+    better = {"GPT": "ValueGPT"} if "ValueGPT" in own_parts(folder) else {}
+    parts = mine(*(better.get(name, name) for name in _USED), folder=folder)
+    return SimpleNamespace(**dict(zip(_USED, parts)))
 
 # %% ../../nbs/lab/86_finale.ipynb #1bedf2ef
 @dataclass
@@ -326,6 +329,17 @@ def load(folder: str | Path) -> Finale:
     f.model.load_state_dict(load_file(folder/"model.safetensors"))
     return f
 
+# %% ../../nbs/lab/86_finale.ipynb #927e797a
+def _converse(f: Finale):
+    "Chat in the terminal, until an empty line, Ctrl-D or Ctrl-C."
+    messages = []
+    say("An empty line ends the chat.")
+    while True:
+        try: message = input("> ").strip()
+        except (EOFError, KeyboardInterrupt): return
+        if not message: return
+        say(chat(f, message, messages))
+
 # %% ../../nbs/lab/86_finale.ipynb #70e2ef5b
 @click.command(context_settings={"show_default": True})
 @click.option("--preset", default="laptop", help="Sizes, text and conversations.")
@@ -333,12 +347,16 @@ def load(folder: str | Path) -> Finale:
 @click.option("--minutes", type=float, help="Make everything smaller, to end in about this time.")
 @click.option("--beside", "run", help="A finished run, to compare with.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="my_model")
-def cli(preset, seed, minutes, run, out):
-    "Train the model of my_nanochat.py, examine it, and keep it in a folder."
+@click.option("--chat", "folder", type=click.Path(file_okay=False, path_type=Path),
+              help="Train nothing: chat with the model in this folder.")
+def cli(preset, seed, minutes, run, out, folder):
+    "Train the model of my_nanochat.py, examine it, and keep it in a folder; or chat with it."
+    if folder: return _converse(load(folder))
     f = train_mine(preset, seed, **({"minutes": minutes} if minutes else {}))
     save(f, out)
     say(beside(exam(f), run))
     say(f"{len(own_parts())} parts are yours. The model is in {out}.")
+    say(f"Chat with it: python -m nanochat.lab.finale --chat {out}")
 
 # %% ../../nbs/lab/86_finale.ipynb #9fd39a49
 if __name__ == "__main__" and "get_ipython" not in globals():

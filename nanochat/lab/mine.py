@@ -253,9 +253,11 @@ def mine(
     return parts[0] if len(parts) == 1 else parts
 
 # %% ../../nbs/lab/70a_mine.ipynb #9a98c6ee
-def own_parts() -> dict[str, str]: # name: number of the exercise
+def own_parts(
+    folder: Path = Path(), # where the learner's file is
+) -> dict[str, str]: # name: number of the exercise
     "List the parts that the learner has written."
-    _, sections = _read(Path(FILE))
+    _, sections = _read(Path(folder)/FILE)
     return {name: number for name, (number, _) in sections.items() if "." in number}
 
 # %% ../../nbs/lab/70a_mine.ipynb #dff61856

@@ -499,7 +499,7 @@ RIGHT = {
 }
 
 WRONG = {
-    "1.1": [(count_each_piece_once, "7 times"), (count_last_piece_wins, "add up"), (count_without_overlap, "neighbours"),
+    "1.1": [(count_each_piece_once, "7 times"), (count_last_piece_wins, "add up"), (count_without_overlap, "adjacent pairs"),
             (count_across_pieces, "occurs 7 times")],
     "1.2": [(train_with_largest_of_ties, "smaller ids"), (train_on_characters, "several bytes"),
             (train_without_split, "is the text split"), (train_ids_from_257, "makes id 256"),

@@ -481,7 +481,7 @@ WRONG = {
     "2.1": [(near_divided_by_smaller, "divided by"), (near_with_counted_runs, "counts once"), (near_with_capitals, "capitals"),
             (near_with_themselves, "near-duplicate of itself"), (near_only_neighbours, "Every pair counts"),
             (near_by_exact_equality, "three of five")],
-    "2.2": [(contaminated_by_whole_question, "Three words in a row"), (contaminated_across_documents, "no neighbours"),
+    "2.2": [(contaminated_by_whole_question, "Three words in a row"), (contaminated_across_documents, "not adjacent"),
             (contaminated_by_shared_words, "never three in a row"), (contaminated_in_letters, "whole words"),
             (contaminated_as_bools, "bool"), (contaminated_as_texts, "a whole number is expected")],
     "2.3": [(shifted_padding_filled_in_both, "padding"), (shifted_not_filled, "holds -1"), (shifted_swapped, "comes after"),

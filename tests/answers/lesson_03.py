@@ -660,7 +660,7 @@ WRONG = {
             (_block(_no_norm), "through `rms_norm`"), (_block(_parallel), "after attention has added"),
             (_block(_no_cache), "hands its `cache` on"), (_block(_into_its_input), "writes into"),
             (_block(BlockInOneLine.forward, GeluMLP), "the lesson's `MLP`")],
-    "3.6": [(_gpt(first=False), "before the first block"), (_gpt(last=False), "before the head"),
+    "3.6": [(_gpt(first=False), "before the first block"), (_gpt(last=False), "before the output head"),
             (_gpt(cap=lambda z: z), "softcap is missing"), (_gpt(cap=lambda z: z.clamp(-15, 15)), "does not cut"),
             (_gpt(blocks=lambda b: b[::-1]), "in their order"), (_gpt(blocks=lambda b: b[:1]), "inside the loop"),
             (GPTInAList, "a module of its own"), (GPTWithWrongAttention, "pass their checks"), (GPTOneCache, "`cache[i]`"),
@@ -671,7 +671,7 @@ WRONG = {
     "3.8": [(count_one_table, "and a head"), (count_unpadded, "padded"), (count_full_kv, "kv heads"),
             (count_narrow_mlp, "too few"), (count_biases, "too many"), (count_nothing, "return")],
     "3.9": [(_heads(), "tokens themselves"), (_offset(_fast_half), "fast pairs"), (_offset(_upper_half), "upper half of"),
-            (_offset(_roll), "not what stands at the end"), (_offset(_first_keeps), "it gets zeros"),
+            (_offset(_roll), "not what is at the end"), (_offset(_first_keeps), "it gets zeros"),
             (_offset(_delayed), "only half"), (_offset(_by_where, after=False), "first rotate and norm"),
             (_offset(_added), "Compare the shape")],
 }

@@ -635,7 +635,7 @@ RIGHT = {
 
 WRONG = {
     "8.1": [(append_changes_the_lengths, "only the cache is written to"), (append_to_a_copy, "in place"),
-            (append_at_the_mean, "differ in length"), (append_one_early, "were written at the places"),
+            (append_at_the_mean, "differ in length"), (append_one_early, "were written at the positions"),
             (append_first_head_everywhere, "its own numbers"), (append_forgets_the_return, "return")],
     "8.2": [(KeepsTheOffsetKey, "before its own offset"), (CountsFromZero, "position 0 again"),
             (NoCacheAtAll, "still empty"), (StateInTheLayer, "disturb each other"),

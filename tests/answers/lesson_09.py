@@ -354,7 +354,7 @@ WRONG = {
     "9.1": [(baseline_of_the_whole_step, "own row"), (sigma_of_a_sample, "one less"), (always_divided, "nothing is divided"),
             (zero_by_zero, "0/0"), (changes_its_input, "changed"), (along_the_prompts, "own row")],
     "9.2": [(loss_of_everything, "prompt"), (loss_times_the_mask, "torch.where"), (loss_with_the_wrong_sign, "sign"),
-            (loss_answer_by_answer, "count alike"), (loss_over_all_places, "not of all places"), (loss_as_a_number, "float"),
+            (loss_answer_by_answer, "count alike"), (loss_over_all_places, "not of all positions"), (loss_as_a_number, "float"),
             (loss_not_summed, "shape")],
     "9.3": [(number_occurs, "longer number"), (exactly_equal, "is right where"), (by_int, "two full stops"), (first_number, "fooled by words"),
             (by_float, "decimal"), (raises_an_error, "raised ValueError")],

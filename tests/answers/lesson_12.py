@@ -6,9 +6,12 @@ import statistics
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 from nanochat.core.files import UserError
 from nanochat.core.run import STAGES
+from nanochat.lab.exercises.transformer import GPT, Block, ValueGPT, ValueLinear, rms_norm
 
 # 12.1
 
@@ -340,6 +343,107 @@ def verdict_by_a_normal_curve(first, second):
     return "first" if a > b else "second"
 
 
+# 12.5
+
+
+class ValuesInAList(nn.Module):
+    def __init__(self, vocab_size, sequence_len, n_layer, n_head, n_embd):
+        super().__init__()
+        self.sequence_len, self.V = sequence_len, vocab_size
+        self.blocks = nn.ModuleList([Block(n_embd, n_head) for _ in range(n_layer)])
+        self.with_values = [i for i in range(n_layer) if (n_layer - 1 - i) % 2 == 0]
+        for i in self.with_values: self.blocks[i].attn.c_v = ValueLinear(n_embd, n_embd, bias=False)
+        self.wte = nn.Embedding(vocab_size * (1 + len(self.with_values)), n_embd)
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+
+    def forward(self, ids, cache=None):
+        starts = torch.arange(1 + len(self.with_values)) * self.V
+        x, *values = self.wte(ids[None] + starts.view(-1, 1, 1))
+        x = rms_norm(x)
+        for i, extra in zip(self.with_values, values): self.blocks[i].attn.c_v.extra = extra
+        for i in range(len(self.blocks)): x = self.blocks[i](x, cache[i] if cache is not None else None)
+        return 15 * torch.tanh(self.lm_head(rms_norm(x)).float() / 15)
+
+
+class ValuesOnTopOfGPT(GPT):
+    def __init__(self, vocab_size, sequence_len, n_layer, n_head, n_embd):
+        super().__init__(vocab_size, sequence_len, n_layer, n_head, n_embd)
+        self.wte = nn.Embedding((1 + (n_layer + 1) // 2) * vocab_size, n_embd)
+        for block in list(self.blocks)[::-2]:
+            linear = ValueLinear(n_embd, n_embd, bias=False)
+            linear.weight, block.attn.c_v = block.attn.c_v.weight, linear
+
+    def forward(self, ids, cache=None):
+        tables = self.wte.weight.view(-1, self.lm_head.out_features, self.wte.embedding_dim)
+        for i, block in enumerate(self.blocks):
+            if type(block.attn.c_v) is ValueLinear: block.attn.c_v.extra = tables[1 + i // 2][ids]
+        return super().forward(ids, cache)
+
+
+class ValuesByHooks(GPT):
+    def __init__(self, vocab_size, sequence_len, n_layer, n_head, n_embd):
+        super().__init__(vocab_size, sequence_len, n_layer, n_head, n_embd)
+        self.wte = nn.Embedding((1 + (n_layer + 1) // 2) * vocab_size, n_embd)
+
+    def forward(self, ids, cache=None):
+        V, n, hooks = self.lm_head.out_features, len(self.blocks), []
+        for i in range(n - 1, -1, -2):
+            extra = F.embedding(ids + V * (i // 2 + 1), self.wte.weight)
+            hooks.append(self.blocks[i].attn.c_v.register_forward_hook(lambda module, inputs, out, extra=extra: out + extra))
+        try: return super().forward(ids, cache)
+        finally:
+            for hook in hooks: hook.remove()
+
+
+def _values(rows=lambda ids, table, V, n: table * V + ids, norm=lambda e: e, table=lambda i, n: 1 + i // 2):
+    class Wrong(ValueGPT):
+        def forward(self, ids, cache=None):
+            x, n = rms_norm(self.wte(rows(ids, 0, self.vocab_size, len(self.wte.weight) // self.vocab_size))), len(self.blocks)
+            for i, block in enumerate(self.blocks):
+                if isinstance(block.attn.c_v, ValueLinear):
+                    at = rows(ids, table(i, n), self.vocab_size, len(self.wte.weight) // self.vocab_size)
+                    block.attn.c_v.extra = norm(self.wte(at))
+                x = block(x, None if cache is None else cache[i])
+            return 15 * torch.tanh(self.lm_head(rms_norm(x)).float() / 15)
+    return Wrong
+
+
+class ValuesInTheStream(ValueGPT):
+    def forward(self, ids, cache=None):
+        x = rms_norm(self.wte(ids))
+        for i, block in enumerate(self.blocks):
+            if isinstance(block.attn.c_v, ValueLinear): x = x + self.wte((1 + i // 2) * self.vocab_size + ids)
+            x = block(x, None if cache is None else cache[i])
+        return 15 * torch.tanh(self.lm_head(rms_norm(x)).float() / 15)
+
+
+class ValuesSetTooLate(ValueGPT):
+    def forward(self, ids, cache=None):
+        x = rms_norm(self.wte(ids))
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[i])
+            if isinstance(block.attn.c_v, ValueLinear): block.attn.c_v.extra = self.wte((1 + i // 2) * self.vocab_size + ids)
+        for block in self.blocks:
+            if isinstance(block.attn.c_v, ValueLinear): block.attn.c_v.extra = 0
+        return 15 * torch.tanh(self.lm_head(rms_norm(x)).float() / 15)
+
+
+class ValuesDetached(ValueGPT):
+    def forward(self, ids, cache=None):
+        x = rms_norm(self.wte(ids))
+        for i, block in enumerate(self.blocks):
+            if isinstance(block.attn.c_v, ValueLinear):
+                block.attn.c_v.extra = self.wte((1 + i // 2) * self.vocab_size + ids).detach()
+            x = block(x, None if cache is None else cache[i])
+        return 15 * torch.tanh(self.lm_head(rms_norm(x)).float() / 15)
+
+
+class ValuesInSeparateTables(ValueGPT):
+    def __init__(self, vocab_size, sequence_len, n_layer, n_head, n_embd):
+        super().__init__(vocab_size, sequence_len, n_layer, n_head, n_embd)
+        self.tables = nn.ModuleList(nn.Embedding(vocab_size, n_embd) for _ in range(n_layer))
+
+
 RIGHT = {
     "12.1": [depth_by_bisection, depth_by_bisect_module, depth_by_recursion, depth_by_powers_of_two,
              depth_with_numpy_integers, depth_as_tensor, depth_as_float, depth_with_a_cache],
@@ -347,6 +451,7 @@ RIGHT = {
     "12.3": [stages_with_a_loop, stages_as_tuple, stages_as_generator, stages_with_dropwhile, stages_with_numpy,
              stages_as_keys_of_a_dict],
     "12.4": [verdict_with_comb, verdict_in_numpy, verdict_by_counting_down, verdict_in_torch],
+    "12.5": [ValueGPT, ValuesInAList, ValuesOnTopOfGPT, ValuesByHooks],
 }
 
 WRONG = {
@@ -359,4 +464,8 @@ WRONG = {
              (stages_backwards, "order"), (stages_as_set, "order")],
     "12.4": [(verdict_more_right, "equal models"), (verdict_one_sided, "both sides"), (verdict_of_all_questions, "equal models"),
              (verdict_the_wrong_way_round, "verdict"), (verdict_as_bool, "expected"), (verdict_by_a_normal_curve, "equal models")],
+    "12.5": [(GPT, "wte.weight"), (_values(norm=rms_norm), "as they are"), (_values(table=lambda i, n: 1), "a table of its own"),
+             (_values(table=lambda i, n: i // 2), "first vocab_size rows"), (_values(table=lambda i, n: (n + 1) // 2 - i // 2), "in the order of the blocks"),
+             (_values(rows=lambda ids, table, V, n: ids * n + table), "rows of a table are together"), (ValuesInTheStream, "not to the stream"),
+             (ValuesSetTooLate, "before the block"), (ValuesDetached, "detach"), (ValuesInSeparateTables, "does not name")],
 }

@@ -35,16 +35,16 @@ _NEAR = [ # texts, n, least, pairs, hint
     (["dog bites man", "man bites dog"], 2, 0.2, set(),
      "They have the same words, but no two in the same order."),
     (["one two three four five six", "one two three four five seven"], 3, 0.55, {(0, 1)},
-     "They share three of five different runs."),
+     "They share three of five distinct n-grams."),
     (["one two three four five six", "one two three four five seven"], 3, 0.7, set(),
-     "They share three of five different runs: is the number of shared runs divided by the number "
-     "of all different runs of the two?"),
-    (["a b c", "x b c"], 2, 0.3, {(0, 1)}, "They share one of three runs, the last one."),
+     "They share three of five distinct n-grams: is the number of shared n-grams divided by the "
+     "number of all distinct n-grams of the two?"),
+    (["a b c", "x b c"], 2, 0.3, {(0, 1)}, "They share one of three n-grams, the last one."),
     (["la la la la la la", "la la"], 2, 0.9, {(0, 1)},
-     "Both have only one run, la la: a run counts once, however often it occurs."),
+     "Both have only one n-gram, la la: an n-gram counts once, however often it occurs."),
     (["The cat sleeps", "the CAT sleeps"], 3, 0.9, {(0, 1)}, "Are capitals ignored?"),
     (["hello", "hello"], 3, 0.5, set(),
-     "They have fewer than three words, so they have no runs and are not near to anything."),
+     "They have fewer than three words, so they have no n-grams and are near-duplicates of nothing."),
     (["a b c d", "x y z", "a b c d", "a b c d"], 2, 0.9, {(0, 2), (0, 3), (2, 3)},
      "Every pair counts, not only the first one."),
     ([], 3, 0.5, set(), "No texts, no pairs."),
@@ -115,12 +115,12 @@ _EXAMS = [ # questions, documents, n, places, hint
     (["who has the red kite"], ["the red balloon has a kite who flies"], 3, [],
      "They share words, but never three in a row."),
     (["the red kite"], ["she sees the", "red kite of ann"], 3, [],
-     "The end of one document and the beginning of the next are no neighbours."),
+     "The end of one document and the beginning of the next are not adjacent."),
     (["is the cat"], ["this the cat knows"], 3, [],
      "`this` is not `is`: are whole words compared?"),
     (["Who Has the red kite"], ["who has THE blue kite"], 3, [0], "Are capitals ignored?"),
     (["red kite", ""], ["the red kite flies"], 3, [],
-     "A question of fewer than n words has no run of n words."),
+     "A question of fewer than n words has no n-gram."),
     (["a b c d", "e f g h", "b c d e"], ["x a b c y", "z b c d"], 3, [0, 2],
      "Every question is compared with every document."),
     ([], ["a b c"], 2, [], "No questions, nothing to find."),
@@ -168,7 +168,7 @@ def _exam_in_the_text(contaminated):
     expect(got == want, f"of 200 questions, {extra} are named that are not in the documents, "
                         f"and {missing} are missing.")
     expect(seconds < 12, f"it is right, but 200 questions and 1,500 documents take {seconds:.0f} "
-           "seconds: does each question read all documents again? Collect their runs once.")
+           "seconds: does each question read all documents again? Collect their n-grams once.")
 
 # %% ../../../nbs/lab/exercises/73_data.ipynb #9446cf45
 def inputs_and_targets(rows, bos_id): # (B, T + 1), -1 where there is padding
@@ -297,7 +297,7 @@ def _best_fit(best_fit):
 
 # %% ../../../nbs/lab/exercises/73_data.ipynb #4054dc76
 _WASTES = [ # rows of (document, start, length), lengths, capacity, share of room, of tokens, hint
-    ([[(0, 0, 4)], [(1, 0, 2)]], [4, 2], 4, 0.25, 0.0, "Two of eight places hold no token."),
+    ([[(0, 0, 4)], [(1, 0, 2)]], [4, 2], 4, 0.25, 0.0, "Two of eight positions hold no token."),
     ([[(0, 0, 4)], [(1, 0, 4)]], [10, 6], 4, 0.0, 0.5, "Eight of sixteen tokens are in a row."),
     ([[(0, 0, 3), (1, 0, 2)], [(0, 3, 4)]], [7, 5], 5, 0.1, 0.25,
      "A document may be in two rows, and a row may hold several pieces."),

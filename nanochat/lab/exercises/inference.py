@@ -13,6 +13,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 
 # %% ../../../nbs/lab/exercises/79_inference.ipynb #e717be39
 import numpy as np
@@ -68,24 +69,25 @@ class Attention(nn.Module):
 
 # %% ../../../nbs/lab/exercises/79_inference.ipynb #1b36217f
 def tree_value(node):
-    "The value of a parsed expression. Raises ValueError for what is not allowed."
+    "The exact value of a parsed expression. Raises ValueError for what is not allowed."
     operators = {
         ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
         ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
         ast.Pow: operator.pow, ast.UAdd: operator.pos, ast.USub: operator.neg}
     match node:
-        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool): pass
+        case ast.Constant(value=int() | float() as number):
+            value = Fraction(str(number)) # a ValueError for True and for infinity
         case ast.UnaryOp(op=op, operand=x) if type(op) in operators:
             return operators[type(op)](tree_value(x))
         case ast.BinOp(left=a, op=op, right=b) if type(op) in operators:
             a, b = tree_value(a), tree_value(b)
             if isinstance(op, ast.Pow) and abs(b) > 64: raise ValueError("a large exponent")
-            value = operators[type(op)](a, b)
+            value = Fraction(operators[type(op)](a, b))
         case ast.Call(func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
                       args=[ast.Constant(value=str() as part)], keywords=[]):
-            return text.count(part)
+            return Fraction(text.count(part))
         case _: raise ValueError("not arithmetic")
-    if isinstance(value, complex) or not abs(value) <= 10**18: raise ValueError("too large")
+    if abs(value) > 10**18 or value.denominator > 10**400: raise ValueError("out of bounds")
     return value
 
 # %% ../../../nbs/lab/exercises/79_inference.ipynb #efc6301f
@@ -100,8 +102,9 @@ def calculate(expression):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore") # of literals such as `5in`
             value = tree_value(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError): return None
-    return format(value, ".10g") if isinstance(value, float) else str(value)
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        return None
+    return str(value) if value.denominator == 1 else format(float(value), ".10g")
 
 # %% ../../../nbs/lab/exercises/79_inference.ipynb #50e8a6b3
 def prefill(model, prompt, n=1):
@@ -223,7 +226,7 @@ def _append_to_cache(append):
         touched = (written != cache).any(-1).any(1) # (B, max_len)
         places = [row.nonzero().flatten().tolist() for row in touched]
         right = [[at] for at in start]
-        expect(places == right, f"rows of {start} tokens were written at the places {places}: "
+        expect(places == right, f"rows of {start} tokens were written at the positions {places}: "
                "where does the next token of each row belong? They differ in length.")
         for b, at in enumerate(start): cache[b, :, at] = new[b, :, 0]
         expect_close(written, cache, "the cache", "Every head of a row has its own numbers.")
@@ -333,7 +336,7 @@ def _expect_second(
     at = [place for size in sizes for place in range(size)]
     restarted = [_attended(layer, x, n_head, offset, at)[:, second] for offset in (False, True)]
     expect(not any(map(is_like, restarted)), f"{case}: the second piece is rotated from position 0 "
-           "again. Where does it stand in the row?")
+           "again. What is its position in the row?")
     alone = layer(x[:, second])
     expect(not is_like(alone), f"{case}: the second piece does not see the first: its queries look "
            "at the keys and values of the cache, too.")
@@ -471,7 +474,7 @@ def _top_p_set(chosen):
         kept, least = sum(flags), sum(want)
         expect(kept <= least, f"{case} {kept} tokens are kept, and {least} would be enough.")
         places = [i for i, kept in enumerate(flags) if kept]
-        expect(flags == want, f"{case} the places {places} are kept: "
+        expect(flags == want, f"{case} the positions {places} are kept: "
                "the likeliest come first, and the answer is in the order of the input.")
 
 # %% ../../../nbs/lab/exercises/79_inference.ipynb #43e4895a

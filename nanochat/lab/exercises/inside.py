@@ -99,9 +99,9 @@ _LENS = [ # what a learner may have done instead, and the hint
     (lambda model, x: model.lm_head(rms_norm(x)),
      "the softcap is missing: 15 · tanh(logits / 15)."),
     (lambda model, x: 15 * torch.tanh(model.lm_head(x) / 15),
-     "the norm is missing: the head reads the normed stream."),
+     "the norm is missing: the output head reads the normalized stream."),
     (lambda model, x: model.lm_head(x), "the norm and the softcap are missing: the head reads the "
-     "normed stream, and its logits go through 15 · tanh(logits / 15)."),
+     "normalized stream, and its logits go through 15 · tanh(logits / 15)."),
     (lambda model, x: _logits(model, x).softmax(-1), "these are probabilities: return logits."),
 ]
 

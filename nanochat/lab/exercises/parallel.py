@@ -108,8 +108,8 @@ def _rounding_hint(x: float, got: float) -> str:
     if got not in (math.ldexp(math.floor(whole), e - 8), math.ldexp(math.ceil(whole), e - 8)):
         return "Eight significant bits are kept, whatever the size of the number."
     if abs(whole) % 1 == 0.5:
-        return "It lies in the middle of two neighbours: a tie goes to the even one."
-    return "It should go to the nearest neighbour, not always down, up or towards 0."
+        return "It lies halfway between two bf16 numbers: a tie goes to the one whose last bit is 0."
+    return "It should go to the nearest bf16 number, not always down, up or towards 0."
 
 # %% ../../../nbs/lab/exercises/82_parallel.ipynb #d0e4f474
 @exercise("11.3", "Round like bf16")

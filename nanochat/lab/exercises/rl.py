@@ -97,7 +97,7 @@ def _loss_hint(
         (-terms.sum() / sampled.sum(), "Its sign is wrong: the loss must *fall* as better answers "
                                        "get likelier."),
         (terms.sum(), "It is a sum: divide by the number of sampled tokens."),
-        (terms.mean(), "Divide by the number of *sampled* tokens, not of all places."),
+        (terms.mean(), "Divide by the number of *sampled* tokens, not of all positions."),
         (each.mean(), "All sampled tokens of the batch count alike: don't average the answers "
                       "one by one."),
         (each.sum(), "All sampled tokens of the batch count alike: don't average the answers "

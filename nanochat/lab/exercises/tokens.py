@@ -32,7 +32,7 @@ def split_text(text): # str → list of str
         number + "{1,2}", # a number, two digits at a time
         r" ?(?:[^\w\s]|_)+[\r\n]*", # punctuation
         r"\s*[\r\n]", # a line end
-        r"\s+(?!\S)", # spaces; the last one stays with the word behind them
+        r"\s+(?!\S)", # spaces; the last one stays with the word after them
         r"\s+",
     ]
     return re.findall("|".join(kinds), text)
@@ -45,7 +45,7 @@ _MIXED = ("Ça va? 東京 🐈! x² _a_ __init__ \n\n\t foo\r\n bar "
 
 # %% ../../../nbs/lab/exercises/72_tokens.ipynb #2ca3dc56
 def count_pairs(pieces): # {(id, id, …): how often the piece occurs}
-    "Count the pairs of neighbours in all pieces."
+    "Count the adjacent pairs in all pieces."
     counts = Counter()
     for ids, n in pieces.items():
         for pair in zip(ids, ids[1:]): counts[pair] += n
@@ -64,10 +64,10 @@ _PAIR_COUNTS = [ # pieces, counts of pairs, hint
      "no pair crosses from one piece into the next."),
     ({(5, 6, 7): 1}, {(5, 6): 1, (6, 7): 1},
      "in the piece (5, 6, 7), {got} was counted: "
-     "which neighbours are there, from the first to the last?"),
+     "which adjacent pairs are there, from the first to the last?"),
     ({(1, 1, 1): 2, (1, 2): 7}, {(1, 1): 4, (1, 2): 7},
-     "for (1, 1, 1) twice and (1, 2) seven times, {got} was counted: how many neighbours "
-     "has (1, 1, 1), and do counts of different pieces add up?"),
+     "for (1, 1, 1) twice and (1, 2) seven times, {got} was counted: how many adjacent pairs "
+     "has (1, 1, 1), and do the counts of different pieces add up?"),
     ({}, {}, "for no pieces, {got} was counted: they have no pairs."),
     ({(4,): 3}, {}, "for the piece (4,), {got} was counted: a piece of one id has no pairs."),
 ]
@@ -140,11 +140,11 @@ def train_bpe(texts, n_merges):
 
 # %% ../../../nbs/lab/exercises/72_tokens.ipynb #611ba878
 _TRAININGS = [ # texts, number of merges, hint
-    (["ab ab"], 0, "No merge was asked for."),
+    (["ab ab"], 0, "No merge was requested."),
     (["ab ab ab"], 1, "The pair of a and b occurs most often."),
     (["a. a. a. a."], 1, "No merge crosses from one piece into the next: is the text split?"),
     (["a", "b", "a", "b", "a", "b", "cd", "cd"], 1,
-     "The end of one text and the beginning of the next are no neighbours."),
+     "The end of one text and the beginning of the next are not adjacent."),
     (["xy", "ab", "xy", "ab"], 1,
      "x y and a b occur equally often. Which of them has the smaller ids?"),
     (["abcabcabc"], 2, "The first merge makes id 256, and the second one can use it."),
@@ -152,7 +152,7 @@ _TRAININGS = [ # texts, number of merges, hint
      "A pair counts as often as its pieces occur."),
     (["ab cd"], 5, "No pair occurs twice here, so there is nothing to merge."),
     (["abab abab", "abab"], 9, "Training ends when no pair occurs twice."),
-    (["aaaa aaaa"], 3, "How many neighbours are there in aaaa, and what is left after a merge?"),
+    (["aaaa aaaa"], 3, "How many adjacent pairs are there in aaaa, and what is left after a merge?"),
     (["é é é"], 1, "A character can be several bytes, and merges join bytes."),
     ([], 3, "Without text there is nothing to merge."),
 ]
@@ -383,7 +383,7 @@ def _tokenizer(make):
            "encodes wrongly: does it share something with the first one?")
     seconds = _cpu_seconds(lambda: [tokenizer.encode(text) for text in texts[-60:] * 10])
     expect(seconds < 2, f"it is right, but 0.2 megabytes of text take {seconds:.0f} seconds: "
-           "keep the ids of each piece in a dictionary, because most pieces come again.")
+           "keep the ids of each piece in a dictionary, because most pieces recur.")
 
 # %% ../../../nbs/lab/exercises/72_tokens.ipynb #df9030c2
 def _expect_decodes(tokenizer, texts: list[str]):
