@@ -4,11 +4,17 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from conftest import assert_user_error, contents, environment, nanochat, nanochat_process, start, wait_for
 
-from nanochat.core.files import file_lock
+from nanochat.core.files import Busy, file_lock
+from nanochat.core.run import Run
+from nanochat.post.dpo import train_dpo
+from nanochat.post.finetune import finetune
+from nanochat.post.rl import train_rl
+from nanochat.train.pretrain import pretrain
 
 WORDS = "cat dog bird sat ran flew mat hill tree the a over under big small".split()
 
@@ -114,6 +120,24 @@ def test_a_run_on_which_another_process_works(copy, tmp_path):
         assert snapshot(mine.base) == before
         assert nanochat(mine.base, "report", "smoke").returncode == 0 # it may be read meanwhile
     assert nanochat(mine.base, "stage", "base", "--run", "smoke").returncode == 0 # free again
+
+
+def test_every_writer_of_a_run_locks_it(copy, monkeypatch):
+    mine = copy("rl")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(mine.base))
+    run, writers = Run.open("smoke"), {"base": pretrain, "mid": partial(finetune, stage="mid"), "sft": partial(finetune, stage="sft"), "rl": train_rl, "dpo": partial(train_dpo, simulate=4)}
+    with file_lock(mine.run/".lock", "training"):
+        for stage, write in writers.items():
+            if stage != "dpo": (mine.run/stage/"manifest.json").rename(mine.run/"kept.json") # or the stage is done
+            before = snapshot(mine.base)
+            with pytest.raises(Busy, match="another process is working on run 'smoke'"): write(run)
+            assert snapshot(mine.base) == before
+            if stage != "dpo": (mine.run/"kept.json").rename(mine.run/stage/"manifest.json")
+        measure = ["eval", "smoke", "--stage", "sft", "--max-per-task", 2, "--tasks"]
+        assert_user_error(nanochat(mine.base, *measure, "facts"), "another process is working on run 'smoke'")
+        assert nanochat(mine.base, *measure, "bpb").returncode == 0 # writes nothing
+        assert snapshot(mine.base) == before
+    assert nanochat(mine.base, *measure, "facts").returncode == 0
 
 
 def test_a_notebook_first_and_a_command_second(copy, tmp_path):

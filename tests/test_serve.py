@@ -478,6 +478,17 @@ def test_slow_strangers_are_ended(tokenizer, say):
         assert None not in ended and min(ended) > 0.8 and max(ended) < 6, ended
 
 
+def test_a_connection_with_many_short_answers_stays(tokenizer):
+    with in_thread(scripted(tokenizer, limits=ServerLimits(headers=1.0)), hosts={"127.0.0.1"}) as address:
+        with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as s, s.makefile("rb") as answer:
+            until = time.monotonic() + 5
+            while time.monotonic() < until:
+                s.sendall(b"HEAD /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                assert b" 200 " in answer.readline()
+                while answer.readline() != b"\r\n": pass
+                time.sleep(0.1)
+
+
 def test_a_slow_body_is_ended_with_a_sentence(tokenizer):
     with in_thread(scripted(tokenizer, limits=ServerLimits(headers=1.0, stall=2.0)), hosts={"127.0.0.1"}) as address:
         with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as s:

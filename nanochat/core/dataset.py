@@ -18,7 +18,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain, count, islice, takewhile
 from pathlib import Path
 
 # %% ../../nbs/core/08_dataset.ipynb #f758447b
@@ -94,6 +94,15 @@ def _world_folder(seed: int) -> Path:
     sample = [*world.documents(0, 64), *world.documents(start, start + 8)]
     return base_dir()/"data"/f"world-{seed}-{sha256_json(sample)[:8]}"
 
+# %% ../../nbs/core/08_dataset.ipynb #7c1f00d6
+def _written_characters(file: Path) -> int:
+    "Read how many characters a shard has. Raises `UserError` if it is damaged."
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_schema
+    try: return int(read_schema(file).metadata[b"characters"])
+    except (ArrowException, TypeError, LookupError, ValueError):
+        raise UserError(f"{file} is damaged: delete it, and it is generated again.") from None
+
 # %% ../../nbs/core/08_dataset.ipynb #b5d2dfb2
 def _make_shards(
     folder: Path,
@@ -101,12 +110,22 @@ def _make_shards(
     numbers: range, # of the shards
 ) -> int: # characters in these shards
     "Generate those shards that do not exist yet, on all cores."
-    from pyarrow.parquet import read_schema
     files = [folder/f"shard_{k:05d}.parquet" for k in numbers]
     bounds = [(_WORLD_SHARD * k, _WORLD_SHARD * (k + 1)) for k in numbers]
     jobs = [(f, seed, *bound) for f, bound in zip(files, bounds) if not f.exists()]
     if jobs: in_processes(_write_world_shard, *zip(*jobs))
-    return sum(int(read_schema(f).metadata[b"characters"]) for f in files)
+    return sum(map(_written_characters, files))
+
+# %% ../../nbs/core/08_dataset.ipynb #7c1f00d7
+def _holds(
+    folder: Path, # of a world
+    characters: int, # of training text, at least
+    shards: int, # of training text, at least
+) -> bool:
+    "Does a folder hold enough training shards?"
+    files = takewhile(Path.exists, (folder/f"shard_{k:05d}.parquet" for k in count()))
+    sizes = [*map(_written_characters, files)]
+    return len(sizes) >= shards and sum(sizes) >= characters
 
 # %% ../../nbs/core/08_dataset.ipynb #f9f4d7c4
 def make_world(
@@ -116,8 +135,9 @@ def make_world(
 ) -> Path: # the folder
     "Generate the validation shard, and training shards until there is enough training text."
     folder = _world_folder(seed)
+    val = folder/"shard_99999.parquet"
+    if val.exists() and _holds(folder, characters, shards): return folder # the disk may be read-only
     with file_lock(folder/".lock", "writing the same world"):
-        val = folder/"shard_99999.parquet"
         if not val.exists(): _write_world_shard(val, seed, _WORLD_VAL.start, _WORLD_VAL.stop)
         total = _make_shards(folder, seed, range(shards))
         while total < characters: # estimate the shards still needed from the mean size so far
@@ -221,9 +241,11 @@ def _parquet_columns(
     except UnicodeDecodeError:
         raise UserError(f"{file} holds text that is not UTF-8 in one of the rows {done + 1:,} to "
                         f"{done + len(batch):,}: decode it before you write the file.") from None
-    except (pa.ArrowException, OSError) as e:
+    # the last two: a value that Python cannot hold, such as a date after the year 9999
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as e:
         refuse_too_many_files(e)
-        raise UserError(f"{file} is damaged ({str(e).splitlines()[0]}): "
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        raise UserError(f"{file} is damaged ({reason}): "
                         "fetch or write it again, or remove it.") from None
 
 # %% ../../nbs/core/08_dataset.ipynb #ab686fce

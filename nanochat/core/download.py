@@ -283,7 +283,7 @@ def _user_errors(
         with disk_errors(folder): yield
     except UserError: raise
     except errors.OfflineModeIsEnabled:
-        raise UserError(f"{what} is not complete here, and HF_HUB_OFFLINE forbids to fetch it: "
+        raise UserError(f"{what} is not complete here, and HF_HUB_OFFLINE forbids downloads: "
                         "unset HF_HUB_OFFLINE, or copy the complete folder "
                         f"{folder} from another machine.") from None
     except not_given as e:

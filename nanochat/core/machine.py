@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -181,13 +182,16 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 # %% ../../nbs/core/01_machine.ipynb #bbc83c64
+_one_at_a_time = threading.RLock()
+
 @contextmanager
 def without_main():
     "Let processes that the block spawns not import the program that started this process."
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try: yield
-    finally: sys.modules["__main__"] = main
+    with _one_at_a_time: # or one thread would restore what another one has put there
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try: yield
+        finally: sys.modules["__main__"] = main
 
 # %% ../../nbs/core/01_machine.ipynb #5f1c7a20
 def in_processes(function, *columns: list) -> list:

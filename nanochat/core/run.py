@@ -314,9 +314,11 @@ _LOCKED = "NANOCHAT_LOCKED" # the run's folder that this process, or one that st
 def run_lock(
     dir: Path, # of the run
 ):
-    "Lock a run for this process and those that it starts. Raises `Busy` if another one holds it."
+    """Lock a run for this process and those that it starts. Raises `Busy` if another one holds it.
+
+    Of several ranks, the first one locks it for all."""
     before = os.environ.get(_LOCKED)
-    if before == str(dir):
+    if before == str(dir) or rank_and_world()[0] != 0:
         yield
         return
     remedy = "wait for it, or choose another name with --run."

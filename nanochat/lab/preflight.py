@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 
 # %% ../../nbs/lab/57_preflight.ipynb #863c3bbe
-from ..core.files import UserError, atomic_write, file_lock, say
+from ..core.files import UserError, atomic_write, file_lock, read_json, say
 from ..core.run import Run, runs_dir
 from ..train.check import Check, check_table, enforce, hub_address, machine_checks
 from .stages import as_rank, default_preset, launch
@@ -407,6 +407,11 @@ def _measure_restart(run: Run, device) -> dict: # torch.device
     return {"restart_seconds": began - died, "restart_same": same}
 
 # %% ../../nbs/lab/57_preflight.ipynb #6c72eef4
+def _read_measured(folder: Path) -> dict: # of the run of preflight
+    "Read what rank 0 has measured so far."
+    shape = {"step_seconds": float, "exchange_seconds": float, "gemm_flops_of_each": [float]}
+    return read_json(folder/"measured.json", "start the command again.", shape)
+
 def _preflight_rank(run: Run):
     "Measure as one of the ranks. After the last rank dies, all ranks start here again."
     from nanochat.core.machine import barrier, distributed, pick_device, seed_everything
@@ -426,7 +431,7 @@ def _preflight_rank(run: Run):
                 if writes: atomic_write(file, json.dumps(found))
                 barrier()
             restart = _measure_restart(run, device)
-            if writes: atomic_write(file, json.dumps(json.loads(file.read_text()) | restart))
+            if writes: atomic_write(file, json.dumps(_read_measured(run.dir) | restart))
 
 # %% ../../nbs/lab/57_preflight.ipynb #384165fd
 @cli.command("preflight-rank", hidden=True)
@@ -461,7 +466,7 @@ def _measure_machine(
         _random_tokenizer(vocab_size).save(run.stage_dir("tokenizer"))
         env["NANOCHAT_LAUNCHED"] = str(time.time())
         launch(run, "base", config["hardware"]["nproc"], ("preflight-rank",), env)
-        return json.loads((folder/"measured.json").read_text())
+        return _read_measured(folder)
     finally:
         log = folder/"base"/"ranks.log"
         if log.exists(): shutil.copyfile(log, _log_path())

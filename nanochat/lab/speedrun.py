@@ -378,13 +378,15 @@ def _measure_chat(
     from nanochat.post.mixture import subject_of
     section, names = run.config["eval"], read_task_names(tasks)
     how |= {"max_new_tokens": section["max_new_tokens"], "batch": section["batch"]}
-    scores = evaluate_chat(engine, names, most or section["questions"], seed=run.seed,
-                           subject=subject_of(run.config), **how)
-    if not scores["tasks"]:
-        why = "; ".join(f"{name}: {reason}" for name, reason in scores["missing"].items())
-        raise UserError(f"none of the tasks could be measured: {why}")
-    step = run.needs(stage)["step"]
-    if how["split"] == "test": save_evaluation(run, stage, scores, step, add=True)
+    keep = how["split"] == "test"
+    with run_lock(run.dir) if keep else nullcontext():
+        scores = evaluate_chat(engine, names, most or section["questions"], seed=run.seed,
+                               subject=subject_of(run.config), **how)
+        if not scores["tasks"]:
+            why = "; ".join(f"{name}: {reason}" for name, reason in scores["missing"].items())
+            raise UserError(f"none of the tasks could be measured: {why}")
+        step = run.needs(stage)["step"]
+        if keep: save_evaluation(run, stage, scores, step, add=True)
     return scores
 
 # %% ../../nbs/lab/56_speedrun.ipynb #2630ae06
@@ -491,7 +493,7 @@ def _dpo_command(name, simulate, settings):
     run = Run.open(name or last_run())
     if (nproc := run.config["hardware"]["nproc"]) > 1:
         say(f"Preference training runs on one process, not on {nproc}: pairs are few.")
-    with run_lock(run.dir): manifest = train_dpo(run, simulate or 0, changed)
+    manifest = train_dpo(run, simulate or 0, changed)
     click.echo(show_dpo(run, manifest))
     click.echo(f"to talk to it: {program()} chat --run {run.name}; "
                f"in the report: {program()} report {run.name}")

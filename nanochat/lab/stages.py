@@ -395,14 +395,13 @@ def as_rank(run: Run, stage: str):
 
     Rank 0, or the only process, locks the run. Raises `Busy` if another process works on it.
     The process ends if its launcher does. An exception ends all ranks without a restart."""
-    lock = run_lock(run.dir) if rank_and_world()[0] == 0 else nullcontext()
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        with lock, _memory_in_words(run, stage): yield
+        with run_lock(run.dir), _memory_in_words(run, stage): yield
         return
     folder, launcher = run.stage_dir(stage), os.getppid()
     _end_with(launcher, int(os.environ.get("NANOCHAT_PARENT", 0)))
     try:
-        with lock:
+        with run_lock(run.dir):
             # one rank of each machine; the first one only after it has the lock
             if os.environ.get("LOCAL_RANK") == "0": _check_launcher(folder)
             yield

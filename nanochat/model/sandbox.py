@@ -31,7 +31,7 @@ from itertools import accumulate
 from pathlib import Path
 
 # %% ../../nbs/model/16_sandbox.ipynb #5c2d8e10
-from ..core.files import UserError, say
+from ..core.files import UserError, say, visible
 from ..core.machine import n_cores
 
 # %% ../../nbs/model/16_sandbox.ipynb #44659e2a
@@ -162,6 +162,8 @@ class _Verdict:
     error: str | None # a line that says what went wrong; None if it passed
     output: str # what the program printed
     seconds: float # wall-clock time
+
+    def __post_init__(self): self.error = self.error and visible(self.error) # the program's words
 
 # %% ../../nbs/model/16_sandbox.ipynb #c5c9080d
 def _made():

@@ -267,7 +267,7 @@ _ANOTHER = compile_templates([
 
 def _second_question(z: str, draw: Draw) -> tuple[str, str]: # question, expression
     "Go on after a sum whose result is `z`."
-    whole = z.isdigit() and int(z) < 1000
+    whole = z.isdecimal() and int(z) < 1000
     if not whole or draw.chance(0.3):
         x, y = _plus(draw)
         return _ask(_ANOTHER, _typed(f"{x}+{y}", draw), draw), f"{x}+{y}"

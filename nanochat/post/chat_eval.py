@@ -21,7 +21,7 @@ import torch
 # %% ../../nbs/post/36_chat_eval.ipynb #7d0f2867
 from ..core.files import UserError, atomic_write, names_in, read_json, say
 from ..core.machine import derive_seed, gather, group_rank_and_world, on_every_rank
-from ..core.run import Run, progress_bar
+from ..core.run import Run, progress_bar, run_lock
 from ..core.tokenizer import Tokenizer
 from ..core.world import World
 from ..model.gpt import GPT
@@ -398,24 +398,25 @@ def save_evaluation(
     step: int = 0, # at which the stage ended, for the metrics
     add: bool = False, # keep the other tasks that are in the file
 ) -> dict: # the file's content
-    "Write a stage's `eval.json` and log its scores, on rank 0 alone."
-    path = run.stage_dir(stage)/"eval.json"
-    tasks = found["tasks"]
-    if add and path.exists():
-        task = {"name": str, "n": int, "accuracy": float, "chance": float, "items": list}
-        old = read_json(path, "delete it, and evaluate again.",
-                        {"tasks?": {str: task}, "missing?": {str: str}})
-        missing = {name: why for name, why in old.get("missing", {}).items() if name not in tasks}
-        found = _summarize(old.get("tasks", {}) | tasks, missing | found["missing"])
+    "Write a stage's `eval.json` and log its scores, on rank 0 alone, which locks the run."
+    with run_lock(run.dir):
+        path = run.stage_dir(stage)/"eval.json"
         tasks = found["tasks"]
-    for result in tasks.values(): del result["items"][SAMPLES:]
-    summary = {"stage": stage, "step": step, **found}
-    if group_rank_and_world()[0] == 0:
-        atomic_write(path, json.dumps(summary, indent=1, ensure_ascii=False))
-        means = {name: found[name] for name in ("world_score", "chat_core")}
-        scores = {name: score for name, score in means.items() if score is not None}
-        scores |= {f"eval/{name}": r["accuracy"] for name, r in tasks.items()}
-        run.metrics(stage, resume_step=sys.maxsize).log(step, **scores)
+        if add and path.exists():
+            task = {"name": str, "n": int, "accuracy": float, "chance": float, "items": list}
+            old = read_json(path, "delete it, and evaluate again.",
+                            {"tasks?": {str: task}, "missing?": {str: str}})
+            missing = {name: why for name, why in old.get("missing", {}).items() if name not in tasks}
+            found = _summarize(old.get("tasks", {}) | tasks, missing | found["missing"])
+            tasks = found["tasks"]
+        for result in tasks.values(): del result["items"][SAMPLES:]
+        summary = {"stage": stage, "step": step, **found}
+        if group_rank_and_world()[0] == 0:
+            atomic_write(path, json.dumps(summary, indent=1, ensure_ascii=False))
+            means = {name: found[name] for name in ("world_score", "chat_core")}
+            scores = {name: score for name, score in means.items() if score is not None}
+            scores |= {f"eval/{name}": r["accuracy"] for name, r in tasks.items()}
+            run.metrics(stage, resume_step=sys.maxsize).log(step, **scores)
     return summary
 
 # %% ../../nbs/post/36_chat_eval.ipynb #54ec4f42

@@ -29,7 +29,7 @@ from fastcore.basics import patch
 # %% ../../nbs/post/35_core_eval.ipynb #730a6d77
 from ..core.files import UserError, atomic_write, say
 from ..core.machine import gather, group_rank_and_world, on_every_rank
-from ..core.run import Run, progress_bar
+from ..core.run import Run, progress_bar, run_lock
 from ..core.tokenizer import Tokenizer
 from ..core.dataset import core_folders, file_rows
 from ..model.gpt import GPT
@@ -621,10 +621,11 @@ def evaluate_core_stage(
     "Measure CORE of a stage's model, write the stage's `core.json`, and log the score."
     reader = GPTReader(model, tokenizer)
     if reader.device.type == "cpu": dtype = torch.float32
-    result = {"stage": stage, "step": step} | evaluate_core(reader, most, dtype=dtype)
-    if group_rank_and_world()[0] == 0:
-        atomic_write(run.stage_dir(stage)/"core.json", json.dumps(result, indent=1))
-        run.metrics(stage, resume_step=sys.maxsize).log(step, core=result["score"])
+    with run_lock(run.dir):
+        result = {"stage": stage, "step": step} | evaluate_core(reader, most, dtype=dtype)
+        if group_rank_and_world()[0] == 0:
+            atomic_write(run.stage_dir(stage)/"core.json", json.dumps(result, indent=1))
+            run.metrics(stage, resume_step=sys.maxsize).log(step, core=result["score"])
     return result
 
 # %% ../../nbs/post/35_core_eval.ipynb #c31a226f

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from ..core.files import (
     UserError, atomic_write, rank_and_world, read_json, remove, say, sha256_json)
 from ..core.machine import derive_seed, pick_device, seed_everything
-from ..core.run import Metrics, Run, fingerprint, progress_bar
+from ..core.run import Metrics, Run, fingerprint, progress_bar, run_lock
 from ..core.tokenizer import Tokenizer
 from ..core.grammar import ANSWERS, Draw, expansions
 from ..core.world import World, question_and_answer
@@ -506,21 +506,15 @@ def _start_over(folder: Path):
         "training begins again from the start.")
     for name in ("manifest.json", "eval.json", "checkpoints"): remove(folder/name)
 
-# %% ../../nbs/post/39_dpo.ipynb #46fd33c0
-def train_dpo(
-    run: Run,  # a run with a finished chat model
-    simulate: int = 0,  # count of pairs from a simulated judge; 0: use the feedback
-    changed: dict | None = None,  # settings to override
-) -> dict:  # the stage's manifest
-    """Train a run's last chat model on preferences, or resume from the last checkpoint.
-
-    Afterwards evaluate the model on the tasks of `eval.tasks`."""
-    if rank_and_world()[1] > 1:
-        raise UserError("preference training runs on one process: start it with `nanochat dpo`, "
-                        "without torch.distributed.run.")
-    start = "rl" if run.manifest("rl") else "sft"
-    run.needs(start)
-    config, section, folder = run.config, dpo_settings(run.config, changed), run.stage_dir("dpo")
+# %% ../../nbs/post/39_dpo.ipynb #7c1f00d5
+def _train(
+    run: Run,
+    start: str, # the stage whose model it starts from
+    simulate: int, # as in `train_dpo`
+    section: dict, # from `dpo_settings`
+) -> dict: # the stage's manifest
+    "Train a model on preferences and evaluate it, unless that is done."
+    config, folder = run.config, run.stage_dir("dpo")
     device = pick_device(config["hardware"]["device"])
     dtype = unscaled_dtype(device, config)
     seed_everything(derive_seed(run.seed, "dpo"))
@@ -560,6 +554,23 @@ def train_dpo(
     return run.finish("dpo", **result, start=start, identity=identity, settings=section,
                       simulated=simulate, pairs=len(train), heldout_pairs=len(heldout),
                       left_out=left_out, world_score=summary["world_score"])
+
+# %% ../../nbs/post/39_dpo.ipynb #46fd33c0
+def train_dpo(
+    run: Run,  # a run with a finished chat model
+    simulate: int = 0,  # count of pairs from a simulated judge; 0: use the feedback
+    changed: dict | None = None,  # settings to override
+) -> dict:  # the stage's manifest
+    """Train a run's last chat model on preferences, or resume from the last checkpoint.
+
+    Afterwards evaluate the model on the tasks of `eval.tasks`."""
+    if rank_and_world()[1] > 1:
+        raise UserError("preference training runs on one process: start it with `nanochat dpo`, "
+                        "without torch.distributed.run.")
+    with run_lock(run.dir):
+        start = "rl" if run.manifest("rl") else "sft"
+        run.needs(start)
+        return _train(run, start, simulate, dpo_settings(run.config, changed))
 
 # %% ../../nbs/post/39_dpo.ipynb #9ed90921
 def _task_changes(

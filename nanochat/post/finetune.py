@@ -28,7 +28,7 @@ from ..core.files import (
 from nanochat.core.machine import (
     derive_seed, distributed, in_processes, pick_device, pick_dtype, seed_everything,
     without_main)
-from ..core.run import Run
+from ..core.run import Run, run_lock
 from ..core.tokenizer import Tokenizer, chat_pieces
 from ..core.download import altered
 from ..core.dataloader import Shards, pack_rows, prepare_tokens
@@ -437,7 +437,7 @@ def finetune(
     config, section = run.config, run.config[stage]
     device = pick_device(config["hardware"]["device"])
     dtype = pick_dtype(device, config["hardware"]["dtype"])
-    with distributed(device):
+    with run_lock(run.dir), distributed(device):
         rank, world_size = rank_and_world()
         seed_everything(derive_seed(run.seed, stage))
         model, tokenizer, _ = load_model(run, start, device)

@@ -17,7 +17,7 @@ from ..core.grammar import (
     compile_templates, expand, expand_one, join_words)
 from ..core.world import World
 from .tasks import (
-    Task, assistant, closing_text, compared, numbers_in, part_of, user)
+    Task, assistant, closing_text, compared, mentions, numbers_in, part_of, user)
 from .town import SAYS
 from .wordings import plural
 from .phrases import after_remark, broad, phrases
@@ -249,10 +249,10 @@ class People(Task):
         words = [*self.everyone, *FAMILIES, *PLACES, self.world.town]
         words += ["Yes", "No", "yes", "no", "man", "woman"]
         for name in ATTRIBUTES.keys() - {"job", "pet"}: words += ATTRIBUTES[name]
-        found = {word for word in words if re.search(rf"\b{re.escape(word)}\b", text)}
-        nouns = {noun for noun in [*JOBS, *PETS]
-                 if re.search(rf"\b({noun}|{plural(noun)})\b", text)}
-        return found | nouns, set(numbers_in(text))
+        nouns = [*JOBS, *PETS] # singular or plural
+        found, *kinds = mentions(text, [words, *([noun, plural(noun)] for noun in nouns)])
+        found |= {noun for noun, forms in zip(nouns, kinds) if forms}
+        return found, set(numbers_in(text))
 
 # %% ../../nbs/post/32c_people.ipynb #119f54fc
 @patch

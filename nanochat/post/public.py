@@ -186,7 +186,8 @@ def code_of(
     head = [*re.finditer(r"^def (\w+)", prompt, re.MULTILINE)][-1]
     def is_whole(code): return re.search(rf"^def {head[1]}\b", code, re.MULTILINE)
     text = spoken_text(completion)
-    blocks = re.findall(r"```[^\n]*\n(.*?)(?:```|$)", text, re.DOTALL) or [text]
+    block = r"(?<!`)```+[^`\n]*\n(.*?)(?:```|$)" # reads each character once
+    blocks = re.findall(block, text, re.DOTALL) or [text]
     code = next(filter(is_whole, blocks), blocks[0])
     if is_whole(code):
         before = prompt[:head.start()]

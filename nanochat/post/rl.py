@@ -24,7 +24,7 @@ import torch
 from ..core.files import UserError, names_in, rank_and_world, say
 from ..core.machine import (
     derive_seed, distributed, group_rank_and_world, on_every_rank, pick_device, seed_everything)
-from ..core.run import Metrics, Run
+from ..core.run import Metrics, Run, run_lock
 from ..core.tokenizer import StreamDecoder, Tokenizer
 from ..model.gpt import GPT
 from ..model.engine import Completion, Engine, Sampling, longest_prompt
@@ -486,7 +486,7 @@ def train_rl(
     config, section = run.config, run.config["rl"]
     device = pick_device(config["hardware"]["device"])
     dtype = unscaled_dtype(device, config)
-    with distributed(device):
+    with run_lock(run.dir), distributed(device):
         seed_everything(derive_seed(run.seed, "rl"))
         model, tokenizer, _ = load_model(run, "sft", device)
         if device.type == "cuda": choose_kernels(model, dtype)

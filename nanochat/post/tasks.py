@@ -121,13 +121,24 @@ def final_number(
     "Return the last number in a text, or None."
     return (numbers_in(text) or [None])[-1]
 
+# %% ../../nbs/post/30_tasks.ipynb #7c1f00d3
+def _find_word(part: str, text: str, start: int = 0) -> int: # -1: it is not there
+    "Return where a text holds a part that is no piece of a longer word."
+    at = text.find(part, start)
+    while at >= 0:
+        end = at + len(part)
+        around = text[at - 1:at] + text[end:end + 1]
+        if not re.search(r"\w", around): break
+        at = text.find(part, at + 1)
+    return at
+
 # %% ../../nbs/post/30_tasks.ipynb #0a922ca5
 def mentions(
     text: str, # an answer
     groups: list, # lists of words
 ) -> list[set[str]]:
     "Return the words of each group that a text contains as whole words."
-    def contains(word): return re.search(rf"\b{re.escape(word)}\b", text)
+    def contains(word): return _find_word(word, text) >= 0
     return [set(filter(contains, words)) for words in groups]
 
 # %% ../../nbs/post/30_tasks.ipynb #42803ac8
@@ -240,15 +251,6 @@ def _introduced(text: str, draw: Draw) -> str:
     return before + text
 
 # %% ../../nbs/post/30_tasks.ipynb #b1c0a9e2
-def _find_word(part: str, text: str, start: int) -> int: # -1: it is not there
-    "Return where a text holds a part that is no piece of a longer word."
-    at = text.find(part, start)
-    while at >= 0:
-        around = text[at - 1:at] + text[at + len(part):][:1]
-        if not re.search(r"\w", around): break
-        at = text.find(part, at + 1)
-    return at
-
 def _cut_out(
     parts: list[str],
     text: str,

@@ -405,7 +405,7 @@ def _converse(
         if line.partition(" ")[0] == "/quit": return
         if not line: continue
         try: _obey(talk, line, write, keeper)
-        except UserError as e: write(f"({visible(str(e))})\n")
+        except UserError as e: write(f"({e})\n")
 
 # %% ../../nbs/talk/41_chat.ipynb #08e4a1c1
 def _piped_line() -> str:

@@ -395,6 +395,10 @@ class _Connection(H11Protocol):
         waiting = [c for c in there if not c.answering or c.cycle.more_body]
         min(waiting, key=lambda c: c.since).transport.abort()
 
+    def on_response_complete(self):
+        self.since = self.loop.time() # `end_if_late` may never come while a short answer is sent
+        super().on_response_complete()
+
     @property
     def answering(self) -> bool:
         "Whether a request has begun to come, and its answer has not been sent."

@@ -25,6 +25,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/talk/45_workers.ipynb #697bc65d
 from ..core.files import UserError, say
+from ..core.machine import without_main
 from ..rustbpe import RustBPE
 from ..core.tokenizer import Tokenizer
 from ..model.engine import Engine
@@ -159,7 +160,7 @@ class _Worker:
         self.pipe, theirs = spawn.Pipe()
         args = (theirs, pool.make_engine, self.device, pool.max_rows, pool.n_threads)
         self.process = spawn.Process(target=_run_worker, args=args, daemon=True)
-        self.process.start()
+        with without_main(): self.process.start()
         theirs.close() # now only the process holds this end: the pipe breaks when it ends
         self.sender = threading.Thread(
             target=_send_all, args=(self.pipe, self.outbox), daemon=True)

@@ -19,7 +19,7 @@ from ..core.files import UserError, rank_and_world, read_json
 from nanochat.core.machine import (
     derive_seed, distributed, group_rank_and_world, keep_freed_memory, pick_device, pick_dtype,
     seed_everything)
-from ..core.run import TRAINED, Run
+from ..core.run import TRAINED, Run, run_lock
 from ..core.tokenizer import Tokenizer
 from ..core.world import World
 from ..core.dataloader import PackedLoader, prepare_tokens
@@ -204,7 +204,7 @@ def pretrain(
     config, section = run.config, run.config["base"]
     device = pick_device(config["hardware"]["device"])
     dtype = pick_dtype(device, config["hardware"]["dtype"])
-    with distributed(device):
+    with run_lock(run.dir), distributed(device):
         rank, world_size = rank_and_world()
         seed_everything(derive_seed(run.seed, "base"))
         tokenizer = Tokenizer.load(run.stage_dir("tokenizer"))

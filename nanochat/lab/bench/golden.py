@@ -95,7 +95,8 @@ def runs_under(
 def _read_seeds(text: str) -> list[int]:
     "Read `42,43`. Raises `UserError` if it is not at least two different numbers."
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or not 2 <= len(parts) == len(set(parts)):
+    numbers = all(part.isdecimal() and len(part) < 19 for part in parts)
+    if not numbers or not 2 <= len(parts) == len(set(parts)):
         raise UserError(f"--seeds {text!r}: give at least two different numbers, such as 42,43,44.")
     return [int(part) for part in parts]
 

@@ -78,10 +78,6 @@ def _stacked(got, what: str):
     expect(len(shapes) == 1, f"the elements of {what} have different shapes: {sorted(shapes)}.")
     return torch.stack(parts)
 
-# %% ../../../nbs/lab/exercises/84_inside.ipynb #64c9cdca
-def _detached(got): # without a gradient, so that it can be compared
-    return got.detach() if isinstance(got, torch.Tensor) else got
-
 # %% ../../../nbs/lab/exercises/84_inside.ipynb #1e94504e
 def logit_lens(model, ids):
     "Read every stream with the model's head: (n_layer + 1, B, T, V)."
@@ -110,7 +106,7 @@ _LENS = [ # what a learner may have done instead, and the hint
 def _logit_lens(answer):
     for seed, (B, T) in enumerate([(2, 5), (1, 1), (3, 7)]):
         model, ids = _model(seed), _ids(seed, B, T)
-        got = _detached(_stacked(_looked_into(answer, model, ids), "the result"))
+        got = _stacked(_looked_into(answer, model, ids), "the result")
         streams = _streams(model, ids)
         want = torch.stack([_logits(model, x) for x in streams])
         shape = tuple(getattr(got, "shape", ()))
@@ -176,7 +172,7 @@ def _patch_stream(answer):
     for seed, (B, T, layer, position) in enumerate([(2, 5, 1, 2), (1, 4, 0, 0), (3, 6, 2, 3)]):
         model, clean = _model(seed), _ids(seed, B, T)
         corrupted = (clean + 5) % _WORDS
-        got = _detached(_looked_into(answer, model, clean, corrupted, layer, position))
+        got = _looked_into(answer, model, clean, corrupted, layer, position)
         want = _patched(model, clean, corrupted, layer, position)
         got = as_numbers(got, want.shape, "the result")
         for wrong, hint in _patch_mistakes(model, clean, corrupted, layer, position):
@@ -229,7 +225,7 @@ def _induction_scores(answer):
         scores = torch.randn(shape, generator=draw)
         future = torch.ones(shape[-2:]).triu(1).bool()
         maps = scores.masked_fill(future, -torch.inf).softmax(-1)
-        got = _detached(call_on_copies(answer, maps, period))
+        got = call_on_copies(answer, maps, period)
         want = _scores(maps, period - 1, period)
         got = as_numbers(got, want.shape, "the result")
         def told(other): return torch.allclose(got, other.double(), atol=1e-5)
@@ -290,7 +286,7 @@ def _without_head(answer):
         for n_head in (_HEADS, 4):
             model, ids = _model(seed), _ids(seed, B, T)
             for block in model.blocks: block.attn.n_head = n_head
-            got = _detached(_looked_into(answer, model, ids, layer, head, n_head))
+            got = _looked_into(answer, model, ids, layer, head, n_head)
             d = _WIDTH // n_head
             want = _silenced(model, ids, layer, slice(head * d, (head + 1) * d))
             got = as_numbers(got, want.shape, "the result")
