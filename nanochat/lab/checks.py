@@ -13,7 +13,7 @@ from importlib import import_module
 # %% ../../nbs/lab/85_checks.ipynb #f01dd36e
 from ..core.files import atomic_write, read_json
 from ..core.run import base_dir
-from .course import EXERCISES, LESSONS, Shown, assess
+from .course import EXERCISES, LESSONS, Shown, assess, order
 from .mine import keep
 
 for name in ("gradients", "tokens", "data", "transformer", "optimizers", "training", "evaluation",
@@ -28,17 +28,18 @@ def _done() -> dict[str, str]: # exercise: when it was first solved
 # %% ../../nbs/lab/85_checks.ipynb #f3d42766
 def check(
     number: str, # of the exercise
-    *answers, # what the learner has written
+    answer, # what the learner has written
 ):
     "Try an answer: print whether it is right, or what is wrong. Raises nothing for a wrong one."
-    mark, sentence = assess(number, *answers)
+    number = str(number) # also without quotes
+    mark, sentence = assess(number, answer)
     if mark == "✓":
         done = _done()
         if number not in done:
             done[number] = datetime.now().isoformat(timespec="seconds")
             atomic_write(base_dir()/"lessons.json", json.dumps(done, indent=1))
         n_done = len(done.keys() & EXERCISES.keys())
-        kept = keep(number, *answers[:1])
+        kept = keep(number, answer)
         sentence = " ".join(filter(None, [
             sentence, kept, f"{n_done} of {len(EXERCISES)} exercises done."]))
     title, _ = EXERCISES[number]
@@ -49,7 +50,7 @@ def progress() -> Shown: # a table
     "Show which exercises of the course are solved."
     done, rows, text = _done(), [], []
     for n, (_, title, _) in LESSONS.items():
-        of_lesson = [number for number in EXERCISES if number.startswith(f"{n}.")]
+        of_lesson = [number for number in sorted(EXERCISES, key=order) if order(number)[0] == n]
         marks = "".join("●" if number in done else "○" for number in of_lesson)
         rows.append(f'<tr><td style="text-align: right">{n}</td>'
                     f'<td style="text-align: left">{title}</td>'

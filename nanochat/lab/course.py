@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LESSONS', 'EXERCISES', 'PARTS', 'Shown', 'lesson_map', 'Explore', 'NotYet', 'expect', 'with_article', 'expect_type',
            'as_plain', 'as_number', 'as_int', 'as_ints', 'as_things', 'as_numbers', 'expect_tensor', 'expect_close',
-           'expect_cases', 'call_on_copies', 'give', 'exercise', 'assess', 'accepts', 'refuses', 'exercises_of', 'cli']
+           'expect_cases', 'call_on_copies', 'order', 'give', 'exercise', 'described', 'assess', 'accepts', 'refuses',
+           'exercises_of', 'cli']
 
 # %% ../../nbs/lab/70_course.ipynb #04ad2f4a
 import base64
@@ -24,6 +25,7 @@ import traceback
 from collections.abc import Callable, Set
 from contextlib import contextmanager
 from decimal import Decimal
+from itertools import islice
 from numbers import Real
 from pathlib import Path
 
@@ -167,10 +169,16 @@ def with_article(name: str) -> str: # of a type
     return f"an {name}" if name[0] in "aeiouAEIO" or name.startswith("nd") else f"a {name}"
 
 # %% ../../nbs/lab/70_course.ipynb #f622241b
+def _verb(what: str, one: str, several: str) -> str:
+    "Return the form of a verb for what a message names, such as \"the losses of step 3\"."
+    prepositions = "after|at|before|between|for|from|in|of|on|that|there|with|without"
+    noun = re.search(rf"(?:^|, )the (.+?)(?: (?:{prepositions})\b|,|$)", what)
+    return several if noun and re.search("[^s]s$", noun[1]) else one
+
 def _wrong_type(got, what: str, expected: str) -> str:
     "Return the sentence for an answer of a wrong type."
-    end = ": is there a `return`?" if got is None else "."
-    return f"{what} is {with_article(type(got).__name__)}, where {expected} expected{end}"
+    end, be = ": is there a `return`?" if got is None else ".", _verb(what, "is", "are")
+    return f"{what} {be} {with_article(type(got).__name__)}, where {expected} expected{end}"
 
 # %% ../../nbs/lab/70_course.ipynb #ac550e9f
 def expect_type(
@@ -183,6 +191,8 @@ def expect_type(
     expect(isinstance(got, kinds), _wrong_type(got, what, expected))
 
 # %% ../../nbs/lab/70_course.ipynb #f0a8f9aa
+_MOST = 10**6 # elements; no right answer has as many
+
 def as_plain(
     got, # a number, an array, a tensor, or any collection of them
 ): # lists of Python numbers, as deep as `got`; what is none of these stays as it is
@@ -190,7 +200,8 @@ def as_plain(
     if isinstance(got, (torch.Tensor, np.ndarray, np.generic)): return got.tolist()
     if isinstance(got, (Real, Decimal)) and not isinstance(got, int): return float(got)
     if isinstance(got, (str, bytes, dict)) or not np.iterable(got): return got
-    return [as_plain(one) for one in (sorted(got) if isinstance(got, Set) else got)]
+    several = sorted(got) if isinstance(got, Set) else islice(got, _MOST)
+    return [as_plain(one) for one in several]
 
 # %% ../../nbs/lab/70_course.ipynb #a5f0c0de
 def _number(got) -> int | float | None: # None: it is not one number
@@ -212,7 +223,8 @@ def as_int(got, what: str) -> int:
     number = _number(got)
     wanted = number is not None and not isinstance(number, bool)
     expect(wanted, _wrong_type(got, what, "a whole number is"))
-    expect(float(number).is_integer(), f"{what} is {number}, where a whole number is expected.")
+    be = _verb(what, "is", "are")
+    expect(float(number).is_integer(), f"{what} {be} {number}, where a whole number is expected.")
     return int(number)
 
 # %% ../../nbs/lab/70_course.ipynb #c487f974
@@ -232,15 +244,16 @@ def as_things(
     "Return an answer that is n things as a list. Raises `NotYet` for another number of things."
     several = np.iterable(got) and not isinstance(got, (str, bytes, dict))
     expect(several, _wrong_type(got, what, f"{expected} are"))
-    things = list(got)
-    expect(len(things) == n, f"{what} has {len(things)} elements, where {expected} are expected.")
+    things, has = list(islice(got, _MOST)), _verb(what, "has", "have")
+    expect(len(things) == n, f"{what} {has} {len(things)} elements, where {expected} are expected.")
     return things
 
 # %% ../../nbs/lab/70_course.ipynb #63a88736
 def _expect_shape(got, shape: tuple, what: str):
     "Raise `NotYet` unless an array or a tensor has a shape."
     got, shape = tuple(got.shape), tuple(shape)
-    expect(got == shape, f"{what} has the shape {got}, and {shape} is expected.")
+    has = _verb(what, "has", "have")
+    expect(got == shape, f"{what} {has} the shape {got}, and {shape} is expected.")
 
 # %% ../../nbs/lab/70_course.ipynb #7e0cc4b3
 def as_numbers(
@@ -283,11 +296,12 @@ def expect_close(
     got = as_numbers(got, want.shape, what)
     if not got.numel(): return
     finite = bool(got.isfinite().all()) or not want.isfinite().all()
-    expect(finite, f"{what} has numbers that are not finite. {hint}".strip())
+    has, be = _verb(what, "has", "have"), _verb(what, "is", "are")
+    expect(finite, f"{what} {has} numbers that are not finite. {hint}".strip())
     far = (got - want).abs().max().item()
     scale = max(1.0, want.abs().max().item())
     close = far <= tolerance * scale
-    expect(close, f"{what} is off by up to {far:.3g}. {hint}".strip())
+    expect(close, f"{what} {be} off by up to {far:.3g}. {hint}".strip())
 
 # %% ../../nbs/lab/70_course.ipynb #561c621e
 def expect_cases(
@@ -327,6 +341,10 @@ EXERCISES = {} # "3.2": (title, check)
 PARTS = {} # name: {number of an exercise, or of the lesson that gives it: the course's version}
 
 # %% ../../nbs/lab/70_course.ipynb #a1c0de03
+def order(number: str) -> tuple[int, ...]: # of an exercise, or of a lesson, which comes before its exercises
+    "Return what exercises are sorted by: 1.2 comes before 1.10."
+    return tuple(int(n) for n in number.split("."))
+
 def give(
     number: str, # of the lesson that gives the parts, such as "3"
     *parts: Callable, # functions and classes
@@ -352,10 +370,13 @@ def exercise(
     return register
 
 # %% ../../nbs/lab/70_course.ipynb #a1c0de01
+class _TimeIsUp(BaseException):
+    "A block has taken too long. An `except Exception` in an answer does not catch it."
+
 @contextmanager
 def _time_limit(seconds: float = 120):
     "Raise `NotYet` in a block that takes longer, where the system and the thread have a timer."
-    def give_up(*_): raise NotYet(f"no result after {seconds:.0f} seconds: is there an endless loop?")
+    def give_up(*_): raise _TimeIsUp
     main_thread = threading.current_thread() is threading.main_thread()
     if not (hasattr(signal, "setitimer") and main_thread):
         yield
@@ -363,33 +384,54 @@ def _time_limit(seconds: float = 120):
     before = signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try: yield
+    except _TimeIsUp:
+        raise NotYet(f"no result after {seconds:.0f} seconds: is there an endless loop?") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 # %% ../../nbs/lab/70_course.ipynb #ba2deb48
-def _raised_at(error: Exception) -> str:
-    "Return, in brackets, the line of the learner's code that raised an error; empty if none did."
+@contextmanager
+def _torch_restored():
+    "Restore torch's settings and random numbers after a block, whatever the learner's code sets."
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    threads = torch.get_num_threads()
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]): yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        if torch.get_default_device() != device: torch.set_default_device(device)
+
+# %% ../../nbs/lab/70_course.ipynb #a1c0de04
+def _cut(sentence: str, most: int = 2000) -> str: # characters
+    "Leave out the middle of a long sentence, such as one with a long list."
+    if len(sentence) <= most: return sentence
+    return f"{sentence[:most // 2]} … {sentence[-most // 2:]}"
+
+def described(error: BaseException) -> str:
+    "Return an error's type and text, and the line of the learner's code that raised it."
+    text = "".join(traceback.format_exception_only(error)).strip()
     def learners(frame): return not {"nanochat", "site-packages"} & set(Path(frame.filename).parts)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if learners(frame)]
-    if not frames: return ""
-    return f" (line {frames[-1].lineno} of {frames[-1].name})"
+    return text + f" (line {frames[-1].lineno} of {frames[-1].name})" if frames else text
 
 # %% ../../nbs/lab/70_course.ipynb #34f5a3ea
 def assess(
     number: str, # of the exercise, such as "3.2"
-    *answers, # what the learner wrote
+    answer, # what the learner wrote
 ) -> tuple[str, str]: # ○ not written, ✗ wrong or ✓ right; and a sentence
     "Check an answer. Raises `UserError` for an unknown exercise, and nothing for a wrong answer."
     if number not in EXERCISES:
-        raise UserError(f"there is no exercise {number}: there are {', '.join(EXERCISES)}.")
+        known = ", ".join(sorted(EXERCISES, key=order))
+        raise UserError(f"there is no exercise {number}: there are {known}.")
     try:
-        with _time_limit(): EXERCISES[number][1](*answers)
-    except NotYet as e: return "✗", str(e)
-    except Exception as e: # the learner's code may raise anything
+        with _torch_restored(), _time_limit(): EXERCISES[number][1](answer)
+    except NotYet as e: return "✗", _cut(str(e))
+    except (Exception, SystemExit) as e: # the learner's code may raise anything
         # torch raises NotImplementedError, too, but never without a message
         if isinstance(e, NotImplementedError) and not e.args: return "○", "yours to write."
-        return "✗", f"your code raised {type(e).__name__}: {e}{_raised_at(e)}"
+        return "✗", _cut(f"your code raised {described(e)}")
     return "✓", "right."
 
 # %% ../../nbs/lab/70_course.ipynb #fc6dfa83

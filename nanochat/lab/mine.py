@@ -15,16 +15,17 @@ import re
 import symtable
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 # %% ../../nbs/lab/70a_mine.ipynb #c98a030f
 from ..core.files import UserError, atomic_write
 from IPython.display import Markdown, display
-from .course import PARTS, assess, with_article
+from .course import PARTS, assess, described, order, with_article
 
 # %% ../../nbs/lab/70a_mine.ipynb #a7308fc1
-class NotAlone(Exception):
+class NotAlone(UserError):
     "Why an answer cannot stand in a file of its own."
 
 # %% ../../nbs/lab/70a_mine.ipynb #a6951fa4
@@ -37,10 +38,16 @@ def _function_of(thing) -> Callable | None:
             return function
 
 # %% ../../nbs/lab/70a_mine.ipynb #d06552fa
-def _defines(statement: ast.stmt, name: str) -> bool:
-    targets = getattr(statement, "targets", [])
-    names = [target.id for target in targets if isinstance(target, ast.Name)]
-    return name in [getattr(statement, "name", None), *names]
+def _bound(statement: ast.stmt) -> dict[str, str]:
+    "Return the names that a statement binds, each with a text that tells what it stands for."
+    if isinstance(statement, ast.ImportFrom):
+        return {a.asname or a.name: f"{statement.module}.{a.name}" for a in statement.names}
+    if isinstance(statement, ast.Import): # `import a.b` binds a
+        names = [(a.name, a.asname) if a.asname else 2 * (a.name.split(".")[0],) for a in statement.names]
+        return {name: module for module, name in names}
+    targets = getattr(statement, "targets", [getattr(statement, "target", statement)])
+    names = [getattr(target, "id", getattr(target, "name", None)) for target in targets]
+    return dict.fromkeys(filter(None, names), ast.unparse(statement))
 
 # %% ../../nbs/lab/70a_mine.ipynb #8f8218e8
 def _statement(
@@ -48,17 +55,21 @@ def _statement(
     name: str, # that the statement gives it
 ) -> str:
     "Return the statement that defines an answer. Raises `NotAlone` if there is none."
-    function = _function_of(thing)
-    if function is None: raise NotAlone(f"the source of `{name}` was not found")
-    source = "".join(linecache.getlines(function.__code__.co_filename))
-    line = function.__code__.co_firstlineno
-    for statement in ast.parse(source).body:
-        decorators = getattr(statement, "decorator_list", [])
-        first = min(node.lineno for node in [statement, *decorators])
-        inside = first <= line <= statement.end_lineno
-        if inside and _defines(statement, name):
-            return "\n".join(source.splitlines()[first - 1:statement.end_lineno])
-    raise NotAlone(f"`{name}` is not defined by a statement of its own")
+    function, files = _function_of(thing), []
+    if function: files = [function.__code__.co_filename]
+    # a class without methods, such as a dataclass, does not tell its cell: the latest one defines it
+    elif inspect.isclass(thing):
+        files = [file for file, entry in linecache.cache.items() if len(entry) == 4 and not entry[1]]
+    for source in ("".join(linecache.getlines(file)) for file in reversed(files)):
+        for statement in ast.parse(source).body:
+            decorators = getattr(statement, "decorator_list", [])
+            first = min(node.lineno for node in [statement, *decorators])
+            here = not function or first <= function.__code__.co_firstlineno <= statement.end_lineno
+            if here and name in _bound(statement):
+                return "\n".join(source.splitlines()[first - 1:statement.end_lineno])
+    if function: raise NotAlone(f"`{name}` is not defined by a statement of its own")
+    raise NotAlone(f"the source of `{name}` was not found: define it with `def` or `class`, in a "
+                   "cell without `%%time`")
 
 # %% ../../nbs/lab/70a_mine.ipynb #e6dd321b
 def _names_used(source: str) -> set[str]:
@@ -128,36 +139,48 @@ _TITLE = '"""My nanochat: what I wrote in the course, and what the course gave m
 _SECTION = re.compile(r"^# %% (\w+) · (exercise|given in lesson) ([\d.]+)$", re.M)
 
 # %% ../../nbs/lab/70a_mine.ipynb #21140431
-def _read(path: Path) -> tuple[set[str], dict[str, tuple[str, str]]]:
-    "Read lines of imports, and sections: name → (number, source). Raises `UserError` for damage."
-    if not path.exists(): return set(), {}
-    text = path.read_text(encoding="utf-8")
-    try: ast.parse(text)
-    except SyntaxError as e:
-        raise UserError(f"{path} is not valid Python (line {e.lineno}): correct that line, or "
-                        "delete its section and solve the exercise again.") from None
+def _read(path: Path) -> str:
+    "Read the learner's file. Raises `UserError` for damage."
+    if not path.exists(): return ""
+    try:
+        text = path.read_text(encoding="utf-8-sig") # some editors mark a file as UTF-8
+        ast.parse(text, FILE)
+    except (SyntaxError, ValueError) as e: # ValueError: bytes that are not UTF-8
+        raise UserError(f"{path} is not valid Python: {e}. Correct that line, or delete its "
+                        "section and solve the exercise again.") from None
+    return text
+
+def _split(text: str) -> tuple[list[str], dict[str, tuple[str, str]]]:
+    "Return the statements above the first section, and sections: name → (number, source)."
     head, *rest = _SECTION.split(text)
     sections = {name: (number, source.strip()) for name, _, number, source in zip(*[iter(rest)] * 4)}
-    imports = ast.parse(head).body[1:]
-    return set(map(ast.unparse, imports)), sections
+    head = head.replace(_TITLE, "")
+    ends = [0, *(statement.end_lineno for statement in ast.parse(head).body), None]
+    parts = ["\n".join(head.splitlines()[a:b]).strip() for a, b in pairwise(ends)] # with comments
+    return list(filter(None, parts)), sections
 
 # %% ../../nbs/lab/70a_mine.ipynb #29795d30
-def _order(number: str) -> tuple: # of a section; what a lesson gives comes before its exercises
-    return tuple(int(n) for n in number.split("."))
+def _from(number: str) -> str: # of a section
+    return f"exercise {number}" if "." in number else f"lesson {number}"
 
 # %% ../../nbs/lab/70a_mine.ipynb #deaa4948
 def _text(
-    imports: set[str], # lines
-    sections: dict[str, tuple[str, str]], # as `_read` returns them
+    head: list[str], # as `_split` returns it
+    sections: dict[str, tuple[str, str]],
 ) -> str:
     "Compose the learner's file."
-    used = set().union(*(_names_used(source) for _, source in sections.values()))
-    def binds(line):
-        (alias,) = ast.parse(line).body[0].names
-        return (alias.asname or alias.name).split(".")[0]
-    lines = [_TITLE, *sorted((line for line in imports if binds(line) in used),
-                             key=lambda line: (line.startswith("from"), line))]
-    for name, (number, source) in sorted(sections.items(), key=lambda item: _order(item[1][0])):
+    imports, others = {}, []
+    for part in head:
+        body = ast.parse(part).body
+        only_imports = body and all(isinstance(one, (ast.Import, ast.ImportFrom)) for one in body)
+        if only_imports: imports[part] = set().union(*map(_bound, body))
+        else: others.append(part)
+    # the names of `from math import *` are not known
+    used = {"*"}.union(*map(_names_used, [*others, *(source for _, source in sections.values())]))
+    lines = sorted((line for line, names in imports.items() if names & used),
+                   key=lambda line: (line.startswith("from"), line))
+    lines = [_TITLE, *lines, *others]
+    for name, (number, source) in sorted(sections.items(), key=lambda item: order(item[1][0])):
         kind = "exercise" if "." in number else "given in lesson"
         lines.append(f"\n# %% {name} · {kind} {number}\n{source}\n")
     return "\n".join(lines).rstrip() + "\n"
@@ -171,36 +194,86 @@ def _source_of(part: Callable) -> str:
 
 # %% ../../nbs/lab/70a_mine.ipynb #96d1cb51
 def _namespace(text: str = "") -> dict: # of the learner's file
-    "Run the course's parts, then the learner's file, in one namespace."
-    names = {"__name__": "my_nanochat"}
+    "Run the course's parts, then the learner's file. Raises `UserError` if the file cannot run."
+    course = {"__name__": "my_nanochat"}
     parts = [list(versions.values())[-1] for versions in PARTS.values()] # the latest ones
     for module in dict.fromkeys(map(inspect.getmodule, parts)):
-        names |= {k: v for k, v in vars(module).items() if not k.startswith("__")}
+        course |= {k: v for k, v in vars(module).items() if not k.startswith("__")}
     for part in parts:
         file = getattr(inspect.getmodule(part), "__file__", "a cell")
         code = compile(_source_of(part), file, "exec")
-        exec(code, names)
-    exec(compile(text, FILE, "exec"), names)
+        exec(code, course)
+    names = {"__name__": "my_nanochat"} | {name: course[name] for name in PARTS}
+    try: exec(compile(text, FILE, "exec"), names)
+    except Exception as e:
+        raise UserError(f"{FILE} raises {described(e)}: correct that line, or delete its section "
+                        "and solve the exercise again.") from None
+    course |= {name: names[name] for name in PARTS}
     return names
+
+# %% ../../nbs/lab/70a_mine.ipynb #839986a1
+def _meanings(
+    head: list[str], # statements above the sections
+    source: str, # of a section
+) -> dict[str, str]: # name: a text that tells what it stands for
+    "Return the names that a section uses or binds."
+    used = _names_used(source)
+    found = {name: name for name in used if hasattr(builtins, name)}
+    for statement in ast.parse("\n".join(head)).body:
+        found |= {name: text for name, text in _bound(statement).items() if name in used}
+    for statement in ast.parse(source).body: found |= _bound(statement)
+    return found
+
+# %% ../../nbs/lab/70a_mine.ipynb #839986a2
+def _add(
+    text: str, # of the learner's file
+    name: str, # of a part
+    number: str, # of its exercise, or of the lesson that gives it
+    source: str,
+    imports: set[str], # lines that the source needs
+) -> str: # with the part
+    "Add a section, or replace it. Raises `NotAlone` if it does not go with another one."
+    head, sections = _split(text)
+    sections.pop(name, None)
+    head, _ = _split(_text(head, sections)) # without what only the section itself needed
+    new = _meanings([*imports], source)
+    for other, old_source in sections.values():
+        old = _meanings(head, old_source)
+        for same in sorted(new.keys() & old.keys()):
+            if new[same] != old[same]:
+                raise NotAlone(f"`{same}` means something else in the section of {_from(other)}: "
+                               "give one of them another name")
+    sections[name] = number, source
+    text = _text([*head, *imports], sections)
+    if _split(text)[1] != sections:
+        raise NotAlone("a line of it looks like the first line of a section: change that line")
+    return text
 
 # %% ../../nbs/lab/70a_mine.ipynb #839986a6
 def _alone(
     number: str, # of the exercise
     name: str, # of the part
     answer, # the learner's
-    imports: set[str], # of the file so far, as `_read` returns them
-    sections: dict[str, tuple[str, str]],
-) -> str: # the text of the file with the answer
+    text: str, # of the learner's file
+) -> str: # with the answer
     "Put an answer into the text of the learner's file. Raises `NotAlone` if it fails there."
-    own_name = answer.__name__ if answer.__name__ != "<lambda>" else name
+    own_name = getattr(answer, "__name__", name).replace("<lambda>", name)
+    if own_name in PARTS.keys() - {name}:
+        raise NotAlone(f"`{own_name}` is the name of another part: call your function `{name}`")
     source = _statement(answer, own_name)
     definitions, lines = _gather(source, _function_of(answer).__globals__, {own_name, name})
     if own_name != name: source += f"\n\n{name} = {own_name}"
-    section = number, "\n\n".join([*definitions, source])
-    text = _text(imports | lines, sections | {name: section})
+    source = "\n\n".join([*definitions, source])
+    text = _add(text, name, number, source, lines)
     mark, sentence = assess(number, _namespace(text)[name])
-    if mark != "✓": raise NotAlone(f"there, {sentence}")
-    return text
+    if mark == "✓": return text
+    # a helper may have the name of a part that the learner does not know yet
+    for part in sorted(_names_used(source) & PARTS.keys() - {name}):
+        first = next(iter(PARTS[part]))
+        if order(first) > order(number):
+            raise NotAlone(f"`{part}` is there the part of {_from(first)}: if yours is another "
+                           "function, give it another name")
+    raise NotAlone(f"there, {sentence}")
 
 # %% ../../nbs/lab/70a_mine.ipynb #af08789b
 def keep(
@@ -210,21 +283,23 @@ def keep(
     "Keep an answer in the learner's file, if it can stand there."
     name = next((name for name, versions in PARTS.items() if number in versions), None)
     if name is None: return ""
-    imports, sections = _read(Path(FILE))
-    if name in sections and _order(sections[name][0]) > _order(number):
-        return f"{FILE} has a later version of {name}."
-    try: atomic_write(Path(FILE), _alone(number, name, answer, imports, sections))
-    except NotAlone as e: return f"It is not in {FILE}: {e}."
+    try:
+        text = _read(Path(FILE))
+        _, sections = _split(text)
+        if name in sections and order(sections[name][0]) > order(number):
+            return f"{FILE} has a later version of {name}."
+        atomic_write(Path(FILE), _alone(number, name, answer, text))
+    except UserError as e: return f"It is not in {FILE}: {str(e).rstrip('.')}."
     return f"{name} is now in {FILE}."
 
 # %% ../../nbs/lab/70a_mine.ipynb #13925899
 def _outdated(
-    sections: dict[str, tuple[str, str]], # as `_read` returns them
+    sections: dict[str, tuple[str, str]], # as `_split` returns them
     lesson: int,
 ) -> list[str]: # names
     "List the learner's parts that a later exercise, up to a lesson's, has to improve first."
     return [name for name, (number, _) in sections.items()
-            if any(_order(number)[0] < _order(n)[0] <= lesson for n in PARTS.get(name, {}))]
+            if any(order(number)[0] < order(n)[0] <= lesson for n in PARTS.get(name, {}))]
 
 # %% ../../nbs/lab/70a_mine.ipynb #c339d50d
 def mine(
@@ -235,13 +310,12 @@ def mine(
     "Return parts: the learner's where they are solved, and the course's otherwise. Says which."
     unknown = ", ".join(name for name in names if name not in PARTS)
     if unknown: raise UserError(f"there is no part {unknown}: there are {', '.join(PARTS)}.")
-    path = Path(folder)/FILE
-    imports, sections = _read(path)
+    head, sections = _split(_read(Path(folder)/FILE))
     first = {name: next(iter(PARTS[name])) for name in names}
-    if lesson is None: lesson = max(_order(number)[0] for number in first.values())
+    if lesson is None: lesson = max(order(number)[0] for number in first.values())
     # attention without a cache, for example, is of no use from lesson 8 on
     for name in (outdated := _outdated(sections, lesson)): del sections[name]
-    loaded = _namespace(_text(imports, sections))
+    loaded = _namespace(_text(head, sections))
     # a part is the learner's, open, or given by a lesson
     yours = [name for name in names if name in sections and "." in sections[name][0]]
     open_ones = [f"{name} ({first[name]})" for name in names
@@ -257,7 +331,7 @@ def own_parts(
     folder: Path = Path(), # where the learner's file is
 ) -> dict[str, str]: # name: number of the exercise
     "List the parts that the learner has written."
-    _, sections = _read(Path(folder)/FILE)
+    _, sections = _split(_read(Path(folder)/FILE))
     return {name: number for name, (number, _) in sections.items() if "." in number}
 
 # %% ../../nbs/lab/70a_mine.ipynb #dff61856
@@ -265,15 +339,14 @@ def take(
     *names: str, # of parts that a lesson gives
 ): # a function or class; a list if there are several names
     "Show the source of parts that a lesson gives, put them into the learner's file, and return them."
-    path = Path(FILE)
-    imports, sections = _read(path)
+    text = _read(Path(FILE))
     for name in names:
         (number, part), = PARTS[name].items()
         module = inspect.getmodule(part)
         source = _source_of(part).rstrip()
         definitions, lines = _gather(source, vars(module), {name})
-        sections[name] = number, "\n\n".join([*definitions, source])
-        imports |= lines
-        display(Markdown(f"```python\n{sections[name][1]}\n```"))
-    atomic_write(path, _text(imports, sections))
+        source = "\n\n".join([*definitions, source])
+        text = _add(text, name, number, source, lines)
+        display(Markdown(f"```python\n{source}\n```"))
+    atomic_write(Path(FILE), text)
     return mine(*names)

@@ -264,6 +264,12 @@ def encode_only_first_bytes(piece, ranks):
     return ids
 
 
+def encode_in_the_order_of_the_dictionary(piece, ranks):
+    ids = list(piece)
+    for pair, new_id in ranks.items(): ids = _merged(ids, pair, new_id)
+    return ids
+
+
 def encode_and_empty_ranks(piece, ranks):
     ids = encode_in_place(piece, ranks)
     ranks.clear()
@@ -505,7 +511,8 @@ WRONG = {
             (train_without_split, "is the text split"), (train_ids_from_257, "makes id 256"),
             (train_never_stops_early, "No pair occurs twice"), (train_returns_tokens, "a merge is")],
     "1.3": [(encode_from_left_to_right, "lowest rank"), (encode_highest_rank_first, "lowest rank"),
-            (encode_only_first_bytes, "another one possible"), (encode_and_empty_ranks, "changed")],
+            (encode_only_first_bytes, "another one possible"), (encode_and_empty_ranks, "changed"),
+            (encode_in_the_order_of_the_dictionary, "wherever it is in the dictionary")],
     "1.4": [(SpecialFromText, "never becomes"), (SpecialBeforeMerges, "come after the merges"),
             (SpecialAsText, "no text"), (StrictDecode, "UnicodeDecodeError"), (DecodeEachByItself, "joined first"),
             (WithoutSplit, "split_text"), (ReturnsItsCache, "new list"), (TokensAsBytes, "whole number"),

@@ -74,6 +74,18 @@ def near_with_capitals(texts, n, least):
 def near_with_themselves(texts, n, least): return [*near_with_combinations(texts, n, least), *((i, i) for i in range(len(texts)))]
 
 
+def near_above_least(texts, n, least):
+    sets = [_runs(text, n) for text in texts]
+    return [(i, j) for i, j in itertools.combinations(range(len(texts)), 2)
+            if sets[i] and sets[j] and len(sets[i] & sets[j]) / len(sets[i] | sets[j]) > least]
+
+
+def near_split_at_each_space(texts, n, least):
+    sets = [set(zip(*(text.lower().split(" ")[k:] for k in range(n)))) for text in texts]
+    return [(i, j) for i, j in itertools.combinations(range(len(texts)), 2)
+            if sets[i] and sets[j] and len(sets[i] & sets[j]) / len(sets[i] | sets[j]) >= least]
+
+
 def near_only_neighbours(texts, n, least): return [(i, j) for i, j in near_with_combinations(texts, n, least) if j == i + 1]
 
 
@@ -136,6 +148,12 @@ def contaminated_as_bools(questions, documents, n):
     return [i in found for i in range(len(questions))]
 
 
+def contaminated_split_at_each_space(questions, documents, n):
+    def runs(text): return set(zip(*(text.lower().split(" ")[i:] for i in range(n))))
+    known = set().union(*map(runs, documents))
+    return [i for i, q in enumerate(questions) if known & runs(q)]
+
+
 def contaminated_as_texts(questions, documents, n): return [questions[i] for i in contaminated_with_set(questions, documents, n)]
 
 
@@ -188,6 +206,7 @@ def shifted_writes_into_rows(rows, bos_id):
 
 
 def shifted_by_roll(rows, bos_id): return torch.where(rows < 0, bos_id, rows), rows.roll(-1, 1)
+def shifted_with_zero_as_padding(rows, bos_id): return torch.where(rows[:, :-1] > 0, rows[:, :-1], bos_id), rows[:, 1:]
 def shifted_filled_with_zero(rows, bos_id): return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
 
@@ -362,7 +381,7 @@ def rows_with_stacks_of_lengths(documents, T, bos_id):
             left -= 1
             row.extend([bos_id, *documents[d]][:gap])
         if len(row) == T + 1: rows.append(row)
-    return torch.LongTensor(rows)
+    return torch.LongTensor(rows).reshape(len(rows), T + 1)
 
 
 def rows_in_buffers_of_500(documents, T, bos_id):
@@ -372,7 +391,7 @@ def rows_in_buffers_of_500(documents, T, bos_id):
 
 def rows_filled_in_numpy(documents, T, bos_id):
     plan = rows_with_stacks_of_lengths(documents, T, bos_id).tolist()
-    out = np.full((len(plan), T + 1), bos_id, dtype=np.int32)
+    out = np.full((len(plan), T + 1), bos_id, dtype=np.int64)
     for r, row in enumerate(plan): out[r] = row
     return torch.from_numpy(out)
 
@@ -410,6 +429,7 @@ def rows_that_use_the_rest(documents, T, bos_id):
     return rows_with_bisect(parts, T, bos_id)
 
 
+def rows_in_int32(documents, T, bos_id): return rows_with_bisect(documents, T, bos_id).int()
 def rows_as_lists(documents, T, bos_id): return rows_with_bisect(documents, T, bos_id).tolist()
 
 
@@ -473,19 +493,22 @@ RIGHT = {
     "2.4": [best_fit_step_by_step, best_fit_with_numpy, best_fit_decreasing, best_fit_with_bisect, best_fit_as_sets,
             best_fit_as_generator],
     "2.5": [waste_with_numpy, waste_with_loops, waste_with_torch, waste_in_float32],
-    "2.6": [rows_with_bisect, rows_with_stacks_of_lengths, rows_in_buffers_of_500, rows_filled_in_numpy],
+    "2.6": [rows_in_int32, rows_with_bisect, rows_with_stacks_of_lengths, rows_in_buffers_of_500, rows_filled_in_numpy],
     "2.7": [next_with_range, next_with_arange, next_with_tensors, next_with_loop, next_as_generator],
 }
 
 WRONG = {
     "2.1": [(near_divided_by_smaller, "divided by"), (near_with_counted_runs, "counts once"), (near_with_capitals, "capitals"),
             (near_with_themselves, "near-duplicate of itself"), (near_only_neighbours, "Every pair counts"),
-            (near_by_exact_equality, "three of five")],
+            (near_by_exact_equality, "three of five"), (near_above_least, "exactly `least`"),
+            (near_split_at_each_space, "without an argument")],
     "2.2": [(contaminated_by_whole_question, "Three words in a row"), (contaminated_across_documents, "not adjacent"),
             (contaminated_by_shared_words, "never three in a row"), (contaminated_in_letters, "whole words"),
-            (contaminated_as_bools, "bool"), (contaminated_as_texts, "a whole number is expected")],
+            (contaminated_as_bools, "bool"), (contaminated_as_texts, "a whole number is expected"),
+            (contaminated_split_at_each_space, "without an argument")],
     "2.3": [(shifted_padding_filled_in_both, "padding"), (shifted_not_filled, "holds -1"), (shifted_swapped, "comes after"),
-            (shifted_writes_into_rows, "changed"), (shifted_by_roll, "shape"), (shifted_filled_with_zero, "BOS")],
+            (shifted_writes_into_rows, "changed"), (shifted_by_roll, "shape"), (shifted_filled_with_zero, "BOS"),
+            (shifted_with_zero_as_padding, "all but the last token")],
     "2.4": [(next_fit, "longest document that fits"), (best_fit_of_lengths, "not their lengths"),
             (best_fit_without_last_row, "in no row"), (best_fit_shortest_first, "longest document that fits"),
             (best_fit_strictly_smaller, "best fit needs")],

@@ -406,6 +406,7 @@ class GeluMLP(MLP):
 class GPTZipped(nn.Module):
     def __init__(self, vocab_size, sequence_len, n_layer, n_head, n_embd):
         super().__init__()
+        self.sequence_len = sequence_len
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.blocks = nn.ModuleList([BlockInOneLine(n_embd, n_head) for _ in range(n_layer)])
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
@@ -419,7 +420,7 @@ class GPTZipped(nn.Module):
 class GPTByFunctions(nn.Module):
     def __init__(self, vocab_size, sequence_len, n_layer, n_head, n_embd):
         super().__init__()
-        self.config = SimpleNamespace(T=sequence_len, softcap=15.0)
+        self.config, self.sequence_len = SimpleNamespace(softcap=15.0), sequence_len
         self.blocks = nn.ModuleList()
         for _ in range(n_layer): self.blocks.append(BlockByKeyword(n_embd, n_head))
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
@@ -518,7 +519,7 @@ def loss_one_hot(logits, targets):
 
 
 def loss_in_loops(logits, targets):
-    total, n = logits.new_zeros(()), 0
+    total, n = 0 * logits.sum(), 0
     for b in range(targets.shape[0]):
         for t in range(targets.shape[1]):
             if targets[b, t].item() < 0: continue
@@ -539,6 +540,8 @@ def loss_of_shape_one(logits, targets):
 
 
 def loss_nan_without_targets(logits, targets): return F.cross_entropy(logits.mT, targets, ignore_index=-1)
+def loss_zero_without_gradient(logits, targets):
+    return torch.tensor(0.0) if (targets < 0).all() else loss_of_torch(logits, targets)
 def loss_over_all(logits, targets): return F.cross_entropy(logits.mT, targets, ignore_index=-1, reduction="none").mean()
 def loss_sum(logits, targets): return F.cross_entropy(logits.mT, targets, ignore_index=-1, reduction="sum")
 def loss_last_token(logits, targets):
@@ -636,7 +639,7 @@ RIGHT = {
     "3.4": [HeadsByMask, HeadsByEinsum, HeadsInALoop, HeadsTokenByToken, HeadsWithABuffer],
     "3.5": [BlockInOneLine, BlockByKeyword, BlockInPlaceOnACopy, BlockWithItsOwnMLP],
     "3.6": [GPTZipped, GPTByFunctions, GPTWithoutLoops, GPTFromOtherBlocks],
-    "3.7": [loss_of_torch, loss_selected, loss_one_hot, loss_in_loops, loss_nll_in_double, loss_of_shape_one],
+    "3.7": [loss_zero_without_gradient, loss_of_torch, loss_selected, loss_one_hot, loss_in_loops, loss_nll_in_double, loss_of_shape_one],
     "3.8": [count_meta, count_numpy, count_float, count_tensor, count_loop],
     "3.9": [_offset(_in_quarters), _offset(_by_assignment), _offset(_by_where), _offset(_by_padding), _offset(_by_a_mask)],
 }
@@ -665,7 +668,8 @@ WRONG = {
             (_gpt(blocks=lambda b: b[::-1]), "in their order"), (_gpt(blocks=lambda b: b[:1]), "inside the loop"),
             (GPTInAList, "a module of its own"), (GPTWithWrongAttention, "pass their checks"), (GPTOneCache, "`cache[i]`"),
             (GPTReturnsTheLast, "shape")],
-    "3.7": [(loss_nan_without_targets, "without a target"), (loss_over_all, "all targets"), (loss_sum, "not a sum"),
+    "3.7": [(loss_nan_without_targets, "without a target"),
+            (loss_over_all, "all targets"), (loss_sum, "not a sum"),
             (loss_last_token, "does not count"), (loss_in_bits, "nats"), (loss_a_float, "no gradient"),
             (loss_not_negated, "positive"), (loss_numpy, "no gradient"), (loss_softmax_over_rows, "mean of −ln p")],
     "3.8": [(count_one_table, "and a head"), (count_unpadded, "padded"), (count_full_kv, "kv heads"),

@@ -198,7 +198,7 @@ def schedule_by_interp(step, steps, warmup_steps, warmdown_ratio, final):
 
 
 def schedule_in_torch(step, steps, warmup_steps, warmdown_ratio, final):
-    left = torch.tensor((steps - step) / round(warmdown_ratio * steps)).clamp(max=1)
+    left = torch.tensor((steps - step) / (round(warmdown_ratio * steps) or 1)).clamp(max=1)
     climb = torch.tensor((step + 1) / (warmup_steps or 1))
     return torch.stack([torch.lerp(torch.tensor(float(final)), torch.tensor(1.0), left), climb, torch.ones(())]).min()
 
@@ -214,6 +214,9 @@ def schedule_to_the_last_step(step, steps, *rest): return schedule_by_cases(step
 def schedule_falls_to_zero(step, steps, warmup_steps, warmdown_ratio, final): return schedule_by_cases(step, steps, warmup_steps, warmdown_ratio, 0)
 def schedule_as_a_product(step, steps, warmup_steps, warmdown_ratio, final): return schedule_by_cases(step, steps, 0, warmdown_ratio, final) * schedule_by_cases(step, steps, warmup_steps, 1e-9, 1)
 def schedule_of_a_cosine(*case): return (1 - math.cos(math.pi * schedule_by_cases(*case))) / 2
+def schedule_rounded_down(step, steps, warmup_steps, ratio, final): return schedule_by_cases(step, steps, warmup_steps, int(ratio * steps) / steps, final)
+def schedule_rounded_up(step, steps, warmup_steps, ratio, final): return schedule_by_cases(step, steps, warmup_steps, math.ceil(ratio * steps) / steps, final)
+def schedule_not_rounded(step, steps, up, ratio, final): return min(1, (step + 1) / up if up else 1, final + (1 - final) * (steps - step) / (ratio * steps or 1))
 def schedule_above_one(step, steps, warmup_steps, *rest): return max(schedule_by_cases(step, steps, warmup_steps, *rest), (step + 1) / max(1, warmup_steps))
 
 
@@ -271,7 +274,7 @@ class OptimizerOfTorch(torch.optim.Optimizer):
 
 
 class OptimizerOfLayers:
-    "Walks over the layers and calls plain functions; the gradients become zeros."
+    "Walks over the layers and calls plain functions."
     def __init__(self, model, matrix_lr=0.02, embedding_lr=0.2, head_lr=0.004, weight_decay=0.1):
         self.model, self.rates, self.decay, self.calls = model, (matrix_lr, embedding_lr, head_lr), weight_decay, 0
         self.memory = {id(p): [np.zeros(p.shape, np.float32) for _ in range(2)] for p in model.parameters()}
@@ -296,8 +299,18 @@ class OptimizerOfLayers:
         p.data.copy_(torch.from_numpy(new))
 
     def zero_grad(self):
-        for p in self.model.parameters():
+        for p in self.model.parameters(): p.grad = None
+
+
+class OptimizerThatKeepsZeros(course.Optimizer):
+    def zero_grad(self):
+        for p in self.matrices + self.tables:
             if p.grad is not None: p.grad.zero_()
+
+
+class OptimizerThatSkipsZeros(course.Optimizer): # and the decay
+    def muon(self, matrix, momentum, lr):
+        if matrix.grad.any() or momentum.any(): super().muon(matrix, momentum, lr)
 
 
 class OptimizerWithoutNesterov(course.Optimizer):
@@ -346,7 +359,7 @@ RIGHT = {
     "4.2": [predicted_by_a_loop, predicted_as_an_array, predicted_by_torch, predicted_as_tensors],
     "4.3": [schulz_in_numpy, schulz_by_recursion, schulz_on_the_other_side, schulz_by_singular_values, schulz_in_lists],
     "4.4": [schedule_by_cases, schedule_by_interp, schedule_in_torch, schedule_as_a_lambda, schedule_as_an_array],
-    "4.5": [OptimizerByNames, OptimizerOfTorch, OptimizerOfLayers],
+    "4.5": [OptimizerThatKeepsZeros, OptimizerByNames, OptimizerOfTorch, OptimizerOfLayers],
 }
 WRONG = {
     "4.1": [(adam_uncorrected, "1 − beta"), (adam_counts_from_zero, "1 − beta"), (adam_swaps_betas, "mean of the gradients"), (adam_writes_into_the_mean, "writes into"),
@@ -356,7 +369,7 @@ WRONG = {
     "4.3": [(schulz_unnormalized, "divided by its norm"), (schulz_by_the_spectral_norm, "divided by its norm"), (schulz_with_a_slope, "1.5 X"), (schulz_elementwise, "matrix products"),
             (schulz_exact, "No step")],
     "4.4": [(schedule_from_zero, "wasted"), (schedule_to_the_last_step, "one step short"), (schedule_falls_to_zero, "not below"), (schedule_as_a_product, "lower one"),
-            (schedule_of_a_cosine, "step"), (schedule_above_one, "last step")],
+            (schedule_of_a_cosine, "step"), (schedule_above_one, "last step"), (schedule_rounded_down, "7 here"), (schedule_rounded_up, "3 here"), (schedule_not_rounded, "7 here")],
     "4.5": [(OptimizerWithoutNesterov, "Nesterov"), (OptimizerWithoutScale, "√(rows/cols)"), (OptimizerThatAscends, "newton_schulz"), (OptimizerDeafToItsMultiplier, "multiplier"),
-            (OptimizerWithL2, "Decay subtracts"), (OptimizerThatKeepsGradients, "still has a gradient"), (OptimizerOfEverythingByMuon, "768")],
+            (OptimizerWithL2, "Decay subtracts"), (OptimizerThatKeepsGradients, "still has a gradient"), (OptimizerOfEverythingByMuon, "768"), (OptimizerThatSkipsZeros, "still decays")],
 }

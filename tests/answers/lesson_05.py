@@ -99,6 +99,18 @@ def loop_with_one_batch(model, optimizer, batches, steps, multiplier, log=None):
     return loop_over_a_zip(model, optimizer, iter([one] * steps), steps, multiplier, log)
 
 
+def loop_that_logs_before_the_step(model, optimizer, batches, steps, multiplier, log=None):
+    losses = []
+    for step in range(steps):
+        loss = mean_loss(model, *next(batches))
+        losses.append(loss.item())
+        if log: log(step, losses[-1])
+        loss.backward()
+        optimizer.step(multiplier(step))
+        optimizer.zero_grad()
+    return losses
+
+
 def loop_that_empties_too_late(model, optimizer, batches, steps, multiplier, log=None):
     losses = []
     for step in range(steps):
@@ -199,6 +211,15 @@ def accumulate_means(model, parts):
     total = 0.0
     for x, y in parts:
         loss = model(x, y) / len(parts)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def accumulate_without_token_zero(model, parts):
+    n, total = sum(int((y > 0).sum()) for _, y in parts), 0.0
+    for x, y in parts:
+        loss = model(x, torch.where(y > 0, y, -1), loss_reduction="sum") / n
         loss.backward()
         total += loss.item()
     return total
@@ -361,7 +382,7 @@ def bought_tokens_alone(*case): return bought_as_an_array(*case)[1]
 
 
 RIGHT = {
-    "5.1": [loop_over_a_zip, loop_into_an_array, loop_while, loop_over_everything, loop_by_a_generator],
+    "5.1": [loop_that_logs_before_the_step, loop_over_a_zip, loop_into_an_array, loop_while, loop_over_everything, loop_by_a_generator],
     "5.2": [accumulate_sums_of_the_library, accumulate_by_torch, accumulate_and_skip_the_empty, accumulate_by_scaling_gradients, accumulate_token_by_token],
     "5.3": [bpb_in_numpy, bpb_by_a_loop, bpb_with_one_more_entry, bpb_in_place_on_copies],
     "5.4": [flops_by_a_loop, flops_in_numpy, flops_in_torch, flops_in_place_on_a_copy],
@@ -372,7 +393,8 @@ WRONG = {
             (loop_that_empties_too_late, "no gradient"), (loop_that_keeps_graphs, "holds its graph"), (loop_without_log, "`log` was called 0 times"), (loop_of_sums, "mean cross-entropy"),
             (loop_one_short, "took 4 steps")],
     "5.2": [(accumulate_means, "in all parts together"), (accumulate_over_all_places, "in all parts together"), (accumulate_after_emptying, "was there before"),
-            (accumulate_without_backward, "`backward`"), (accumulate_sums, "in all parts together"), (accumulate_nothing_by_nothing, "has no mean")],
+            (accumulate_without_backward, "`backward`"), (accumulate_sums, "in all parts together"), (accumulate_nothing_by_nothing, "has no mean"),
+            (accumulate_without_token_zero, "do not count")],
     "5.3": [(bpb_in_nats, "nats into bits"), (bpb_with_minus_one_as_an_index, "also an index"), (bpb_as_a_mean_of_quotients, "mean of quotients"), (bpb_with_special_tokens, "above the line"),
             (bpb_for_each_token, "sum of all bytes")],
     "5.4": [(flops_forward, "twice backward"), (flops_with_the_embedding, "looked up"), (flops_of_long_windows, "than the row has"), (flops_of_full_rows, "a window of 0"),

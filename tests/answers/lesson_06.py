@@ -61,6 +61,12 @@ def choose_masked_array(nats, prefix, lengths):
     return np.ma.array(nats.numpy(), mask=hidden).mean(axis=1).argmin()
 
 
+def choose_by_a_product(nats, prefix, lengths):
+    place = torch.arange(nats.shape[1])
+    judged = (place >= prefix) & (place < lengths[:, None])
+    return ((nats * judged).sum(1) / judged.sum(1)).argmin()
+
+
 def choose_smallest_sum(nats, prefix, lengths):
     return min(range(len(nats)), key=lambda i: nats[i, prefix:lengths[i]].sum())
 
@@ -168,20 +174,20 @@ def interval_array_by_clip(right, n, z=1.96):
 def interval_tensor(right, n, z=1.96):
     p = torch.tensor(right / n, dtype=torch.float64)
     half = z * torch.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return torch.stack([p + z * z / 2 / n - half, p + z * z / 2 / n + half]) / (1 + z * z / n)
+    return (torch.stack([p + z * z / 2 / n - half, p + z * z / 2 / n + half]) / (1 + z * z / n)).clamp(0, 1)
 
 
 def interval_by_counts(right, n, other_name=1.96):
     z2 = other_name ** 2
     root = other_name * math.sqrt(right * (n - right) / n + z2 / 4)
-    yield (right + z2 / 2 - root) / (n + z2)
-    yield (right + z2 / 2 + root) / (n + z2)
+    yield max(0, right + z2 / 2 - root) / (n + z2)
+    yield min(1, (right + z2 / 2 + root) / (n + z2))
 
 
 def interval_quadratic_roots(right, n, z=1.96):
     # the p with (p - right/n)² = z² p (1 - p) / n
     a, b, c = 1 + z * z / n, -(2 * right / n + z * z / n), (right / n) ** 2
-    return tuple(sorted(np.roots([a, b, c]).real))
+    return tuple(sorted(np.roots([a, b, c]).real.clip(0, 1)))
 
 
 def interval_textbook(right, n, z=1.96):
@@ -221,7 +227,7 @@ def paired_integers(first, second):
 def paired_numpy(first, second):
     difference = np.array(first, int) - np.array(second, int)
     n, k = np.count_nonzero(difference), min((difference > 0).sum(), (difference < 0).sum())
-    ways = np.array([comb(int(n), i) / 2.0 ** int(n) for i in range(k + 1)])
+    ways = np.array([comb(int(n), i) / 2 ** int(n) for i in range(k + 1)])
     return np.minimum(1, 2 * ways.sum())
 
 
@@ -338,6 +344,10 @@ def pass_none_right(n, c, k):
     return comb(n - c, k) / comb(n, k)
 
 
+def pass_in_floats(n, c, k):
+    return 1 - float(comb(n - c, k)) / float(comb(n, k))
+
+
 def pass_share(n, c, k):
     return c / n
 
@@ -358,7 +368,7 @@ RIGHT = {
     "6.1": [choose_masked_tensor, choose_numpy_argmin, choose_loop_of_floats, choose_zero_dim_tensor, choose_by_cumulative_sum,
             choose_in_place_on_a_copy, choose_lambda_sorted, choose_masked_array],
     "6.2": [core_generator, core_numpy_scalar, core_tensor, core_loop_in_place, core_fractions, core_one_element_array],
-    "6.3": [interval_clipped, interval_not_clipped, interval_array_by_clip, interval_tensor, interval_by_counts, interval_quadratic_roots],
+    "6.3": [interval_not_clipped, interval_clipped, interval_array_by_clip, interval_tensor, interval_by_counts, interval_quadratic_roots],
     "6.4": [paired_integers, paired_numpy, paired_fraction, paired_distribution_of_coins, paired_log_gamma, paired_decimal],
     "6.5": [pass_comb, pass_product, pass_log_gamma, pass_draw_by_draw, pass_recursive, pass_tensor, pass_by_number_of_hits],
 }
@@ -366,7 +376,7 @@ RIGHT = {
 WRONG = {
     "6.1": [(choose_smallest_sum, "smaller mean"), (choose_with_padding, "padding"), (choose_with_question, "Tokens of the question"),
             (choose_most_surprising, "surprises less"), (choose_shifted_by_one, "you chose"), (choose_the_loss_itself, "you chose"),
-            (choose_divides_by_length, "you chose")],
+            (choose_divides_by_length, "you chose"), (choose_by_a_product, "any value")],
     "6.2": [(core_not_divided, "divided by"), (core_of_the_means, "Centre each task first"), (core_clipped, "stays so"),
             (core_divided_by_chance, "divided by"), (core_list, "is a list")],
     "6.3": [(interval_textbook, "60 right of 100"), (interval_without_shrinking, "60 right of 100"), (interval_z_is_fixed, "z used"),
@@ -374,5 +384,5 @@ WRONG = {
     "6.4": [(paired_one_sided, "two-sided"), (paired_all_questions, "tell you nothing"), (paired_uncapped, "at most 1"),
             (paired_chi_squared, "is off by"), (paired_exact_split_only, "at least as uneven"), (paired_first_model_only, "is off by")],
     "6.5": [(pass_tempting, "without replacement"), (pass_none_right, "as often as a sample"), (pass_share, "without replacement"),
-            (pass_wrong_where_few_are_wrong, "cannot all be wrong"), (pass_printed, "return"), (pass_all_right, "without replacement")],
+            (pass_wrong_where_few_are_wrong, "cannot all be wrong"), (pass_printed, "return"), (pass_all_right, "without replacement"), (pass_in_floats, "OverflowError")],
 }

@@ -329,6 +329,10 @@ def counts_last_of_equals(weights, total):
     return counts
 
 
+def counts_equals_by_name(weights, total):
+    return counts_sorted({k: weights[k] for k in sorted(weights)}, total)
+
+
 def counts_list(weights, total):
     return list(counts_sorted(weights, total).values())
 
@@ -612,7 +616,7 @@ WRONG = {
             (loss_divided_by_all, "all positions"), (loss_counts_first_token, "first token"), (loss_is_nan_when_empty, "no token to train on"),
             (loss_wrong_sign, "sign"), (loss_detached, "no gradient"), (loss_float, "where a tensor")],
     "7.3": [(counts_rounded, "add up to"), (counts_rounded_down, "add up to"), (counts_rest_to_first, "left over"),
-            (counts_rest_to_largest_weight, "left over"), (counts_last_of_equals, "left over"), (counts_list, "a dictionary"), (counts_shares, "a whole number")],
+            (counts_rest_to_largest_weight, "left over"), (counts_last_of_equals, "left over"), (counts_equals_by_name, "equal ones"), (counts_list, "a dictionary"), (counts_shares, "a whole number")],
     "7.4": [(pack_in_order, "choose its row first"), (pack_alone, "choose its row first"), (pack_lengths_for_indices, "indices"),
             (pack_forgets_last_row, "last row"), (pack_one_row, "holds"), (pack_next_fit, "would do"), (pack_sorts_the_lengths, "was changed")],
     "7.5": [(rows_all_targets, "who writes it"), (rows_not_shifted, "comes next"), (rows_mask_not_shifted, "target"), (rows_one_per_conversation, "would do"),

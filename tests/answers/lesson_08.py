@@ -191,6 +191,14 @@ class ReturnsTheCache(TupleInCache):
     def forward(self, x, cache=None): return super().forward(x, cache), cache
 
 
+class SeesTheFirstKeys(_Heads):
+    def forward(self, x, cache=None):
+        q, k, v = self.split(x, cache["k"].shape[1] if cache else 0)
+        if cache: k, v = torch.cat([cache["k"], k], 1), torch.cat([cache["v"], v], 1)
+        if cache is not None: cache.update(k=k, v=v)
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+        return self.merge(y.transpose(1, 2))
+
 class NewTokensSeeEachOther(TupleInCache):
     def forward(self, x, cache=None):
         if not cache: return super().forward(x, cache)
@@ -276,6 +284,10 @@ def top_k_of_the_batch(logits, temperature, k):
 def top_k_fills_with_zero(logits, temperature, k):
     least = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
     return (logits / temperature).masked_fill(logits < least, 0).softmax(-1)
+
+def top_k_overflows(logits, temperature, k):
+    e = (logits / temperature).exp() * (logits >= logits.topk(min(k, logits.shape[1])).values[:, -1:])
+    return e / e.sum(1, keepdim=True)
 
 def top_k_in_place(logits, temperature, k):
     logits /= temperature
@@ -640,12 +652,14 @@ WRONG = {
     "8.2": [(KeepsTheOffsetKey, "before its own offset"), (CountsFromZero, "position 0 again"),
             (NoCacheAtAll, "still empty"), (StateInTheLayer, "disturb each other"),
             (RereadsTheRow, "computed once"), (ReturnsTheCache, "return the output alone"),
-            (NewTokensSeeEachOther, "a mask of"), (WithoutGradient, "no gradient")],
+            (NewTokensSeeEachOther, "a mask of"), (SeesTheFirstKeys, "`is_causal=True`"),
+            (WithoutGradient, "no gradient")],
     "8.3": [(bytes_of_keys_only, "besides its key"), (numbers_instead_of_bytes, "not bytes"),
             (bytes_of_one_head, "multiply everything"), (bytes_as_text, "a number is expected")],
     "8.4": [(top_k_multiplies, "wrong way round"), (top_k_unscaled, "scaled up"),
             (top_k_of_the_batch, "its own k best"), (top_k_fills_with_zero, "its own k best"),
-            (top_k_in_place, "logits were changed"), (temperature_on_probabilities, "not the probabilities")],
+            (top_k_in_place, "logits were changed"), (top_k_overflows, "`exp` overflows"),
+            (temperature_on_probabilities, "not the probabilities")],
     "8.5": [(top_p_without_the_crossing, "crosses p"), (top_p_unsorted, "would be enough"),
             (top_p_in_sorted_order, "together"), (top_p_above_p, "no token is left"),
             (top_p_keeps_all, "would be enough"), (top_p_as_indices, "answers for 4 tokens")],

@@ -147,6 +147,16 @@ def loss_over_all_places(logprobs, mask, advantage):
 def loss_as_a_number(logprobs, mask, advantage): return loss_by_masked_fill(logprobs, mask, advantage).item()
 
 
+def loss_over_useful_tokens(logprobs, mask, advantage):
+    useful = mask.bool() & (advantage != 0)[:, None]
+    return -(advantage[:, None] * logprobs.masked_fill(~useful, 0)).sum() / useful.sum()
+
+
+def loss_that_fills_its_input(logprobs, mask, advantage):
+    logprobs.data[mask == 0] = 0
+    return -(advantage[:, None] * logprobs).sum() / mask.sum()
+
+
 def loss_not_summed(logprobs, mask, advantage): return -(advantage[:, None] * logprobs.masked_fill(~mask.bool(), 0))
 
 
@@ -161,7 +171,7 @@ def verify_by_characters(text, right):
 
 
 def verify_returns_a_bool(text, right):
-    found = re.match(r"^\s*(-?\d{1,9})\.?\s*$", text, re.ASCII)
+    found = re.match(r"^\s*(-?\d{1,18})\.?\s*$", text, re.ASCII)
     return bool(found) and int(found.group(1)) == right
 
 
@@ -188,6 +198,14 @@ def exactly_equal(text, right): return float(text == str(right))
 def by_int(text, right):
     try: return float(int(text.strip().rstrip(".")) == right)
     except ValueError: return 0.0
+
+
+def without_commas(text, right): return verify_by_characters(text.replace(",", ""), right)
+
+
+def by_float_at_last(text, right):
+    found = re.fullmatch(r"(-?[0-9]{1,18})\.?", text.strip())
+    return float(found is not None and float(found[1]) == float(right))
 
 
 def first_number(text, right):
@@ -319,12 +337,29 @@ def step_conversation_by_conversation(model, tokenizer, optimizer, conversations
     return float(torch.cat([r for *_, r in groups]).mean())
 
 
-def wrong_step(sign=1.0, baseline="group", use_mask=True, zero=True, use_multiplier=True, use_seed=True, divide=True):
+def step_that_always_ends(model, tokenizer, optimizer, conversations, reward, n=8, max_new_tokens=64, multiplier=1.0, seed=0):
+    end, rows, masks, r = tokenizer.special["<|assistant_end|>"], [], [], []
+    for i, c in enumerate(conversations):
+        p = prompt_of(tokenizer, c)
+        for ids, mask in generate(model, tokenizer, p, n=n, max_new_tokens=max_new_tokens, seed=seed * 99 + i):
+            r.append(reward(c, reply_parts(tokenizer, ids)))
+            rows.append(torch.tensor([*p, *ids, end]))
+            masks.append(torch.tensor([0] * len(p) + mask + [1]))
+    x, m = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (rows, masks))
+    r = torch.tensor(r).view(-1, n)
+    each = model(x).log_softmax(-1)[:, :-1].gather(2, x[:, 1:, None])[..., 0] * m[:, 1:]
+    optimizer.zero_grad()
+    (-((r - r.mean(1, keepdim=True)).view(-1, 1) * each).sum() / m.sum()).backward()
+    optimizer.step(multiplier)
+    return r.mean()
+
+
+def wrong_step(sign=1.0, baseline="group", use_mask=True, zero=True, use_multiplier=True, use_seed=True, divide=True, own_seeds=True, longest=None):
     def step(model, tokenizer, optimizer, conversations, reward, n=8, max_new_tokens=64, multiplier=1.0, seed=0):
         drawn, r = [], []
         for i, c in enumerate(conversations):
             p = prompt_of(tokenizer, c)
-            answers = generate(model, tokenizer, p, n=n, max_new_tokens=max_new_tokens, seed=(seed if use_seed else 0) * 99 + i)
+            answers = generate(model, tokenizer, p, n=n, max_new_tokens=longest or max_new_tokens, seed=(seed if use_seed else 0) * 99 + i * own_seeds)
             r.append([reward(c, reply_parts(tokenizer, ids)) for ids, _ in answers])
             drawn += [(p, ids, mask if use_mask else [1] * len(ids)) for ids, mask in answers]
         r = torch.tensor(r)
@@ -355,11 +390,12 @@ WRONG = {
             (zero_by_zero, "0/0"), (changes_its_input, "changed"), (along_the_prompts, "own row")],
     "9.2": [(loss_of_everything, "prompt"), (loss_times_the_mask, "torch.where"), (loss_with_the_wrong_sign, "sign"),
             (loss_answer_by_answer, "count alike"), (loss_over_all_places, "not of all positions"), (loss_as_a_number, "float"),
-            (loss_not_summed, "shape")],
+            (loss_over_useful_tokens, "*all* sampled tokens"), (loss_that_fills_its_input, "was changed"), (loss_not_summed, "shape")],
     "9.3": [(number_occurs, "longer number"), (exactly_equal, "is right where"), (by_int, "two full stops"), (first_number, "fooled by words"),
-            (by_float, "decimal"), (raises_an_error, "raised ValueError")],
+            (by_float, "decimal"), (without_commas, "a comma"), (by_float_at_last, "another last digit"), (raises_an_error, "raised ValueError")],
     "9.4": [(k1, "above in ρ"), (k3_the_other_way, "above in ρ"), (k3_rounded, "expm1"), (k3_as_a_mean, "shape"), (k2, "above in ρ")],
     "9.5": [(wrong_step(sign=-1.0), "wrong way"), (wrong_step(baseline="none"), "as they are"), (wrong_step(baseline="step"), "whole step"),
             (wrong_step(use_mask=False), "calculator"), (wrong_step(zero=False), "earlier step"), (wrong_step(use_multiplier=False), "multiplier 1"),
-            (wrong_step(use_seed=False), "another seed"), (wrong_step(divide=False), "Divide by")],
+            (wrong_step(use_seed=False), "another seed"), (wrong_step(own_seeds=False), "for each of them"), (wrong_step(longest=64), "letters"), (step_that_always_ends, "only to shorter ones"),
+            (wrong_step(divide=False), "Divide by")],
 }

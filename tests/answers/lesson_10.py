@@ -63,6 +63,29 @@ def pairs_of_regenerated_only(records):
     return [(r["prompt"], r["answer"], other) for r in records if r["rating"] == 1 for other in r["instead_of"]]
 
 
+def pairs_over_its_own_instead_of(records):
+    last = {(r["prompt"], r["answer"]): r["rating"] for r in records if r["rating"]}
+    own = [(r["prompt"], r["answer"], b) for r in records for b in r["instead_of"] if last.get((r["prompt"], r["answer"])) == 1 and (r["prompt"], b) not in last]
+    return list(dict.fromkeys(own + pairs_of_thumbs_only(records)))
+
+
+def pairs_forget_a_discarded_answer(records): # if it is seen again
+    state = {}
+    for r in records:
+        for other in r["instead_of"]: state.setdefault((r["prompt"], other), -1)
+        here = r["prompt"], r["answer"]
+        if r["rating"]: state[here] = r["rating"]
+        elif state.get(here) == -1: del state[here]
+    return [(q, a, b) for (q, a), x in state.items() for (p, b), y in state.items() if p == q and x == 1 and y == -1]
+
+
+def pairs_discarded_anywhere(records):
+    last = {(r["prompt"], r["answer"]): r["rating"] for r in records if r["rating"]}
+    gone = {b for r in records for b in r["instead_of"]}
+    seen = {(r["prompt"], a) for r in records for a in [r["answer"], *r["instead_of"]]}
+    return [(q, a, b) for (q, a), x in last.items() for p, b in seen if x == 1 and p == q and (last.get((q, b)) == -1 or (q, b) not in last and b in gone)]
+
+
 def pairs_twice(records): return list(pairs_by_a_generator(records)) * 2
 
 
@@ -145,6 +168,10 @@ def logprob_same_place(logits, ids, mask): return (logits.log_softmax(-1).gather
 
 def logprob_mask_not_moved(logits, ids, mask):
     return (logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0] * mask[:, :-1]).sum(1)
+
+
+def logprob_squeezed(logits, ids, mask):
+    return (logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze() * mask[:, 1:]).sum(1)
 
 
 def logprob_mean(logits, ids, mask): return logprob_cross_entropy(logits, ids, mask) / mask.sum(1).clamp(min=1)
@@ -261,6 +288,24 @@ def step_whole_rows(model, reference, tokenizer, optimizer, pairs, beta=0.1, mul
     return np.float64(loss.item())
 
 
+def step_with_another_result(result, no_gradient=torch.no_grad):
+    def step(model, reference, tokenizer, optimizer, pairs, beta=0.1, multiplier=1.0):
+        def loss_of_pairs():
+            margins = []
+            for pair in pairs:
+                sides = [rows_of(tokenizer, pair, k) for k in (1, 2)]
+                with no_gradient(): old = [logprob_of(reference, *side) for side in sides]
+                new = [logprob_of(model, *side) for side in sides]
+                margins.append(beta * (new[0] - old[0] - new[1] + old[1]))
+            return -F.logsigmoid(torch.stack(margins)).mean()
+        loss = loss_of_pairs()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(multiplier)
+        return result(loss, loss_of_pairs)
+    return step
+
+
 def wrong_step(swap=False, use_reference=True, use_beta=True, zero=True, use_multiplier=True, end=True, steps=1, mean=True):
     def step(model, reference, tokenizer, optimizer, pairs, beta=0.1, multiplier=1.0):
         losses = []
@@ -320,6 +365,11 @@ def refuses_above_only(harmful, harmless, limit):
     return best
 
 
+def refuses_above_throughout(harmful, harmless, limit):
+    found = [sum(s <= t for s in harmful) / len(harmful) for t in [*harmful, *harmless] if sum(s > t for s in harmless) / len(harmless) <= limit]
+    return min(found, default=1.0)
+
+
 def limit_of_a_count(harmful, harmless, limit):
     return min([1.0] + [sum(s < t for s in harmful) / len(harmful) for t in harmful if sum(s >= t for s in harmless) <= limit])
 
@@ -345,15 +395,18 @@ RIGHT = {
 }
 WRONG = {
     "10.1": [(pairs_across_prompts, "regenerated"), (pairs_of_thumbs_only, "missing"), (pairs_of_regenerated_only, "thumb down"),
+             (pairs_over_its_own_instead_of, "regenerated twice"), (pairs_forget_a_discarded_answer, "missing"), (pairs_discarded_anywhere, "another prompt"),
              (pairs_twice, "twice"), (pairs_of_two, "three texts")],
     "10.2": [(bt_swapped, "winner"), (bt_sum, "mean"), (bt_log_of_sigmoid, "logsigmoid"), (bt_detached, "no gradient"), (bt_clamped, "logsigmoid")],
-    "10.3": [(logprob_same_place, "predicts token"), (logprob_mask_not_moved, "move along"), (logprob_mean, "no mean"),
+    "10.3": [(logprob_same_place, "predicts token"), (logprob_mask_not_moved, "move along"), (logprob_mean, "no mean"), (logprob_squeezed, "T = 2"),
              (logprob_without_softmax, "softmax"), (logprob_of_everything, "mask")],
     "10.4": [(dpo_without_reference, "reference"), (dpo_swapped, "chosen one"), (dpo_without_beta, "β"), (dpo_log_of_sigmoid, "logsigmoid"),
              (dpo_of_chosen_alone, "both answers"), (dpo_sum, "off by")],
     "10.5": [(wrong_step(swap=True), "swapped"), (wrong_step(use_reference=False), "reference's"), (wrong_step(use_beta=False), "Where is β"),
              (wrong_step(zero=False), "earlier step"), (wrong_step(use_multiplier=False), "multiplier 1"), (wrong_step(end=False), "as `render` makes them"),
-             (wrong_step(steps=2), "2 steps"), (wrong_step(mean=False), "not their sum")],
-    "10.6": [(refuses_above_only, "is expected"), (limit_of_a_count, "is expected"), (share_that_is_caught, "is expected"),
+             (wrong_step(steps=2), "2 steps"), (wrong_step(mean=False), "not their sum"),
+             (step_with_another_result(lambda loss, again: again().item()), "after the step"), (step_with_another_result(lambda loss, again: loss), "its graph"),
+             (step_with_another_result(lambda loss, again: loss.item(), torch.enable_grad), "reference got gradients")],
+    "10.6": [(refuses_above_only, "is expected"), (refuses_above_throughout, "lowest of all"), (limit_of_a_count, "is expected"), (share_that_is_caught, "is expected"),
              (must_refuse_something, "is expected"), (a_count_instead_of_a_share, "is expected")],
 }

@@ -99,6 +99,9 @@ def ring_without_the_last(data, step):
     return after
 
 
+def ring_of_whole_numbers(data, step): return ring_with_copy_and_loop(data.astype(int), step)
+
+
 def ring_forgets_return(data, step):
     ring_with_copy_and_loop(data, step)
 
@@ -392,6 +395,15 @@ def plain_exponentials(scores, values, block):
     return o / z
 
 
+def largest_of_the_block(scores, values, block):
+    m, z, o = -np.inf, 0.0, np.zeros(values.shape[1])
+    for start in range(0, len(scores), block):
+        s = scores[start:start + block]
+        p, c, m = np.exp(s - s.max()), np.exp(m - s.max()), s.max()
+        z, o = z * c + p.sum(), o * c + p @ values[start:start + block]
+    return o / z
+
+
 def last_block_dropped(scores, values, block):
     whole = len(scores) // block * block or len(scores)
     return online_in_numpy(scores[:whole], values[:whole], block)
@@ -411,7 +423,7 @@ RIGHT = {
 WRONG = {
     "11.1": [(ring_writes_into_data, "copy"), (ring_replaces, "adds"), (ring_backwards, "other chunks"),
              (ring_wrong_chunk, "other chunks"), (ring_without_the_last, "exactly one"),
-             (ring_forgets_return, "return")],
+             (ring_of_whole_numbers, "chunks changed"), (ring_forgets_return, "return")],
     "11.2": [(zero_rounds_down, "rounded up"), (zero_all_at_once, "stage 1"), (zero_gradients_first, "optimizer's state"),
              (zero_forgets_weights, "everything"), (zero_state_of_eight, "2 + 2 + 12")],
     "11.3": [(bf16_seven_bits, "eight significant bits or fewer"), (bf16_truncated, "nearest"),
@@ -419,5 +431,5 @@ WRONG = {
              (bf16_fixed_point, "size"), (bf16_three_digits, "fewer")],
     "11.4": [(whole_row, "whole row"), (whole_row_as_plain_array, "whole row"), (whole_row_by_torch, "whole row"),
              (whole_row_in_python, "whole row"), (two_passes, "so far"), (never_rescaled, "corrected"),
-             (output_not_rescaled, "corrected"), (plain_exponentials, "not finite"), (last_block_dropped, "shorter")],
+             (output_not_rescaled, "corrected"), (plain_exponentials, "not finite"), (largest_of_the_block, "largest score so far"), (last_block_dropped, "shorter")],
 }

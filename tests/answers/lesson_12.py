@@ -175,6 +175,28 @@ def left_as_array(rows):
     return None if left is None else np.array([left], np.float32)[0]
 
 
+def gaps_of(rows): # lines with a loss: seconds and steps between two
+    rows = [row for row in rows if "loss" in row]
+    return [(b["time"] - a["time"], b["step"] - a["step"]) for a, b in zip(rows, rows[1:])]
+
+
+def left_with(middle, last=lambda rows: [row for row in rows if "loss" in row][-1]):
+    def left(rows):
+        gaps = gaps_of(rows)
+        return middle(gaps) * (last(rows)["steps"] - last(rows)["step"]) if gaps else None
+    return left
+
+
+def left_from_the_last_line(rows): return left_with(lambda gaps: statistics.median(t / n for t, n in gaps), lambda rows: rows[-1])(rows)
+def left_by_two_medians(rows): return left_with(lambda gaps: np.median([t for t, _ in gaps]) / np.median([n for _, n in gaps]))(rows)
+def left_weighted_by_steps(rows): return left_with(lambda gaps: statistics.median(t / n for t, n in gaps for _ in range(n)))(rows)
+
+
+def left_from_step_zero(rows):
+    first = [row["time"] / row["step"] for row in rows if "loss" in row][:1]
+    return left_with(lambda gaps: statistics.median([*first, *(t / n for t, n in gaps)]))(rows)
+
+
 def left_of_all_lines(rows):
     if len(rows) < 2: return None
     gaps = [(b["time"] - a["time"]) / max(1, b["step"] - a["step"]) for a, b in zip(rows, rows[1:])]
@@ -255,6 +277,10 @@ def stages_all(setting): return list(STAGES)
 def stages_by_name(setting):
     section, names = setting.split(".")[0], list(STAGES)
     return names[names.index(section):] if section in names else []
+
+
+def stages_by_beginning(setting): return stages_with_a_loop(next((x for _, xs in STAGES.values() for x in xs if setting.startswith(x)), setting))
+def stages_by_substring(setting): return stages_with_a_loop(next((x for _, xs in STAGES.values() for x in xs if setting.split(".")[0] in x), setting))
 
 
 def stages_after(setting): return stages_with_a_loop(setting)[1:]
@@ -459,8 +485,10 @@ WRONG = {
              (depth_one_too_many, "largest depth"), (depth_from_zero, "go from 1"), (depth_at_least_one, "or 0"),
              (depth_by_a_formula, "largest depth")],
     "12.2": [(left_of_all_lines, "evaluations"), (left_with_a_mean, "median"), (left_each_line_a_step, "divide by the steps"),
-             (left_of_all_steps, "of 100"), (left_is_nan, "None is expected"), (left_in_minutes, "2 seconds")],
-    "12.3": [(stages_that_read, "builds on"), (stages_all, "not depend"), (stages_by_name, "seed"), (stages_after, "sft"),
+             (left_of_all_steps, "of 100"), (left_is_nan, "None is expected"), (left_in_minutes, "2 seconds"),
+             (left_from_the_last_line, "evaluation came later"),
+             (left_by_two_medians, "divide the time"), (left_weighted_by_steps, "counts once"), (left_from_step_zero, "8, 3 and 2")],
+    "12.3": [(stages_that_read, "builds on"), (stages_all, "not depend"), (stages_by_name, "seed"), (stages_after, "sft"), (stages_by_beginning, "not depend"), (stages_by_substring, "not depend"),
              (stages_backwards, "order"), (stages_as_set, "order")],
     "12.4": [(verdict_more_right, "equal models"), (verdict_one_sided, "both sides"), (verdict_of_all_questions, "equal models"),
              (verdict_the_wrong_way_round, "verdict"), (verdict_as_bool, "expected"), (verdict_by_a_normal_curve, "equal models")],

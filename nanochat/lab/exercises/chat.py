@@ -206,7 +206,7 @@ def counts(weights, total):
 # %% ../../../nbs/lab/exercises/78_chat.ipynb #ce0bf788
 _MIXTURES = [ # weights, total, counts
     ({"facts": 1, "sums": 1}, 10, {"facts": 5, "sums": 5}),
-    ({"facts": 1, "sums": 1, "spelling": 1}, 10, {"facts": 4, "sums": 3, "spelling": 3}),
+    ({"sums": 1, "spelling": 1, "facts": 1}, 10, {"sums": 4, "spelling": 3, "facts": 3}),
     ({"facts": 3, "none": 0, "sums": 1}, 7, {"facts": 5, "none": 0, "sums": 2}),
     ({"one": 0.5}, 9, {"one": 9}),
     ({"facts": 2, "sums": 3}, 0, {"facts": 0, "sums": 0}),
@@ -229,7 +229,8 @@ def _weights_to_counts(answer):
         expect(sum(numbers) == total, f"{case} the counts add up to {sum(numbers)}: what becomes "
                                       "of the conversations that rounding lost or won?")
         expect(got == want, f"{case} the counts are {numbers}: "
-                            "round down first; which task has the largest part left over?")
+                            "round down first; which tasks have the largest parts left over, "
+                            "and which of equal ones comes first?")
 
 # %% ../../../nbs/lab/exercises/78_chat.ipynb #554c288d
 def pack(

@@ -47,6 +47,10 @@ _NEAR = [ # texts, n, least, pairs, hint
      "They have fewer than three words, so they have no n-grams and are near-duplicates of nothing."),
     (["a b c d", "x y z", "a b c d", "a b c d"], 2, 0.9, {(0, 2), (0, 3), (2, 3)},
      "Every pair counts, not only the first one."),
+    (["a b c", "a b"], 2, 0.5, {(0, 1)},
+     "They share one of two n-grams, and a similarity of exactly `least` is enough."),
+    (["a  b\nc", "a b c"], 2, 0.9, {(0, 1)},
+     "Words may be apart by several spaces or a line end: `split()` without an argument."),
     ([], 3, 0.5, set(), "No texts, no pairs."),
 ]
 
@@ -83,7 +87,7 @@ def _near_pairs(texts: list[str], n: int, least: float) -> set[tuple[int, int]]:
     for j, theirs in enumerate(runs):
         for i, ours in enumerate(runs[:j]):
             both, either = ours & theirs, ours | theirs
-            if either and len(both) >= least * len(either): pairs.add((i, j))
+            if either and len(both) / len(either) >= least: pairs.add((i, j))
     return pairs
 
 # %% ../../../nbs/lab/exercises/73_data.ipynb #b8bb6648
@@ -119,6 +123,8 @@ _EXAMS = [ # questions, documents, n, places, hint
     (["is the cat"], ["this the cat knows"], 3, [],
      "`this` is not `is`: are whole words compared?"),
     (["Who Has the red kite"], ["who has THE blue kite"], 3, [0], "Are capitals ignored?"),
+    (["the red  kite"], ["look at the\nred kite"], 3, [0],
+     "Words may be apart by several spaces or a line end: `split()` without an argument."),
     (["red kite", ""], ["the red kite flies"], 3, [],
      "A question of fewer than n words has no n-gram."),
     (["a b c d", "e f g h", "b c d e"], ["x a b c y", "z b c d"], 3, [0, 2],
@@ -181,7 +187,7 @@ def _rows_with_padding():
     "Yield rows of tokens, (B, T + 1), and the id of BOS; some of the first row is padding."
     draw = torch.Generator().manual_seed(0)
     for B, T, bos_id, padded in ((2, 5, 0, 0), (3, 6, 40, 3), (1, 1, 7, 0), (4, 9, 2000, 9)):
-        rows = torch.randint(1, 40, (B, T + 1), generator=draw)
+        rows = torch.randint(40, (B, T + 1), generator=draw) # token 0 is one like any other
         rows[:, 0] = bos_id
         if padded: rows[0, T + 1 - padded:] = -1
         yield rows, bos_id

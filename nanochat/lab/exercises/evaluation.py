@@ -6,6 +6,9 @@
 __all__ = ['paired_results']
 
 # %% ../../../nbs/lab/exercises/77_evaluation.ipynb #b53c6faa
+import math
+
+# %% ../../../nbs/lab/exercises/77_evaluation.ipynb #f9bb9bec
 import torch
 
 # %% ../../../nbs/lab/exercises/77_evaluation.ipynb #e376d556
@@ -21,6 +24,8 @@ _OPTIONS = [ # nats of each option, length of the question, lengths, the choice,
     ([[0, 9, 2, 2, 2], [0, 0, 3, 3, 3]], 2, [5, 5], 0, "Tokens of the question do not count."),
     ([[0, 0, 2, 2, 9], [0, 0, 3, 3, 0]], 2, [4, 4], 0,
      "After an option's length there is padding. Neither its loss nor its number counts."),
+    ([[0, 0, 4, 4, math.inf], [0, 0, 2, 2, 2]], 2, [4, 5], 1,
+     "Padding may have any value, even inf, and inf · 0 is NaN: leave it out instead."),
     ([[0, 0, 8, 1, 1], [0, 0, 2, 2, 2]], 2, [5, 5], 1,
      "The ending begins at the position `prefix`, and that token counts."),
     ([[0, 0, 1, 1, 8], [0, 0, 3, 3, 3]], 2, [5, 5], 1,
@@ -133,6 +138,7 @@ _SAMPLES = [ # samples, right ones, k, hint
     (10, 8, 5, "Five tries cannot all be wrong where only two are."),
     (4, 2, 4, "All samples are drawn, and some are right."),
     (1000, 7, 100, "Large numbers: use whole ones as long as you can."),
+    (3000, 5, 300, "Larger than any float: use whole numbers as long as you can."),
 ]
 
 # %% ../../../nbs/lab/exercises/77_evaluation.ipynb #aedbe21f

@@ -52,6 +52,12 @@ _FEEDBACK = [ # prompt, answer, rating, the answers that it replaced; and what h
     ([("Q", "a", _NONE), ("Q", "c", _UP, "a")],
      "an answer was seen without a thumb first, and regenerated away later"),
     ([("Q", "a", _UP), ("Q", "b", _DOWN), ("Q", "a", _UP)], "the same thumb was given twice"),
+    ([("Q", "b", _NONE, "a"), ("Q", "c", _UP, "b")],
+     "an answer was regenerated twice, and the last one liked"),
+    ([("Q", "c", _UP, "a"), ("Q", "a", _NONE)],
+     "an answer was regenerated away first, and seen again later"),
+    ([("Q", "a", _UP), ("Q", "b", _NONE), ("P", "c", _NONE, "b")],
+     "an answer has no thumb, and was regenerated away only for another prompt"),
 ]
 
 # %% ../../../nbs/lab/exercises/81_feedback.ipynb #71e49225
@@ -142,7 +148,7 @@ def _right_logprob(
 @exercise("10.3", "The log-probability of an answer", part=answer_logprob)
 def _answer_logprob(answer):
     draw = torch.Generator().manual_seed(0)
-    for B, T, V in ((1, 2, 3), (3, 6, 5), (2, 9, 11)):
+    for B, T, V in ((1, 2, 3), (3, 6, 5), (3, 2, 5), (2, 9, 11)):
         logits = 2 * torch.randn(B, T, V, generator=draw)
         ids = torch.randint(V, (B, T), generator=draw)
         mask = (torch.rand(B, T, generator=draw) < 0.6).long()
@@ -152,8 +158,8 @@ def _answer_logprob(answer):
                              changed="what was handed in has been changed.")
         got = as_numbers(got, (B,), "the result")
         want = [_right_logprob(*row) for row in zip(logits, ids, mask)]
-        expect_close(got, want, "the log-probability", "Which row of the logits predicts token t? "
-                     "Does the mask move along with the tokens? Is it a softmax over the "
+        expect_close(got, want, f"the log-probability (B = {B}, T = {T})",
+                     "Which row of the logits predicts token t? Does the mask move along with the tokens? Is it a softmax over the "
                      "vocabulary, and a sum, no mean?")
     if not _in_the_file(answer): return
     result = answer(logits.requires_grad_(), ids, mask)
@@ -253,19 +259,20 @@ def _dpo_losses(model, reference, beta: float) -> dict[str, torch.Tensor]:
 _DPO_HINTS = {
     "swapped": "The chosen and the rejected answers are swapped.",
     "alone": "Compare with the reference's log-probability of the same answer.",
+    "late": "It is the loss after the step: compute it before the step, and return that.",
     "no beta": "Where is β?", "sum": "It is the mean over the pairs, not their sum."}
 _ROWS = ("Do the rows hold the prompt and the answer, as `render` makes them, and does the mask leave "
          "out the padding?")
 
 # %% ../../../nbs/lab/exercises/81_feedback.ipynb #53b22196
-def _expect_same_gradient(
-    got: torch.Tensor, # at the optimizer's step
-    losses: dict[str, torch.Tensor],
-    model: torch.nn.Module,
-):
+class _Moves(_Notes):
+    "An optimizer that also moves the weights, somewhere."
+    def step(self, multiplier=1.0):
+        super().step(multiplier)
+        for p in self.model.parameters(): p.data += torch.arange(p.numel()).sin().view(p.shape) / 10
+
+def _expect_same_gradient(got: torch.Tensor, want: torch.Tensor): # at the optimizer's step
     "Raise `NotYet` unless the gradient is that of the right loss."
-    grads = torch.autograd.grad(losses["right"], list(model.parameters()))
-    want = torch.cat([grad.flatten() for grad in grads]).double()
     def off(want): return (got - want).abs().max().item() / want.abs().max().item()
     expect(off(want + 1) > 1e-4, "the gradient of an earlier step is still in it: call "
                                  "`optimizer.zero_grad()`.")
@@ -278,22 +285,32 @@ def _expect_same_gradient(
 def _dpo_step(answer):
     tokenizer = _Bytes()
     model, reference = _Talker(tokenizer, 0), _Talker(tokenizer, 1)
-    optimizer, before = _Notes(model), copy.deepcopy(reference.state_dict())
+    optimizer, before = _Moves(model), copy.deepcopy(reference.state_dict())
     pairs = copy.deepcopy(_PAIRS)
     losses = _dpo_losses(model, reference, 0.3)
-    got = as_number(answer(model, reference, tokenizer, optimizer, pairs, beta=0.3, multiplier=0.5),
-                    "the result")
+    grads = torch.autograd.grad(losses["right"], list(model.parameters()))
+    want = torch.cat([grad.flatten() for grad in grads]).double()
+    got = answer(model, reference, tokenizer, optimizer, pairs, beta=0.3, multiplier=0.5)
+    returned, got = got, as_number(got, "the result")
     expect(pairs == _PAIRS, "the pairs that were handed in have been changed.")
     same = all(torch.equal(before[name], t) for name, t in reference.state_dict().items())
     expect(same, "the reference has changed: only the model learns.")
-    hints = [h for name, h in _DPO_HINTS.items() if abs(got - losses[name].item()) < 1e-4]
+    learned = any(p.grad is not None for p in reference.parameters())
+    expect(not learned, "the reference got gradients: compute its log-probabilities within "
+                        "`torch.no_grad()`.")
+    if optimizer.steps: losses["late"] = _dpo_losses(model, reference, 0.3)["right"]
+    hints = [_DPO_HINTS[name] for name, loss in losses.items()
+             if name != "right" and abs(got - loss.item()) < 1e-4]
     expect(abs(got - losses["right"].item()) < 1e-4, f"the loss is {got:.4g}, and "
            f"{losses['right'].item():.4g} is expected. {(hints + [_ROWS])[0]}")
     expect(len(optimizer.steps) == 1, f"the optimizer took {len(optimizer.steps)} steps: it should "
                                       "take one.")
     (multiplier, gradient), = optimizer.steps
     expect(multiplier == 0.5, f"the optimizer got the multiplier {multiplier:g}, and 0.5 was handed in.")
-    _expect_same_gradient(gradient, losses, model)
+    _expect_same_gradient(gradient, want)
+    graph = isinstance(returned, torch.Tensor) and returned.requires_grad
+    expect(not graph, "the loss still holds its graph, and with it the memory of a whole pass: "
+                      "return a number, with `.item()`.")
 
 # %% ../../../nbs/lab/exercises/81_feedback.ipynb #b881825c
 def _fewest_leaks(harmful: list[float], harmless: list[float], limit: float) -> float:
@@ -315,6 +332,7 @@ _SCORES = [ # harmful, harmless, limit, hint
     ([2, 1, 1, 1], [1, 0, 0, 0, 0], 0.2, "The limit is a share of the harmless questions, and the "
                                          "result one of the harmful ones."),
     ([0.2, 0.4], [0.3, 0.1, 0.5], 0.5, "The limit need not be reached exactly."),
+    ([0.2], [0.7], 1.0, "A score of t is refused, also where t is the lowest of all scores."),
 ]
 
 # %% ../../../nbs/lab/exercises/81_feedback.ipynb #9ad6f853

@@ -255,7 +255,8 @@ def _attended(
     n_head: int,
     offset: bool, # with the key offset?
     positions: list[int] | None = None, # of the tokens; None: 0, 1, 2, ...
-) -> torch.Tensor: # (B, T, n_embd)
+    queries: slice = slice(None), # of these tokens; the first of them sees the first key alone
+) -> torch.Tensor: # (B, tokens with a query, n_embd)
     "Compute a layer's output for a row that is read at once, with the library's functions."
     B, T, _ = x.shape
     at = torch.arange(T) if positions is None else torch.tensor(positions)
@@ -268,7 +269,8 @@ def _attended(
         slow = torch.arange(k.size(-1)) % half >= half // 2
         before = torch.cat([torch.zeros_like(k[:, :1]), k[:, :-1]], 1)
         k = torch.where(slow, before, k)
-    y = reference_attention(q, k, v, window=None)
+    q = q[:, queries]
+    y = reference_attention(q, k[:, :q.shape[1]], v[:, :q.shape[1]], window=None)
     return F.linear(y.flatten(2), layer.c_proj.weight)
 
 # %% ../../../nbs/lab/exercises/79_inference.ipynb #dbc6ea4f
@@ -337,6 +339,10 @@ def _expect_second(
     restarted = [_attended(layer, x, n_head, offset, at)[:, second] for offset in (False, True)]
     expect(not any(map(is_like, restarted)), f"{case}: the second piece is rotated from position 0 "
            "again. What is its position in the row?")
+    first_keys = [_attended(layer, x, n_head, offset, None, second) for offset in (False, True)]
+    expect(not any(map(is_like, first_keys)), f"{case}: the second piece sees the first keys of the "
+           "row, and not the latest: `is_causal=True` counts queries and keys from 0. Write a mask "
+           "of (new tokens, all tokens).")
     alone = layer(x[:, second])
     expect(not is_like(alone), f"{case}: the second piece does not see the first: its queries look "
            "at the keys and values of the cache, too.")
@@ -414,11 +420,13 @@ def _cache_bytes(cache_bytes):
 @exercise("8.4", "Temperature and top-k", part=top_k_probs)
 def _top_k_probs(probs):
     logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) * 3
-    for temperature, k in ((1.0, 3), (0.5, 10), (2.0, 4), (1.0, 1), (0.7, 25)):
+    for temperature, k in ((1.0, 3), (0.5, 10), (2.0, 4), (1.0, 1), (0.7, 25), (0.01, 1)):
         got = call_on_copies(probs, logits, temperature, k,
                              changed="the logits were changed: they will be used again.")
         got = as_numbers(got, logits.shape, "the tensor of probabilities")
-        expect(bool(got.isfinite().all()), "there are numbers that are not finite.")
+        expect(bool(got.isfinite().all()), f"at temperature {temperature} there are numbers "
+               "that are not finite: `exp` overflows, so subtract a row's largest logit before it, "
+               "as `softmax` does.")
         # which tokens are left
         left = min(k, 10)
         drawn = (got > 0).sum(-1).tolist()

@@ -130,6 +130,8 @@ _SCHEDULES = ( # steps, steps of warm-up, share of warm-down, end
     (100, 10, 0.5, 0.1),
     (40, 0, 0.25, 0.05),
     (20, 15, 0.8, 0.2),
+    (11, 0, 0.6, 0.0), # 6.6 steps are rounded up,
+    (11, 0, 0.3, 0.0), # and 3.3 down
 )
 
 # %% ../../../nbs/lab/exercises/75_optimizers.ipynb #a4ca3f39
@@ -145,7 +147,8 @@ def _schedule(answer):
         expect_close(got[0], want[0], f"step 0 {case}", "A first step of 0 would be wasted, "
                      "so the climb counts from 1; without a warm-up there is no climb.")
         expect_close(got[-1], want[-1], f"the last step {case}", "It is one step short of the end, "
-                     "and the fall ends at `final`, not below.")
+                     "and the fall ends at `final`, not below. It takes "
+                     f"round(warmdown_ratio · steps) steps: {round(ratio * steps)} here.")
         expect_close(max(got), max(want), f"the highest multiplier {case}", "The constant part "
                      "is 1, and where climb and fall overlap, the lower one holds.")
         expect_close(got, want, f"the schedule {case}", "Both slopes are straight lines; "
@@ -266,16 +269,20 @@ def _expect_steps(answer, arguments: dict, multipliers: list[float], hints: tupl
 
 # %% ../../../nbs/lab/exercises/75_optimizers.ipynb #2ff6e229
 def _expect_zeros_stay(answer):
-    "Raise `NotYet` unless a gradient of zeros leaves a number."
+    "Raise `NotYet` unless a gradient of zeros leaves a number, and the decay."
     model = _Model()
     optimizer = answer(model, **_RATES)
     _draw_gradients([model], 5)
-    model.blocks[0]["attn"]["c_q"].weight.grad.zero_()
+    matrix = model.blocks[0]["attn"]["c_q"].weight
+    matrix.grad.zero_()
+    decayed = matrix.detach() * (1 - 0.5 * 0.1) # by the rate of a matrix and the usual decay
     optimizer.step()
-    finite = bool(model.blocks[0]["attn"]["c_q"].weight.isfinite().all())
+    finite = bool(matrix.isfinite().all())
     expect(finite, "a matrix whose gradient is all zero becomes NaN: 0/0. In a new model most "
                    "matrices have such a gradient. Add 1e-7 to the norm in `newton_schulz`, "
                    "or leave a direction of zeros as it is.")
+    expect_close(matrix.detach(), decayed, "a matrix whose gradient is all zero", "Only its update "
+                 "is 0: it still decays, by rate · weight_decay · W.", 2e-4)
 
 # %% ../../../nbs/lab/exercises/75_optimizers.ipynb #54b9a7b2
 @exercise("4.5", "Your optimizer", part=Optimizer)

@@ -92,7 +92,7 @@ def _loss_hint(
     sampled: torch.Tensor, # (B, T) bool
 ) -> str:
     "Say what is wrong with a loss, if it is a frequent mistake."
-    each = terms.sum(1) / sampled.sum(1)
+    each, useful = terms.sum(1) / sampled.sum(1), (terms != 0).sum()
     known = [
         (-terms.sum() / sampled.sum(), "Its sign is wrong: the loss must *fall* as better answers "
                                        "get likelier."),
@@ -104,6 +104,8 @@ def _loss_hint(
                      "one by one.")]
     for value, hint in known:
         if math.isclose(got, value, rel_tol=1e-4, abs_tol=1e-6): return hint
+    if useful < sampled.sum() and math.isclose(got, terms.sum() / useful, rel_tol=1e-4):
+        return "Divide by the number of *all* sampled tokens, also of those with an advantage of 0."
     return _BY_MASK
 
 # %% ../../../nbs/lab/exercises/80_rl.ipynb #fa395d08
@@ -118,10 +120,11 @@ def _expect_policy_loss(
     weights = -advantage[:, None] * sampled / sampled.sum() # (B, T)
     terms = weights * logprobs
     for filler in (-1.0, -math.inf):
-        given = torch.where(sampled, logprobs, torch.tensor(filler)).requires_grad_()
-        def of_advantage(advantage): return answer(given, mask.clone(), advantage)
-        got = call_on_copies(of_advantage, advantage, changed="the advantages that were handed in "
-                             "have been changed: compute a new tensor.")
+        filled = torch.where(sampled, logprobs, torch.tensor(filler))
+        changed = "an input was changed: compute new tensors."
+        given = filled.clone().requires_grad_()
+        got = call_on_copies(lambda *rest: answer(given, *rest), mask, advantage, changed=changed)
+        expect(torch.equal(given.detach(), filled), changed)
         got = _scalar_with_gradient(got, "the loss")
         hint = _BY_WHERE
         if filler == -1: hint = _loss_hint(got.item(), terms * sampled.sum(), sampled)
@@ -138,7 +141,9 @@ def _policy_gradient_loss(answer):
         logprobs = -torch.rand(shape, generator=draw) * 3
         mask = (torch.rand(shape, generator=draw) < 0.5).to(dtype)
         mask[:, 0] = 1
-        _expect_policy_loss(answer, logprobs, mask, torch.randn(shape[0], generator=draw))
+        advantage = torch.randn(shape[0], generator=draw)
+        advantage[2:3] = 0 # its tokens count, too
+        _expect_policy_loss(answer, logprobs, mask, advantage)
 
 # %% ../../../nbs/lab/exercises/80_rl.ipynb #89d6f68f
 _RIGHT_TEXTS = [ # text, the right number
@@ -153,6 +158,8 @@ _ATTACKS = [ # text, the right number, what the text is
     ("12..", 12, "two full stops"), ("-12", 12, "a number with the other sign"),
     ("12", -12, "a number with the other sign"), ("+12", 12, "a plus"),
     ("- 12", -12, "a minus with a space after it"),
+    ("123456789012345679", 123456789012345678, "a number with another last digit"),
+    ("1,234", 1234, "a comma between digits"),
     ("1_2", 12, "an underscore between digits"), ("1 2", 12, "a space between digits"),
     ("１２", 12, "digits of another script"), ("12\n13", 12, "a second line"),
     ("6+6", 12, "a sum that is not computed"), ("True", 1, "a word"), ("one", 1, "a word"),
@@ -402,33 +409,42 @@ _STEP_HINTS = {
     "answers": "All sampled tokens of the step count alike: don't average the answers one by one."}
 
 # %% ../../../nbs/lab/exercises/80_rl.ipynb #70bad041
-_CONVERSATIONS = [{"messages": [{"role": "user", "content": text}]} for text in ("1", "22?", "xyz")]
+_CONVERSATIONS = [{"messages": [{"role": "user", "content": text}]} for text in ("zyx", "22?", "xyz")]
 _CONVERSATIONS[1]["messages"][:0] = [{"role": "user", "content": "h"},
                                      {"role": "assistant", "content": "ab"}]
 
 # %% ../../../nbs/lab/exercises/80_rl.ipynb #d6b95611
+_LONGEST = 9 # tokens of an answer: a call of the calculator and a letter after it
+
 def _reward(parts: list[dict]) -> float:
     "Reward an answer for each b, and for a call of the calculator."
     text = "".join(part["text"] for part in parts if part["type"] == "text")
     return 0.25 * text.count("b") + any(part["type"] == "python" for part in parts)
 
 # %% ../../../nbs/lab/exercises/80_rl.ipynb #8c32f5de
+def _letters(parts: list[dict]) -> int: # of an answer, whose tokens are at least as many
+    return sum(len(part["text"]) for part in parts)
+
 def _try_step(
     answer: Callable, # the learner's function
     reward: Callable = _reward, # of the parts
     seed: int = 0,
+    max_new_tokens: int = _LONGEST,
 ) -> tuple: # what it returned, model, optimizer, judge
     "Take one step of the learner's, of three conversations and four answers."
     tokenizer = _Bytes()
     model = _Talker(tokenizer, 0)
     optimizer, conversations = _Notes(model), copy.deepcopy(_CONVERSATIONS)
     judge = _Judge(conversations, reward)
-    got = answer(model, tokenizer, optimizer, conversations, judge, n=4, max_new_tokens=12,
-                 multiplier=0.5, seed=seed)
+    got = answer(model, tokenizer, optimizer, conversations, judge, n=4,
+                 max_new_tokens=max_new_tokens, multiplier=0.5, seed=seed)
     expect(conversations == _CONVERSATIONS, "the conversations that were handed in have been changed.")
     counts = [len(answers) for answers in judge.answers]
     expect(counts == [4] * 3, f"with n=4, the conversations get {counts} answers that are judged: "
                               "it should be 4 each.")
+    longest = max(_letters(parts) for answers in judge.answers for parts, _ in answers)
+    expect(longest <= max_new_tokens, f"with max_new_tokens={max_new_tokens}, an answer has "
+                                      f"{longest} letters: hand the number on to `generate`.")
     return got, model, optimizer, judge
 
 # %% ../../../nbs/lab/exercises/80_rl.ipynb #89893241
@@ -438,11 +454,14 @@ def _expect_step(model: nn.Module, optimizer: _Notes, judge: _Judge):
     expect(len(steps) == 1, f"the optimizer took {len(steps)} steps: it should take one.")
     (multiplier, got), = steps
     expect(multiplier == 0.5, f"the optimizer got the multiplier {multiplier:g}, and 0.5 was handed in.")
-    found = [_policy_gradients(model, _Bytes(), judge, 12, ended) for ended in (True, False)]
+    found = [_policy_gradients(model, _Bytes(), judge, _LONGEST, ended) for ended in (True, False)]
     def same(want): return bool((got - want).abs().max() < 1e-4 * want.abs().max() + 1e-7)
     if any(same(f[name]) for f in found for name in ("right", "useful")): return
     if any(same(f["right"] + 1) for f in found):
         raise NotYet("the gradient of an earlier step is still in it: call `optimizer.zero_grad()`.")
+    always = _policy_gradients(model, _Bytes(), judge, math.inf, True)["right"]
+    expect(not same(always), "the gradient is wrong. An answer of `max_new_tokens` tokens did not "
+                             "end by itself: add `<|assistant_end|>` only to shorter ones.")
     for name, hint in _STEP_HINTS.items():
         if any(same(f[name]) for f in found): raise NotYet(f"the gradient is wrong. {hint}")
     raise NotYet("the gradient is wrong: is it the policy-gradient loss of all answers, with the "
@@ -457,11 +476,14 @@ def _rl_step(answer):
     expect(abs(mean - sum(rewards) / len(rewards)) < 1e-5, f"it returns {mean:.4g}, and the mean "
            f"reward is {sum(rewards) / len(rewards):.4g}.")
     _expect_step(model, optimizer, judge)
+    # the sum of the tokens is all that the model knows: two of the questions are alike to it
+    expect(judge.answers[0] != judge.answers[2], "all conversations get the same random numbers: "
+           "derive a seed for each of them from `seed`.")
     # another seed, other answers
     _, _, _, other = _try_step(answer, seed=1)
     expect(other.answers != judge.answers, "another seed draws the same answers: hand it on to "
                                            "`generate`.")
     # nothing to learn
-    _, model, optimizer, _ = _try_step(answer, reward=lambda parts: 1.0)
+    _, model, optimizer, _ = _try_step(answer, reward=lambda parts: 1.0, max_new_tokens=3)
     left = max([0.0] + [grad.abs().max().item() for _, grad in optimizer.steps])
     expect(left < 1e-6, "where all rewards are equal, the gradient should be 0.") # false for NaN

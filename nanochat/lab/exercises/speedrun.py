@@ -86,7 +86,10 @@ def _log_lines(
 
 # %% ../../../nbs/lab/exercises/83_speedrun.ipynb #50ff671e
 _STEADY = [1000 + 2.0 * i for i in range(10)] # seconds
+_AFTER = {"stage": "base", "step": 105, "steps": 200, "time": 1030.0, "bits_per_byte": 1.0}
 _BEFORE = {"stage": "base", "step": 0, "steps": 9, "time": 1.0, "bits_per_byte": 4.0}
+_UNEVEN = [row | {"step": step} for row, step in zip(
+    _log_lines([1000.0, 1008.0, 1014.0, 1034.0], steps=20), [1, 2, 4, 14])]
 _LOGS = [ # lines, seconds left, hint
     (_log_lines(_STEADY), 180.0, "Ten steps of 2 seconds were done, of 100."),
     (_log_lines(_STEADY, every=10, steps=200), 20.0,
@@ -98,6 +101,10 @@ _LOGS = [ # lines, seconds left, hint
     (_log_lines(_STEADY[:5] + [time + 30000 for time in _STEADY[5:]]), 180.0,
      "There was a night between two lines: is it the median?"),
     (_log_lines(_STEADY, steps=10), 0.0, "All steps are done."),
+    (_UNEVEN, 18.0, "Steps of 8, 3 and 2 seconds lie between the lines: divide the time between "
+     "two lines by the steps between them, then take the median. Each pair counts once."),
+    ([*_log_lines(_STEADY, every=10, steps=200), _AFTER], 20.0,
+     "The last line with a loss counts, although an evaluation came later."),
 ]
 
 # %% ../../../nbs/lab/exercises/83_speedrun.ipynb #b1acfd8b
@@ -128,7 +135,7 @@ _SECTIONS = ["seed", "dial", "hardware", "data", "tokenizer", "model", "base", "
              "identity", "sft", "rl", "dpo"]
 _SETTINGS = ["sft.epochs", "data.source", "seed", "tokenizer.vocab_size", "model.n_embd",
              "base.steps", "mid.mixture.sums", "eval.questions", "identity.card", "rl.steps",
-             "hardware.dtype", "dpo.beta"]
+             "hardware.dtype", "dpo.beta", "database.path", "token.limit"]
 
 # %% ../../../nbs/lab/exercises/83_speedrun.ipynb #bc6d3bf8
 def _stages_with(setting: str) -> list[str]:

@@ -257,14 +257,17 @@ def _as_in_training(piece: bytes, merges: list) -> list[int]:
 @exercise("1.3", "Encode in the order of ranks", part=encode_piece)
 def _encode_piece(encode_piece):
     changed = "the ranks were changed: the next piece needs them too."
-    def encoded(piece, merges):
-        ranks = {pair: 256 + k for k, pair in enumerate(merges)}
+    def encoded(piece, merges, order=1):
+        ranks = {pair: 256 + k for k, pair in list(enumerate(merges))[::order]}
         got = call_on_copies(encode_piece, piece, ranks, changed=changed)
         return as_ints(got, f"the encoding of {piece!r}")
 
     for piece, merges, want, hint in _ENCODINGS:
         got = encoded(piece, merges)
         expect(got == want, hint.format(got=got))
+    got = encoded(b"abc", [(98, 99), (97, 98)], order=-1)
+    expect(got == [97, 256], f"for the ranks {{(97, 98): 257, (98, 99): 256}}, b'abc' became {got}: "
+           "the lowest id was learned first, wherever it is in the dictionary.")
     draw = random.Random(2)
     for _ in range(200):
         merges = _random_merges(draw)

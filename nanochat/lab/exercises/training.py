@@ -126,6 +126,7 @@ def _uneven_parts() -> tuple[library.GPT, list]: # a model, and four pairs (x, y
     config = library.GPTConfig(sequence_len=12, vocab_size=64, n_layer=1, n_head=2, n_kv_head=2,
                                n_embd=16)
     tokens = torch.randint(64, (8, 13), generator=torch.Generator().manual_seed(5))
+    tokens[6:, 4:7] = 0 # a token like any other
     x = tokens[:, :-1].clone()
     y = tokens[:, 1:].clone()
     y[:2, 2:] = -1
@@ -162,7 +163,7 @@ def _expect_gradients(mine: dict, right: dict):
         if grad.norm() <= 1e-6: continue
         off = _relative_distance(mine[name], grad)
         expect(off < 1e-3, f"the gradient of {name} is off by {off:.0%}. By what is each part's "
-                           "sum divided? A target that is -1 does not count.")
+                           "sum divided? Only targets that are -1 do not count.")
 
 # %% ../../../nbs/lab/exercises/76_training.ipynb #e21c07fb
 @exercise("5.2", "A mean over all targets", part=accumulate)
@@ -175,7 +176,8 @@ def _accumulate(answer):
     expect(not math.isnan(loss), "the mean loss is NaN: a part without any target has no mean, "
                                  "and adds nothing.")
     expect_close(loss, want, "the mean loss",
-                 "Over how many targets, in all parts together, is it a mean?", 1e-4)
+                 "Over how many targets, in all parts together, is it a mean? "
+                 "(Only targets that are -1 do not count.)", 1e-4)
     _expect_gradients(_gradients(model), right)
     # a second call adds the same again
     of_model(parts)

@@ -640,7 +640,7 @@ def _expect_caches(model: nn.Module, ids: torch.Tensor):
     right = all(recorder.caches[-1] is cache for recorder, cache in zip(recorders, caches))
     expect(right, "block i gets `cache[i]` where there is a cache, and None where there is none.")
 
-# %% ../../../nbs/lab/exercises/74_transformer.ipynb #800f4ffd
+# %% ../../../nbs/lab/exercises/74_transformer.ipynb #430ad7c7
 @exercise("3.6", "GPT", part=GPT)
 def _gpt(answer):
     try: model = _made(answer, **_MODEL)
@@ -711,14 +711,14 @@ def _cross_entropy(answer):
     _expect_trains(answer, cross_entropy, logits, also=(torch.ones(8, 64, dtype=torch.long),))
 
 # %% ../../../nbs/lab/exercises/74_transformer.ipynb #94d7203c
-def _expect_loss_gradient(got, logits: torch.Tensor, targets: torch.Tensor):
+def _expect_loss_gradient(got, logits: torch.Tensor, targets: torch.Tensor, case: str = ""):
     "Raise `NotYet` unless a loss has the right gradient."
     has_gradient = isinstance(got, torch.Tensor) and got.requires_grad
-    expect(has_gradient, "the loss is right, but it has no gradient, and training needs one: "
-                         "return a tensor that torch has computed from the logits.")
-    got, = torch.autograd.grad(got.sum(), logits)
+    if has_gradient: got, = torch.autograd.grad(got.sum(), logits, allow_unused=True)
+    expect(has_gradient and got is not None, f"the loss{case} is right, but it has no gradient, "
+           "and training needs one: return a tensor that torch has computed from the logits.")
     want, = torch.autograd.grad(_loss(logits, targets), logits)
-    expect_close(got, want, "the gradient of the logits")
+    expect_close(got, want, f"the gradient of the logits{case}")
 
 # %% ../../../nbs/lab/exercises/74_transformer.ipynb #1010d3c8
 def _expect_no_targets(answer, logits: torch.Tensor):
@@ -727,9 +727,8 @@ def _expect_no_targets(answer, logits: torch.Tensor):
     got = answer(logits, none)
     hint = "Where no target counts, nothing may be divided by zero: the loss is 0."
     expect_close(as_number(got, "the loss"), 0.0, "the loss without a target", hint)
-    if not got.requires_grad: return
-    grad, = torch.autograd.grad(got.sum(), logits, allow_unused=True)
-    if grad is not None: expect_close(grad, torch.zeros_like(logits), "its gradient", hint)
+    if getattr(got, "requires_grad", False):
+        _expect_loss_gradient(got, logits, none, " without a target")
 
 # %% ../../../nbs/lab/exercises/74_transformer.ipynb #1d8d3793
 _COUNTED = {"sequence_len": 64, "vocab_size": 512, "n_layer": 3, "n_head": 4, "n_embd": 64}
