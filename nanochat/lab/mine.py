@@ -197,8 +197,9 @@ def _namespace(text: str = "") -> dict: # of the learner's file
     "Run the course's parts, then the learner's file. Raises `UserError` if the file cannot run."
     course = {"__name__": "my_nanochat"}
     parts = [list(versions.values())[-1] for versions in PARTS.values()] # the latest ones
-    for module in dict.fromkeys(map(inspect.getmodule, parts)):
-        course |= {k: v for k, v in vars(module).items() if not k.startswith("__")}
+    for part in parts: # a part of a notebook that is being run has no module
+        known = getattr(_function_of(part), "__globals__", None) or vars(inspect.getmodule(part))
+        course |= {k: v for k, v in known.items() if not k.startswith("__")}
     for part in parts:
         file = getattr(inspect.getmodule(part), "__file__", "a cell")
         code = compile(_source_of(part), file, "exec")
