@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -37,6 +38,7 @@ from nanochat.lab.golden import golden_blocks, summarize_runs, write_golden
 from nanochat.lab.hub import _about
 from nanochat.lab.reading import read_run, simulate_run
 from nanochat.lab.report import Report
+from nanochat.lab.speedrun import make_plan_for
 from nanochat.lab.stages import _note_seconds, _token_counts
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.sandbox import calculator as compute
@@ -212,7 +214,13 @@ def make_run(base):
 
 def run(base):
     "A run's files, and others of ours: what reads them, with one command in each second case."
-    files, scratch, tokens, exported = make_run(base), base/"scratch", next(base.glob("tokens/*")), base/"exported"
+    kept, scratch, exported = base/"kept", base/"scratch", base/"exported"
+    if kept.exists(): shutil.copytree(kept, base, dirs_exist_ok=True) # a case was interrupted
+    files, tokens = make_run(base), next(base.glob("tokens/*"))
+    for path in files:
+        copied = kept/path.relative_to(base)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copied)
     right, model = {path: path.read_bytes() for path in files}, GPT(GPTConfig(16, 64, 1, 1, 1, 16))
     of_any = [repr, Run.latest, lambda run: run.rows("base"), _written_plan, read_run, lambda run: _task_changes(run, "sft")]
     of_smoke = [lambda run: _load_rows(run.stage_dir("sft")/"rows", "x"), lambda run: _note_seconds(run, "base", 1.0), lambda run: [best_checkpoint(run.dir/stage/"checkpoints") for stage in TRAINED]]
@@ -220,7 +228,7 @@ def run(base):
               base: [progress, lambda: golden_blocks(read_run("smoke"))], base/"data"/"own": [damaged_files]}
     quick = [("runs",), ("runs", "--json"), ("chat", "--run", "smoke", "-p", "Hi"), ("page", "smoke", "--out", scratch/"page.html"), ("export", "smoke", scratch/"out"), ("data", "verify"),
              ("eval", "smoke", "--tasks", "facts", "--max-per-task", "1"), ("import", exported, "--run", "imported")]
-    slow = [lambda: Report("smoke")._repr_html_(), lambda: Report("simulated-1")._repr_html_(), lambda: Comparison(["smoke", "simulated-1"])._repr_html_(), lambda: command("speedrun", "--preset", "smoke", "--plan"), lambda: command("dpo", "smoke")]
+    slow = [lambda: Report("smoke")._repr_html_(), lambda: Report("simulated-1")._repr_html_(), lambda: Comparison(["smoke", "simulated-1"])._repr_html_(), lambda: str(make_plan_for("gpu", {}, "8xH100", Run.open("smoke").config)), lambda: command("dpo", "smoke")]
     def calls(path):
         if path.parent in others: return others[path.parent]
         name = path.relative_to(base/"runs").parts[0]
@@ -299,6 +307,7 @@ def work(subject, folder, seed, numbers, pipe):
     case = SUBJECTS[subject](folder)
     for n in numbers:
         pipe.send((n, None))
+        signal.setitimer(signal.ITIMER_PROF, 60) # of processor time; then the process is killed
         seconds, mb, wrong = zip(*map(watched, case(random.Random(f"{subject} {seed} {n}"))))
         pipe.send((n, (max(seconds), max(mb), "\n".join(filter(None, wrong)))))
 
@@ -313,10 +322,10 @@ def results(subject, folder, seed, numbers):
         there.close()
         try:
             here.poll(None) # until everything is prepared
-            while here.poll(120):
+            while here.poll(1800):
                 n, result = here.recv()
                 if result: yield n, *result
-            wrong = "still busy after two minutes"
+            wrong = "still waits after half an hour"
         except EOFError:
             process.join()
             if process.exitcode == 0: return
