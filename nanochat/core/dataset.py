@@ -231,7 +231,7 @@ def _parquet_columns(
     "Read a file in batches of rows. Raises `UserError` if it is damaged or lacks a column."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    done = 0 # rows
+    done, batch = 0, None # rows
     try:
         f = pq.ParquetFile(file)
         _check_columns(file, f.schema_arrow, columns, strings)
@@ -239,8 +239,9 @@ def _parquet_columns(
             yield [batch.column(name).to_pylist() for name in columns]
             done += len(batch)
     except UnicodeDecodeError:
-        raise UserError(f"{file} holds text that is not UTF-8 in one of the rows {done + 1:,} to "
-                        f"{done + len(batch):,}: decode it before you write the file.") from None
+        rows = f"one of the rows {done + 1:,} to {done + len(batch):,}" if batch else ""
+        raise UserError(f"{file} holds text that is not UTF-8 in {rows or 'the name of a column'}: "
+                        "decode it before you write the file.") from None
     # the last two: a value that Python cannot hold, such as a date after the year 9999
     except (pa.ArrowException, OSError, ValueError, OverflowError) as e:
         refuse_too_many_files(e)
